@@ -1,0 +1,128 @@
+"""python -m bench [run | plots | tables]"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.cases import DTYPES, PRESETS, Case, select
+from bench.peers import OURS, PEERS, TORCH
+from bench.roofs import Roofs
+from bench.run import report, run_case
+from bench.saved import saved_for_backward
+from rnnkernels.__main__ import console, progress_bar, require, write_json
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def load(path: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+    return found
+
+
+def run(arguments: argparse.Namespace) -> int:
+    cases = select(arguments.preset, arguments.dtype, arguments.threads, arguments.filter)
+    if not cases:
+        raise SystemExit(f"no case of preset {arguments.preset} matches {arguments.filter!r}")
+    if arguments.list:
+        print("\n".join(case.id for case in cases))
+        return 0
+    require("rich", "bench")
+    if arguments.saved:
+        return saved([case for case in cases if case.training])
+    from bench.show import show
+
+    roofs, found = Roofs(), []
+    peers = list(dict.fromkeys([TORCH.name, *arguments.peers, OURS.name]))
+    with progress_bar() as progress:
+        task = progress.add_task("", total=len(cases))
+        for case in cases:
+            progress.update(task, description=case.id)
+            found.append(run_case(case, peers, arguments.budget, roofs))
+            progress.advance(task)
+    whole = report(arguments.preset, found, roofs, arguments.threads)
+    destination = arguments.json or str(RESULTS / f"{arguments.preset}-{date.today().isoformat()}.json")
+    if destination != "-":
+        Path(destination).parent.mkdir(parents=True, exist_ok=True)
+    out = console(stderr=destination == "-")
+    show(whole, out)
+    write_json(whole, destination)
+    if destination != "-":
+        out.print(f"written: {os.path.relpath(destination)}")
+    return 1 if any(case["wrong"] for case in found) else 0
+
+
+def saved(cases: Sequence[Case]) -> int:
+    """The report on memory."""
+    from rich.table import Table
+
+    table = Table("case", "peer", "saved, H a token", "with the output", title="saved for backward")
+    for case in cases:
+        for peer in (TORCH, OURS):
+            memory = saved_for_backward(peer, case)
+            table.add_row(case.id, peer.name, f"{memory.alone:.2f}", f"{memory.with_output:.2f}")
+    console().print(table)
+    return 0
+
+
+def plots(arguments: argparse.Namespace) -> int:
+    require("matplotlib", "bench")
+    from bench.plots import plot
+
+    source = Path(arguments.source)
+    for path in plot(load(arguments.source), Path(arguments.out or source.parent) / source.stem):
+        print(path)
+    return 0
+
+
+def tables(arguments: argparse.Namespace) -> int:
+    require("rich", "bench")
+    from bench.tables import markdown, write
+
+    if arguments.write:
+        write(load(arguments.source), Path(arguments.write))
+    else:
+        print(markdown(load(arguments.source)))
+    return 0
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv.insert(0, "run")
+    parser = argparse.ArgumentParser(prog="python -m bench", description="Speed against torch.nn and other peers; `run` is the default.")
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    command = commands.add_parser("run", help="run cases, print them and write a report")
+    command.add_argument("--preset", choices=PRESETS, default="quick")
+    command.add_argument("--filter", default="", metavar="REGEX", help="only the cases whose id matches (see --list)")
+    command.add_argument("--dtype", nargs="+", choices=DTYPES, default=["float32"])
+    command.add_argument("--threads", nargs="+", type=int, default=[torch.get_num_threads()])
+    command.add_argument("--budget", type=float, default=1.0, help="seconds a case (default 1); nine samples are taken in any case")
+    command.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="beside torch and rnnkernels")
+    command.add_argument("--json", metavar="FILE", help="the report, - for standard output (default: bench/results/<preset>-<date>.json)")
+    command.add_argument("--saved", action="store_true", help="instead of time, the memory that training cases save for backward")
+    command.add_argument("--list", action="store_true", help="the ids of the cases, and no more")
+
+    for name, text in (("plots", "PNG files from a report"), ("tables", "a markdown table from a report")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("--from", dest="source", required=True, metavar="JSON")
+        if name == "plots":
+            command.add_argument("--out", metavar="FOLDER", help="default: the report's own")
+        else:
+            command.add_argument("--write", metavar="PAGE", help="put it between the markers of this page")
+
+    arguments = parser.parse_args(argv)
+    return {"run": run, "plots": plots, "tables": tables}[arguments.command](arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

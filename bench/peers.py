@@ -1,0 +1,176 @@
+"""Who can run a case. An entry of PEERS says why it cannot, or prepares a function that runs the case once and returns its results.
+
+All peers get the same weights, input and upstream gradient; `results` are compared before anything is timed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from bench.cases import DTYPES, GATES, Case
+
+Results = dict[str, Tensor]
+Runner = Callable[[], Results]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a case is run on."""
+
+    input: Tensor
+    upstream: Tensor
+    weights: dict[str, Tensor]
+
+
+def make_layer(module: ModuleType, case: Case) -> torch.nn.Module:
+    name = {"lstm": "LSTM", "gru": "GRU", "srn": "RNN"}[case.cell]
+    layer: torch.nn.Module = getattr(module, name)(case.I, case.H, dtype=DTYPES[case.dtype])
+    return layer.train(case.training)
+
+
+def make_problem(case: Case) -> Problem:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        weights = {name: value.detach() for name, value in make_layer(torch.nn, case).named_parameters()}
+        dtype = DTYPES[case.dtype]
+        return Problem(torch.randn(case.T, case.B, case.I).to(dtype), torch.randn(case.T, case.B, case.H).to(dtype), weights)
+
+
+class Peer(Protocol):
+    name: str
+
+    def why_not(self, case: Case) -> str | None:
+        """Why this peer cannot run the case, or None if it can."""
+
+    def prepare(self, case: Case, problem: Problem) -> Runner: ...
+
+
+class Layers:
+    """A module with torch.nn's layers."""
+
+    def __init__(self, name: str, module: str) -> None:
+        self.name = name
+        self.module = module
+
+    def why_not(self, case: Case) -> str | None:
+        return None
+
+    def layer(self, case: Case, problem: Problem) -> torch.nn.Module:
+        layer = make_layer(importlib.import_module(self.module), case)
+        layer.load_state_dict(problem.weights)
+        return layer
+
+    def prepare(self, case: Case, problem: Problem) -> Runner:
+        layer = self.layer(case, problem)
+        input = problem.input.clone().requires_grad_(case.training)
+
+        @torch.no_grad()
+        def inference() -> Results:
+            output, final = layer(input)
+            return named(output, final)
+
+        def training() -> Results:
+            layer.zero_grad(set_to_none=True)
+            input.grad = None
+            output, final = layer(input)
+            output.backward(problem.upstream)
+            gradients = {f"gradient of {name}": p.grad for name, p in (("input", input), *layer.named_parameters())}
+            return named(output, final) | {name: g for name, g in gradients.items() if g is not None}
+
+        return training if case.training else inference
+
+
+def named(output: Tensor, final: Tensor | tuple[Tensor, ...]) -> Results:
+    finals = final if isinstance(final, tuple) else (final,)
+    return {"output": output, **{f"final {name}": value for name, value in zip("hc", finals, strict=False)}}
+
+
+# The blocks of ONNX (i o f c; z r h) among those of torch (i f g o; r z n).
+ONNX_BLOCKS = {"lstm": (0, 3, 1, 2), "gru": (1, 0, 2), "srn": (0,)}
+
+
+class OnnxRuntime:
+    """The LSTM, GRU and RNN operators of onnxruntime, from a model of one node."""
+
+    name = "onnxruntime"
+
+    def why_not(self, case: Case) -> str | None:
+        missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
+        if missing:
+            return f"not installed: {', '.join(missing)}"
+        if case.training:
+            return "runs inference only"
+        if case.dtype != "float32":
+            return "its recurrent operators are float32 only"
+        return None
+
+    def model(self, case: Case, problem: Problem) -> bytes:
+        from onnx import TensorProto, helper, numpy_helper
+
+        def blocks(name: str) -> Tensor:
+            parts = problem.weights[name].chunk(GATES[case.cell])
+            return torch.cat([parts[i] for i in ONNX_BLOCKS[case.cell]])
+
+        constants = {
+            "W": blocks("weight_ih_l0"),
+            "R": blocks("weight_hh_l0"),
+            "B": torch.cat([blocks("bias_ih_l0"), blocks("bias_hh_l0")]),
+        }
+        operator = {"lstm": "LSTM", "gru": "GRU", "srn": "RNN"}[case.cell]
+        results = ["Y", "Y_h", "Y_c"][: 3 if case.cell == "lstm" else 2]
+        options = {"linear_before_reset": 1} if case.cell == "gru" else {}
+        node = helper.make_node(operator, ["X", *constants], results, hidden_size=case.H, **options)
+        graph = helper.make_graph(
+            [node],
+            case.cell,
+            [helper.make_tensor_value_info("X", TensorProto.FLOAT, [case.T, case.B, case.I])],
+            [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in results],
+            [numpy_helper.from_array(value.unsqueeze(0).numpy(), name) for name, value in constants.items()],
+        )
+        # An operator set and an IR that every onnxruntime of the last years reads.
+        model: bytes = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 14)], ir_version=8).SerializeToString()
+        return model
+
+    def prepare(self, case: Case, problem: Problem) -> Runner:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = case.threads
+        options.add_session_config_entry("session.force_spinning_stop", "1")  # or idle threads hold the cores of the next side
+        session = onnxruntime.InferenceSession(self.model(case, problem), options, providers=["CPUExecutionProvider"])
+        feed = {"X": problem.input.numpy()}
+
+        def inference() -> Results:
+            output, *finals = (torch.from_numpy(value) for value in session.run(None, feed))
+            return named(output.squeeze(1), tuple(finals))
+
+        return inference
+
+
+OURS = Layers("rnnkernels", "rnnkernels")
+TORCH = Layers("torch", "torch.nn")
+PEERS: dict[str, Peer] = {peer.name: peer for peer in (OURS, TORCH, OnnxRuntime())}
+
+# Largest difference over largest value: two computations in one dtype, each with rounding of its own. `verify` holds the strict rule.
+TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 0.1, "float16": 0.02}
+
+
+def difference(ours: Results, theirs: Results, dtype: str) -> str | None:
+    """Where two peers disagree, or None."""
+    if ours.keys() != theirs.keys():
+        return f"gives {', '.join(ours)} where {', '.join(theirs)} was expected"
+    for name, value in theirs.items():
+        if ours[name].shape != value.shape:
+            return f"{name} has shape {tuple(ours[name].shape)} where {tuple(value.shape)} was expected"
+        error = ((ours[name] - value).double().abs().max() / value.double().abs().max()).item()
+        if not error <= TOLERANCE[dtype]:
+            return f"{name} differs by {error:.1e}"
+    return None

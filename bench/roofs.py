@@ -1,0 +1,114 @@
+"""What the machine could do at best, measured in the same run, and the floor under a case that follows.
+
+The recurrent part of a case takes no less than its flops at the rate of large matrix products, than reading U once a step at the bandwidth
+of the cache that holds each thread's slice of it, and, on several threads, than one barrier a step; one thread needs no barrier, so the
+floor is the lower of the two ways. The products outside the loop add their flops at the same rate. Elementwise work counts as nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+import statistics
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bench.cases import DTYPES, Case
+from bench.timing import elapsed, repeats_for
+
+# m, k, n of x W' for some T·B, I and gates·H: a roof is the best of them.
+PRODUCTS = ((1024, 256, 1024), (3200, 512, 2048), (6400, 128, 512))
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Seconds, and which roof takes most of them."""
+
+    seconds: float
+    roof: str
+
+
+def kernel_measure(name: str) -> Any:
+    """A measurement inside the compiled module, or None where this build has it not."""
+    return getattr(importlib.import_module("rnnkernels._C"), name, None)
+
+
+@dataclass
+class Roofs:
+    """Measured on demand, once for each size."""
+
+    flops: dict[tuple[str, int], float] = field(default_factory=dict)
+    bandwidths: dict[tuple[int, int], float | None] = field(default_factory=dict)
+    barriers: dict[int, float | None] = field(default_factory=dict)
+
+    def flop_rate(self, dtype: str, threads: int) -> float:
+        """Flops a second of torch.mm."""
+        if (dtype, threads) not in self.flops:
+            before = torch.get_num_threads()
+            torch.set_num_threads(threads)
+            try:
+                self.flops[dtype, threads] = max(product_rate(*sizes, DTYPES[dtype]) for sizes in PRODUCTS)
+            finally:
+                torch.set_num_threads(before)
+        return self.flops[dtype, threads]
+
+    def bandwidth(self, total: int, threads: int) -> float | None:
+        """Bytes a second, all threads together, each reading its share of `total` bytes again and again."""
+        share = -(-total // threads)
+        if (share, threads) not in self.bandwidths:
+            measure = kernel_measure("measure_bandwidth")
+            self.bandwidths[share, threads] = measure(share, threads) * 1e9 if measure else None
+        return self.bandwidths[share, threads]
+
+    def barrier(self, threads: int) -> float | None:
+        """Seconds of one barrier."""
+        if threads == 1:
+            return 0.0
+        if threads not in self.barriers:
+            measure = kernel_measure("measure_barrier")
+            self.barriers[threads] = measure(threads) * 1e-6 if measure else None
+        return self.barriers[threads]
+
+    def recurrent(self, case: Case, threads: int) -> Floor | None:
+        bandwidth, barrier = self.bandwidth(case.weight_bytes, threads), self.barrier(threads)
+        if bandwidth is None or barrier is None:
+            return None
+        return max(
+            Floor(case.recurrent_flops / self.flop_rate(case.dtype, threads), "flops"),
+            Floor(case.weight_bytes * case.sweeps / bandwidth, "cache"),
+            Floor(barrier * case.sweeps, "barrier"),
+            key=lambda floor: floor.seconds,
+        )
+
+    def floor(self, case: Case) -> Floor | None:
+        """None where the compiled module measures no bandwidth or barrier."""
+        ways = [self.recurrent(case, threads) for threads in {1, case.threads}]
+        known = [way for way in ways if way is not None]
+        if len(known) < len(ways):
+            return None
+        loop = min(known, key=lambda floor: floor.seconds)
+        outside = case.outside_flops / self.flop_rate(case.dtype, case.threads)
+        return Floor(loop.seconds + outside, loop.roof if loop.seconds >= outside else "outside flops")
+
+    def facts(self) -> dict[str, Any]:
+        """For the report; None where the compiled module does not measure."""
+        return {
+            "matrix_product": [{"dtype": d, "threads": n, "gflops": rate / 1e9} for (d, n), rate in sorted(self.flops.items())],
+            "bandwidth": [
+                {"bytes_per_thread": size, "threads": n, "gb_per_second": rate and rate / 1e9}
+                for (size, n), rate in sorted(self.bandwidths.items(), key=lambda item: item[0])
+            ],
+            "barrier": [{"threads": n, "us": seconds and seconds * 1e6} for n, seconds in sorted(self.barriers.items())],
+        }
+
+
+def product_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
+    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
+    out = torch.empty(m, n, dtype=dtype)
+
+    def run() -> torch.Tensor:
+        return torch.mm(a, b, out=out)
+
+    repeats = repeats_for(run)
+    return 2 * m * k * n / statistics.median(elapsed(run, repeats) for _ in range(5))

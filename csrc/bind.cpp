@@ -1,0 +1,128 @@
+// The Python module: addresses and sizes in, nothing of torch. Whoever calls these has checked everything; see rnnkernels/ops.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+
+#include "engines/cpu/engine.h"
+#include "cells/list.h"
+#if RNNKERNELS_CUDA
+#include "engines/cuda/probe.h"
+#endif
+
+namespace py = pybind11;
+using namespace rnnkernels;
+
+namespace {
+
+using Address = uintptr_t;
+using Addresses = std::vector<Address>;
+
+template <class P = void>
+P* pointer(Address a) {
+  return reinterpret_cast<P*>(a);
+}
+
+template <class P, size_t n>
+void fill(P* (&to)[n], const Addresses& from) {
+  if (from.size() > n) throw std::invalid_argument("more addresses than the contract's tables hold");
+  for (size_t i = 0; i < from.size(); ++i) to[i] = pointer(from[i]);
+}
+
+Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t hidden, int64_t output, Address rows, bool reverse, bool complete, int threads) {
+  if (cell < 0 || cell >= kCellCount || storage < 0 || storage >= kStorages) throw std::invalid_argument("no such cell or storage type");
+  const Problem p{cell, Storage(storage), steps, batch, hidden, output, pointer<const int64_t>(rows), reverse, complete, threads};
+  const std::string why_not = cpu::fits(p);
+  if (!why_not.empty()) throw std::invalid_argument(why_not);
+  return p;
+}
+
+void need(const Problem& p, bool backward, int64_t given) {
+  if (given < cpu::workspace_bytes(p, backward)) throw std::invalid_argument("the workspace is too small: the instruction set changed since it was measured");
+}
+
+py::dict description(const CellInfo& cell) {
+  py::list slots, stages, states, vectors;
+  for (int i = 0; i < cell.slots; ++i)
+    slots.append(py::make_tuple(cell.slot[i].name, bool(cell.slot[i].feeds & X), bool(cell.slot[i].feeds & H)));
+  for (int i = 0; i < cell.stages; ++i) stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count, cell.stage[i].operand));
+  for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
+  for (int i = 0; i < cell.vectors; ++i) vectors.append(py::make_tuple(cell.vector[i].name, cell.vector[i].slot));
+  return py::dict(py::arg("name") = cell.name, py::arg("slots") = slots, py::arg("stages") = stages, py::arg("states") = states,
+                  py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(), py::arg("projected") = cell.projected());
+}
+
+py::dict build() {
+  py::dict d(py::arg("version") = RNNKERNELS_VERSION, py::arg("compiler") = "g++ " __VERSION__, py::arg("isas") = cpu::built_isas());
+  d["cuda"] = py::none();
+#if RNNKERNELS_CUDA
+  const cuda::Probe probe = cuda::probe();
+  py::list devices;
+  for (const auto& device : probe.devices) devices.append(py::make_tuple(device.name, device.major, device.minor));
+  d["cuda"] = py::dict(py::arg("architectures") = probe.architectures, py::arg("runtime") = probe.runtime, py::arg("driver") = probe.driver,
+                       py::arg("devices") = devices);
+#endif
+  return d;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
+  py::class_<Problem>(m, "Problem").def(py::init(&problem));
+
+  m.def("cells", [] {
+    py::list all;
+    for (const CellInfo& cell : kCells) all.append(description(cell));
+    return all;
+  });
+  m.def("build", build);
+  m.def("supported_isas", cpu::supported_isas);
+  m.def("isa", cpu::isa);
+  m.def("set_isa", cpu::set_isa);
+  m.def("workspace_bytes", cpu::workspace_bytes);
+  m.def("schedule", [](const Problem& p, bool backward) {
+    const Schedule s = cpu::schedule(p, backward);
+    return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0], s.ns);
+  });
+  m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
+  m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
+
+  m.def("forward", [](const Problem& p, Address gates, int64_t gates_row, Address kept, const Addresses& weights, const Addresses& vectors,
+                      const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes) {
+    need(p, false, bytes);
+    Forward f{};
+    f.problem = p;
+    f.gates = pointer(gates);
+    f.gates_row = gates_row;
+    f.kept = pointer(kept);
+    fill(f.weights, weights);
+    fill(f.vectors, vectors);
+    fill(f.initial, initial);
+    fill(f.final, final);
+    f.output = pointer(output);
+    fill(f.history, history);
+    f.workspace = pointer(workspace);
+    py::gil_scoped_release release;
+    cpu::forward(f);
+  });
+  m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
+                       Address output, const Addresses& history, Address grad_output, const Addresses& grad_final, const Addresses& grad_initial,
+                       Address workspace, int64_t bytes) {
+    need(p, true, bytes);
+    Backward g{};
+    g.problem = p;
+    g.kept = pointer(kept);
+    g.grad_gates = pointer(grad_gates);
+    fill(g.weights, weights);
+    fill(g.vectors, vectors);
+    fill(g.initial, initial);
+    g.output = pointer(output);
+    fill(g.history, history);
+    g.grad_output = pointer(grad_output);
+    fill(g.grad_final, grad_final);
+    fill(g.grad_initial, grad_initial);
+    g.workspace = pointer(workspace);
+    py::gil_scoped_release release;
+    cpu::backward(g);
+  });
+}

@@ -1,0 +1,151 @@
+// What a page is, and what an engine may ask of it.
+//
+// A page is a struct of one recurrent cell's mathematics, for one unit (or one vector of units) of one step:
+//
+//   struct Cell {
+//     static constexpr Slot slots[] = {{"name", X | H}, …};   // the pre-activations, and which linear maps feed each; X slots come first
+//     static constexpr const char* states[] = {"h", …};       // state 0 is what the cell puts out and what U multiplies
+//     static constexpr int kept = …;                          // values of a step that backward needs
+//     static constexpr Stage stages[] = {…};                  // absent: one stage of all slots
+//     static constexpr PerUnit vectors[] = {…};               // absent: none
+//     template <int S, class V> RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k);
+//     template <int S, class V> RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d);
+//   };
+//
+// forward<S>: stage S. a: all slots' pre-activations (this stage's are set); w: per-unit vectors; s: states before the step; s1: states after it;
+// k: kept values. A stage writes the kept values of its own slots; those beyond the slots are the first stage's to write. The last stage writes
+// state 0, the first all others. A stage sees the states of its own width only.
+//
+// backward<S>: the stages run last to first. d1: the gradient of what the stage gave: of state 0 after the step for the last stage, of the next
+// stage's operand otherwise. k arrives as kept (and as later stages left it) and leaves, slot by slot, as the gradients of the pre-activations.
+// d arrives as the gradients of the states after the step (d[0] as 0: it is in d1) and leaves as the gradients of the states before it, less what
+// flows through U, which the engine adds.
+//
+// How what comes next fits. Coupled or absent forget gates: other slots. Peephole: vectors, `o` after the new `c` inside forward. GRU reset-before
+// and projections: two stages, the second reading a kept value. SCRN, IndRNN: a stage without an H slot has no product, so no barrier. Clockwork:
+// the engine shortens a stage's width to a prefix of units, as it shortens a batch to a prefix of rows. Layer norm: Stage::reduction, which an engine
+// that cannot do it refuses. No page changes for another's sake.
+#pragma once
+
+#include <stdint.h>
+
+#include "num/storage.h"
+
+namespace rnnkernels {
+
+enum Feed : unsigned { X = 1, H = 2 };
+
+struct Slot {
+  const char* name;
+  unsigned feeds;
+};
+
+// How many units a stage has: the hidden size, or the size of state 0 where a projection makes it smaller.
+enum class Width { Hidden, Output };
+
+// What a stage needs across the units of a row before its pointwise part.
+enum class Reduction { None, LayerNorm };
+
+constexpr int kPreviousState = -1;
+
+struct Stage {
+  int first, count;              // its slots
+  int operand = kPreviousState;  // what its matrix multiplies: state 0 before the step, or the kept value of this index, from an earlier stage
+  Width width = Width::Hidden;
+  Reduction reduction = Reduction::None;
+};
+
+// A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which is taken outside the loop.
+enum class Factor { One, OldState, NewState };
+struct PerUnit {
+  const char* name;
+  int slot;
+  Factor factor = Factor::One;
+  int state = 0;
+};
+
+constexpr int kMaxSlots = 8, kMaxStages = 3, kMaxStates = 4, kMaxVectors = 8;
+
+// A page's shape with its defaults filled in: what engines, bindings and tests read.
+struct CellInfo {
+  const char* name;
+  int slots, stages, states, kept, vectors;
+  Slot slot[kMaxSlots];
+  Stage stage[kMaxStages];
+  const char* state[kMaxStates];
+  PerUnit vector[kMaxVectors];
+
+  constexpr int input_slots() const {
+    int n = 0;
+    for (int i = 0; i < slots; ++i) n += (slot[i].feeds & X) != 0;
+    return n;
+  }
+  constexpr bool in_stage(int s, int i) const { return stage[s].first <= i && i < stage[s].first + stage[s].count; }
+  // How many of a stage's slots before `end` its matrix feeds; with the default, all of them.
+  constexpr int hidden_slots(int s, int end = kMaxSlots) const {
+    int n = 0;
+    for (int i = 0; i < slots && i < end; ++i) n += in_stage(s, i) && (slot[i].feeds & H);
+    return n;
+  }
+  // The values a token has room for: a kept value becomes the gradient of the slot in its place.
+  constexpr int room() const { return kept > slots ? kept : slots; }
+  constexpr bool projected() const { return stage[stages - 1].width == Width::Output; }
+  constexpr Width state_width(int i) const { return i == 0 && projected() ? Width::Output : Width::Hidden; }
+  constexpr bool sees(int s, int i) const { return state_width(i) == stage[s].width; }
+  constexpr bool writes(int s, int i) const { return sees(s, i) && s == (i == 0 ? stages - 1 : 0); }
+  constexpr bool keeps(int s, int i) const { return i < kept && (in_stage(s, i) || (s == 0 && i >= slots)); }
+};
+
+namespace detail {
+
+template <class Cell, class = void>
+struct Stages {
+  static constexpr int count = 1;
+  static constexpr Stage get(int) { return {0, int(sizeof(Cell::slots) / sizeof(Slot))}; }
+};
+template <class Cell>
+struct Stages<Cell, decltype(void(Cell::stages))> {
+  static constexpr int count = sizeof(Cell::stages) / sizeof(Stage);
+  static constexpr Stage get(int i) { return Cell::stages[i]; }
+};
+template <class Cell, class = void>
+struct Vectors {
+  static constexpr int count = 0;
+  static constexpr PerUnit get(int) { return {}; }
+};
+template <class Cell>
+struct Vectors<Cell, decltype(void(Cell::vectors))> {
+  static constexpr int count = sizeof(Cell::vectors) / sizeof(PerUnit);
+  static constexpr PerUnit get(int i) { return Cell::vectors[i]; }
+};
+
+}  // namespace detail
+
+template <class Cell>
+constexpr CellInfo describe(const char* name) {
+  CellInfo info{name,
+                int(sizeof(Cell::slots) / sizeof(Slot)),
+                detail::Stages<Cell>::count,
+                int(sizeof(Cell::states) / sizeof(const char*)),
+                Cell::kept,
+                detail::Vectors<Cell>::count,
+                {},
+                {},
+                {},
+                {}};
+  for (int i = 0; i < info.slots; ++i) info.slot[i] = Cell::slots[i];
+  for (int i = 0; i < info.stages; ++i) info.stage[i] = detail::Stages<Cell>::get(i);
+  for (int i = 0; i < info.states; ++i) info.state[i] = Cell::states[i];
+  for (int i = 0; i < info.vectors; ++i) info.vector[i] = detail::Vectors<Cell>::get(i);
+  return info;
+}
+
+// The same as a compile-time constant, for templates over a page.
+template <class Cell>
+struct InfoOf {
+  static constexpr CellInfo value = describe<Cell>("");
+  static_assert(value.slots <= kMaxSlots && value.stages <= kMaxStages && value.states <= kMaxStates && value.vectors <= kMaxVectors,
+                "the page is larger than the contract's tables");
+};
+
+}  // namespace rnnkernels

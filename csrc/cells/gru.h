@@ -1,0 +1,33 @@
+// Gated recurrent unit, reset after the matrix product (Cho et al. 2014 in cuDNN's form; torch.nn.GRU).
+//   r = σ(r̂)   z = σ(ẑ)   m = m̂ + b_hn   n = tanh(n̂ + r m)        h' = n + z (h − n)
+#pragma once
+
+#include "cells/contract.h"
+
+namespace rnnkernels {
+
+struct Gru {
+  static constexpr Slot slots[] = {{"r", X | H}, {"z", X | H}, {"n", X}, {"m", H}};
+  static constexpr const char* states[] = {"h"};
+  static constexpr int kept = 4;
+  static constexpr PerUnit vectors[] = {{"b_hn", 3}};
+
+  template <int S, class V>
+  RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k) {
+    const V r = k[0] = sigmoid(a[0]), z = k[1] = sigmoid(a[1]), m = k[3] = a[3] + w[0], n = k[2] = tanh(fma(r, m, a[2]));
+    s1[0] = fma(z, s[0] - n, n);
+  }
+
+  template <int S, class V>
+  RNN_FN static void backward(V d1, const V*, const V* s, const V*, V* k, V* d) {
+    const V r = k[0], z = k[1], n = k[2], m = k[3];
+    const V dn = d1 * (V(1) - z) * (V(1) - n * n);
+    k[0] = dn * m * r * (V(1) - r);
+    k[1] = d1 * (s[0] - n) * z * (V(1) - z);
+    k[2] = dn;
+    k[3] = dn * r;
+    d[0] = d1 * z;
+  }
+};
+
+}  // namespace rnnkernels

@@ -1,0 +1,18 @@
+// Every page, and the descriptions of all of them in the order of cells.def.
+#pragma once
+
+#include "cells/gru.h"
+#include "cells/lstm.h"
+#include "cells/projected.h"
+#include "cells/srn.h"
+
+namespace rnnkernels {
+
+constexpr CellInfo kCells[] = {
+#define RNN_CELL(name, ...) describe<__VA_ARGS__>(#name),
+#include "cells/cells.def"
+#undef RNN_CELL
+};
+constexpr int kCellCount = sizeof(kCells) / sizeof(CellInfo);
+
+}  // namespace rnnkernels

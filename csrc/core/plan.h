@@ -1,0 +1,154 @@
+// Every size, schedule and heuristic of the engines: pure functions of the problem and the machine, tested without running a kernel.
+//
+// One step of one stage multiplies r rows by a matrix cut into panels of units. Panels may be split over threads (the weights stay where they are, one
+// barrier a step) and rows may be (no barrier, each thread reads all weights); on many cores both at once. No choice made here changes a bit of the
+// result: every output element is one chain of multiply-adds over k in order, whatever the tile.
+#pragma once
+
+#include <stdint.h>
+
+#include "core/run.h"
+
+namespace rnnkernels {
+
+constexpr int kMaxVectorsPerPanel = 8;  // vector registers a panel is wide
+constexpr int kMaxTileRows = 8;
+
+// One matrix of the recurrence as a kernel sees it: `columns` vectors of results for every vector of units.
+struct Product {
+  int64_t units;  // how many units it gives
+  int64_t depth;  // length of the operand, 0: no matrix
+  int columns;    // H slots a unit
+};
+
+inline int64_t width_of(const Problem& p, Width w) { return w == Width::Output ? p.output : p.hidden; }
+
+inline Product forward_product(const CellInfo& cell, const Problem& p, int s) {
+  const Stage& stage = cell.stage[s];
+  const int64_t depth = stage.operand == kPreviousState ? p.output : p.hidden;
+  const int columns = cell.hidden_slots(s);
+  return {width_of(p, stage.width), columns ? depth : 0, columns};
+}
+
+// The product that backward adds up for what stage s gave: the transposed matrix of the stage that read it.
+inline Product backward_product(const CellInfo& cell, const Problem& p, int s) {
+  const int reader = s + 1 < cell.stages ? s + 1 : 0;
+  const Product f = forward_product(cell, p, reader);
+  return {f.depth, f.units * f.columns, f.depth ? 1 : 0};
+}
+
+struct Machine {
+  int lanes;              // of the number type
+  int registers;          // accumulators a tile may use
+  int64_t number_bytes;
+  double fma_ns = 0.28;   // one vector multiply-add, steady state
+  double latency = 4;     // multiply-adds in flight that reach it
+  double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
+  int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
+  double barrier_ns = 250, fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
+};
+
+struct Schedule {
+  int row_groups = 1, unit_groups = 1;
+  int blocks[kMaxStages] = {1, 1, 1};  // vectors of units a panel
+  double ns = 0;                       // the model's estimate
+  int threads() const { return row_groups * unit_groups; }
+};
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+inline int tile_rows(const Machine& m, int vectors) {
+  const int r = m.registers / vectors;
+  return r < 1 ? 1 : r > kMaxTileRows ? kMaxTileRows : r;
+}
+
+// One step's time of one thread that has `rows` rows and its share of the panels.
+inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t rows, int unit_groups) {
+  const int columns = p.columns ? p.columns : 1;
+  const int vectors = blocks * columns;
+  const int64_t panels = ceil_div(ceil_div(p.units, int64_t(blocks) * m.lanes), unit_groups);
+  const double pointwise = double(panels) * vectors * rows * m.pointwise_ns;
+  if (!p.depth) return pointwise;
+  const int64_t passes = ceil_div(rows, tile_rows(m, vectors));
+  const double chains = double(vectors) * rows / passes;
+  const double arithmetic = double(panels) * vectors * rows * p.depth * m.fma_ns * (chains < m.latency ? m.latency / chains : 1);
+  const double bytes = double(panels) * vectors * m.lanes * p.depth * m.number_bytes;
+  const double rate = bytes <= m.l1_bytes ? 4 * m.l2_gbs : bytes <= m.l2_bytes ? m.l2_gbs : bytes * unit_groups <= m.l3_bytes ? m.l3_gbs : m.memory_gbs;
+  const double traffic = bytes / rate + (passes - 1) * bytes / m.l2_gbs;
+  return (arithmetic > traffic ? arithmetic : traffic) + pointwise;
+}
+
+inline int best_blocks(const Machine& m, const Product& p, int64_t rows, int unit_groups) {
+  const int columns = p.columns ? p.columns : 1;
+  int best = 1;
+  double best_ns = 0;
+  for (int blocks = 1; blocks * columns <= kMaxVectorsPerPanel && blocks * columns <= m.registers; blocks *= 2) {
+    const double ns = product_ns(m, p, blocks, rows, unit_groups);
+    if (blocks == 1 || ns < best_ns) best = blocks, best_ns = ns;
+  }
+  return best;
+}
+
+inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
+  Schedule best;
+  const int64_t useful = p.threads < 1 ? 1 : p.threads;
+  for (int row_groups = 1; row_groups <= useful && row_groups <= (p.batch > 1 ? p.batch : 1); ++row_groups) {
+    for (int unit_groups = 1; row_groups * unit_groups <= useful; ++unit_groups) {
+      Schedule s;
+      s.row_groups = row_groups;
+      s.unit_groups = unit_groups;
+      const int64_t rows = ceil_div(p.batch, row_groups);
+      double step = 0, pack = 0;
+      for (int stage = 0; stage < cell.stages; ++stage) {
+        Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
+        if (p.complete) product.depth = 0;
+        s.blocks[stage] = best_blocks(m, product, rows, unit_groups);
+        step += product_ns(m, product, s.blocks[stage], rows, unit_groups);
+        if (product.depth && unit_groups > 1) step += m.barrier_ns + 50 * (unit_groups - 2);
+        pack += double(product.units) * product.columns * product.depth / m.lanes * 2 * m.fma_ns / s.threads();
+      }
+      s.ns = step * double(p.steps) + pack + (s.threads() > 1 ? m.fork_ns : 0);
+      if ((row_groups == 1 && unit_groups == 1) || s.ns < best.ns) best = s;
+    }
+  }
+  return best;
+}
+
+// The even split of n things over g groups: group i has [begin(i), begin(i + 1)).
+inline int64_t split(int64_t n, int64_t groups, int64_t i) { return n / groups * i + (n % groups < i ? n % groups : i); }
+
+// A packed panel: [depth][blocks][columns][lanes].
+inline int64_t panel_count(const Machine& m, const Product& p, int blocks) { return ceil_div(p.units, int64_t(blocks) * m.lanes); }
+inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) { return p.depth * blocks * p.columns * m.lanes; }
+
+// Where everything lies in the workspace, in bytes, each part on its own cache line.
+struct Layout {
+  int64_t packed[kMaxStages];
+  int64_t state[kMaxStates];      // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
+  int64_t between;                // forward, several stages: this step's kept values, [B][kept·H]
+  int64_t operand[kMaxStages];    // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
+  int64_t bytes = 0;
+
+  int64_t take(int64_t n) {
+    const int64_t at = bytes;
+    bytes += ceil_div(n, 64) * 64;
+    return at;
+  }
+};
+
+inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, const Schedule& s, bool backward) {
+  Layout l;
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    const Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
+    const int64_t packed = panel_count(m, product, s.blocks[stage]) * panel_elements(m, product, s.blocks[stage]);
+    l.packed[stage] = l.take(p.complete ? 0 : packed * m.number_bytes);
+    const int64_t width = width_of(p, cell.stage[stage].width) * cell.hidden_slots(stage);
+    l.operand[stage] = l.take(backward ? (stage == 0 ? 2 : 1) * p.batch * width * m.number_bytes : 0);
+  }
+  for (int i = 0; i < cell.states; ++i)
+    l.state[i] = l.take((i == 0 && !backward ? 2 : 1) * p.batch * width_of(p, cell.state_width(i)) * m.number_bytes);
+  l.between = l.take(!backward && cell.stages > 1 ? p.batch * cell.kept * p.hidden * m.number_bytes : 0);
+  return l;
+}
+
+}  // namespace rnnkernels

@@ -1,0 +1,57 @@
+// What an engine is asked to do, as plain data. Shapes stand beside the pointers; the caller owns and has checked everything.
+#pragma once
+
+#include <stdint.h>
+
+#include "cells/contract.h"
+
+namespace rnnkernels {
+
+enum class Storage { F32, F64, BF16, F16 };
+constexpr int kStorages = 4;
+constexpr int64_t kStorageBytes[] = {4, 8, 2, 2};
+constexpr int64_t kNumberBytes[] = {4, 8, 4, 4};  // half types are computed with in float
+
+// T steps of up to B rows. Tokens lie step by step: row b of step t is token offset(t) + b.
+struct Problem {
+  int cell;  // index into cells.def
+  Storage storage;
+  int64_t steps, batch;    // T, B
+  int64_t hidden, output;  // H, and the size P of state 0 (P = H without a projection)
+  const int64_t* rows;     // [T], non-increasing: how many rows take part in each step; null: all, always
+  bool reverse;            // run from the last step to the first
+  bool complete;           // the gates arrive with U's part already in them (one step only): the engine multiplies nothing
+  int threads;             // at most so many
+};
+
+// N = number of tokens, G = room() of the cell; storage type unless said otherwise.
+struct Forward {
+  Problem problem;
+  const void* gates;  // [N, gates_row]: x̂ of slot i at i·H (a complete one: every slot); may be the same memory as kept
+  int64_t gates_row;
+  void* kept;                        // [N, G·H], or null for inference
+  const void* weights[kMaxStages];   // of each stage with a matrix: [its H slots · its width, its operand's width]
+  const void* vectors[kMaxVectors];  // [H], or null for zero
+  const void* initial[kMaxStates];   // [B, width], or null for zero
+  void* final[kMaxStates];           // [B, width]
+  void* output;                      // [N, P]: state 0 after each step
+  void* history[kMaxStates];         // [N, H]: the other states after each step, or null for inference
+  void* workspace;                   // workspace_bytes() of it
+};
+
+struct Backward {
+  Problem problem;
+  const void* kept;  // as forward left it
+  void* grad_gates;  // [N, G·H]: gradient of slot i at i·H; may be the same memory as kept
+  const void* weights[kMaxStages];
+  const void* vectors[kMaxVectors];
+  const void* initial[kMaxStates];
+  const void* output;
+  const void* history[kMaxStates];
+  const void* grad_output;              // [N, P], or null for zero
+  const void* grad_final[kMaxStates];   // [B, width], or null for zero
+  void* grad_initial[kMaxStates];       // [B, width], or null where nobody asks; of a complete run without U's part
+  void* workspace;
+};
+
+}  // namespace rnnkernels

@@ -1,0 +1,407 @@
+#include "engines/cpu/engine.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <stdexcept>
+
+#include "engines/cpu/table.h"
+#include "engines/cpu/team.h"
+
+namespace rnnkernels::cpu {
+
+namespace {
+
+const Isa* const kBuilt[] = {
+#if RNNKERNELS_X86
+    &isa_avx512, &isa_avx2,
+#endif
+    &isa_scalar};
+
+bool runs(const Isa* isa) {
+#if RNNKERNELS_X86
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  if (isa == &isa_avx2) return avx2;
+  if (isa == &isa_avx512)
+    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl");
+#endif
+  return isa == &isa_scalar;
+}
+
+const Isa* choose(const std::string& name) {
+  std::string known;
+  for (const Isa* isa : kBuilt) {
+    if (!runs(isa)) continue;
+    if (name.empty() || name == isa->name) return isa;
+    known += known.empty() ? isa->name : std::string(", ") + isa->name;
+  }
+  throw std::invalid_argument("instruction set '" + name + "' is not available here; expected one of " + known);
+}
+
+std::atomic<const Isa*> chosen{nullptr};
+
+const Isa& current() {
+  const Isa* isa = chosen.load(std::memory_order_acquire);
+  if (!isa) {
+    const char* name = std::getenv("RNNKERNELS_ISA");
+    isa = choose(name ? name : "");
+    chosen.store(isa, std::memory_order_release);
+  }
+  return *isa;
+}
+
+std::atomic<bool> is_child{false};
+const int registered = pthread_atfork(nullptr, nullptr, [] { is_child.store(true); });
+
+int number_of(Storage s) { return s == Storage::F64; }
+
+Machine machine(const Isa& isa, const Problem& p) {
+  Machine m{};
+  m.lanes = isa.number[number_of(p.storage)].lanes;
+  m.registers = isa.number[number_of(p.storage)].registers;
+  m.number_bytes = kNumberBytes[int(p.storage)];
+  return m;
+}
+
+// Address arithmetic on untyped memory; null stays null.
+template <class P>
+P* at(P* base, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  return base ? reinterpret_cast<Byte*>(base) + bytes : nullptr;
+}
+
+// What forward and backward share: the problem cut for a team, and the walk of one member through a tile grid.
+class Walk {
+ public:
+  Walk(const Problem& problem, bool backward)
+      : p(problem),
+        cell(kCells[p.cell]),
+        isa(current()),
+        m(machine(isa, p)),
+        ops(isa.number[number_of(p.storage)]),
+        storage(isa.storage[int(p.storage)]),
+        page(isa.page[p.cell][int(p.storage)]),
+        plan_(plan(m, cell, p, backward)),
+        memory(layout(m, cell, p, plan_, backward)),
+        storage_bytes(kStorageBytes[int(p.storage)]),
+        number_bytes(m.number_bytes),
+        barriers(new Barrier[size_t(plan_.row_groups)]) {
+    for (int s = 0; s < cell.stages; ++s) products[s] = backward ? backward_product(cell, p, s) : forward_product(cell, p, s);
+    offsets.resize(size_t(p.steps) + 1, 0);
+    for (int64_t t = 0; t < p.steps; ++t) offsets[size_t(t) + 1] = offsets[size_t(t)] + rows(t);
+    for (int g = 0; g < plan_.row_groups; ++g) barriers[size_t(g)].start(plan_.unit_groups);
+  }
+
+  int64_t rows(int64_t t) const { return p.rows ? p.rows[t] : p.batch; }
+  int64_t width(int state) const { return width_of(p, cell.state_width(state)); }
+  // The step that a walk from the sequence's start (in its own direction of time), or from its end, visits as its n-th.
+  int64_t step(int64_t n, bool from_start) const { return p.reverse != from_start ? n : p.steps - 1 - n; }
+
+  struct Member {
+    int row_group, unit_group, row_groups, unit_groups;
+    int id, members;
+    int64_t round = 0;
+  };
+  Member member(int id, int members) const {
+    // A team that came out smaller than planned shares the units; any cut gives the same bits.
+    if (members != plan_.threads()) return {0, id, 1, members, id, members};
+    return {id / plan_.unit_groups, id % plan_.unit_groups, plan_.row_groups, plan_.unit_groups, id, members};
+  }
+  void wait(Member& me) const {
+    if (me.unit_groups > 1) barriers[size_t(me.row_group)].wait(me.round);
+  }
+
+  void pack(const Member& me, int s, const void* weights, void* workspace, bool transposed) const {
+    const Product& product = products[s];
+    if (!product.depth || p.complete) return;
+    const int64_t panels = panel_count(m, product, plan_.blocks[s]);
+    (transposed ? storage.pack_transposed : storage.pack)(weights, product, plan_.blocks[s], split(panels, me.members, me.id),
+                                                          split(panels, me.members, me.id + 1), at(workspace, memory.packed[s]));
+  }
+
+  // This member's tiles of one stage: operand(row) times every panel of its own, each tile handed to pointwise(rows, unit, sums).
+  // Even steps walk the panels forward and odd ones backward, so that what the cache saw last is wanted first.
+  template <class Operand, class Pointwise>
+  void tiles(const Member& me, int s, int64_t active, bool multiply, bool backwards, const void* workspace, const Operand& operand,
+             const Pointwise& pointwise) const {
+    const Product& product = products[s];
+    const int blocks = plan_.blocks[s], vectors = blocks * std::max(product.columns, 1);
+    const int64_t panels = panel_count(m, product, blocks);
+    const int64_t begin = split(panels, me.unit_groups, me.unit_group), end = split(panels, me.unit_groups, me.unit_group + 1);
+    const int64_t mine = active > me.row_group ? ceil_div(active - me.row_group, me.row_groups) : 0;
+    const int64_t tile_count = ceil_div(mine, tile_rows(m, vectors));
+    const int64_t panel_bytes = panel_elements(m, product, blocks) * number_bytes;
+    multiply = multiply && product.depth;
+    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = backwards ? end - 1 - (i - begin) : i;
+      for (int64_t tile = 0; tile < tile_count; ++tile) {
+        const int64_t first = split(mine, tile_count, tile), last = split(mine, tile_count, tile + 1);
+        const RowSet set{me.row_group + first * me.row_groups, int(last - first), me.row_groups};
+        if (multiply) {
+          const void* operands[kMaxTileRows];
+          for (int r = 0; r < set.count; ++r) operands[r] = operand(set[r]);
+          ops.product[vectors - 1][set.count - 1](operands, at(workspace, memory.packed[s] + panel * panel_bytes), product.depth, sums);
+        }
+        pointwise(set, panel * blocks * m.lanes, multiply ? sums : nullptr);
+      }
+    }
+  }
+
+  // Rows of a [B, width] matrix that are this member's to prepare or to finish.
+  template <class Row>
+  void each_row(const Member& me, const Row& row) const {
+    for (int64_t b = split(p.batch, me.members, me.id); b < split(p.batch, me.members, me.id + 1); ++b) row(b);
+  }
+  void load_or_zero(const void* from, int64_t b, int64_t n, void* to) const {
+    if (from)
+      storage.load(at(from, b * n * storage_bytes), n, to);
+    else
+      std::memset(to, 0, size_t(n * number_bytes));
+  }
+
+  const Problem p;
+  const CellInfo& cell;
+  const Isa& isa;
+  const Machine m;
+  const NumberOps& ops;
+  const StorageOps& storage;
+  const PageOps& page;
+  const Schedule plan_;
+  const Layout memory;
+  const int64_t storage_bytes, number_bytes;
+  Product products[kMaxStages];
+  std::vector<int64_t> offsets;  // [T + 1]: token of each step's row 0
+  std::unique_ptr<Barrier[]> barriers;
+};
+
+}  // namespace
+
+bool forked() { return is_child.load(std::memory_order_relaxed); }
+
+std::vector<std::string> supported_isas() {
+  std::vector<std::string> names;
+  for (const Isa* isa : kBuilt)
+    if (runs(isa)) names.push_back(isa->name);
+  return names;
+}
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Isa* isa : kBuilt) names.push_back(isa->name);
+  return names;
+}
+std::string isa() { return current().name; }
+void set_isa(const std::string& name) { chosen.store(choose(name), std::memory_order_release); }
+
+std::string fits(const Problem& p) {
+  const CellInfo& cell = kCells[p.cell];
+  for (int s = 0; s < cell.stages; ++s)
+    if (cell.stage[s].reduction != Reduction::None) return std::string("the cpu engine has no reduction across units, which ") + cell.name + " asks for";
+  if (p.complete && (p.steps != 1 || cell.stages != 1)) return "complete gates are for one step of a cell of one stage";
+  return "";
+}
+
+Schedule schedule(const Problem& p, bool backward) { return plan(machine(current(), p), kCells[p.cell], p, backward); }
+
+int64_t workspace_bytes(const Problem& p, bool backward) {
+  const Machine m = machine(current(), p);
+  const CellInfo& cell = kCells[p.cell];
+  return layout(m, cell, p, plan(m, cell, p, backward), backward).bytes;
+}
+
+void forward(const Forward& f) {
+  Walk w(f.problem, false);
+  const Problem& p = w.p;
+  const int64_t hidden_bytes = w.width(0) * w.number_bytes;
+  void* const h[2] = {at(f.workspace, w.memory.state[0]), at(f.workspace, w.memory.state[0] + p.batch * hidden_bytes)};
+  auto carried = [&](int i) { return at(f.workspace, w.memory.state[i]); };
+
+  run_team(w.plan_.threads(), [&](int id, int members) {
+    Walk::Member me = w.member(id, members);
+    for (int s = 0; s < w.cell.stages; ++s) w.pack(me, s, f.weights[s], f.workspace, false);
+    w.each_row(me, [&](int64_t b) {
+      for (int side = 0; side < 2; ++side) w.load_or_zero(f.initial[0], b, w.width(0), at(h[side], b * hidden_bytes));
+      for (int i = 1; i < w.cell.states; ++i) w.load_or_zero(f.initial[i], b, w.width(i), at(carried(i), b * w.width(i) * w.number_bytes));
+    });
+    if (members > 1) {
+#pragma omp barrier
+    }
+    for (int64_t n = 0; n < p.steps; ++n) {
+      const int64_t t = w.step(n, true), token = w.offsets[size_t(t)], active = w.rows(t);
+      ForwardStep step{};
+      step.hidden = p.hidden;
+      step.output = p.output;
+      step.gates = at(f.gates, token * f.gates_row * w.storage_bytes);
+      step.gates_row = f.gates_row;
+      step.complete = p.complete;
+      step.kept = at(f.kept, token * w.cell.room() * p.hidden * w.storage_bytes);
+      step.between = at(f.workspace, w.memory.between);
+      for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = f.vectors[i];
+      step.previous[0] = h[n & 1];
+      step.next[0] = h[~n & 1];
+      step.history[0] = at(f.output, token * w.width(0) * w.storage_bytes);
+      for (int i = 1; i < w.cell.states; ++i) {
+        step.previous[i] = step.next[i] = carried(i);
+        step.history[i] = at(f.history[i], token * w.width(i) * w.storage_bytes);
+      }
+      for (int s = 0; s < w.cell.stages; ++s) {
+        const int operand = w.cell.stage[s].operand;
+        const int64_t between_row = w.cell.kept * p.hidden;
+        w.tiles(
+            me, s, active, !p.complete, n & 1, f.workspace,
+            [&](int64_t row) -> const void* {
+              if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
+              return at(step.between, (row * between_row + operand * p.hidden) * w.number_bytes);
+            },
+            [&](RowSet rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, w.plan_.blocks[s], sums); });
+        if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
+      }
+    }
+    if (members > 1) {
+#pragma omp barrier
+    }
+    // A row's last state is on the side that its last step wrote: with rows that end early, each on its own.
+    w.each_row(me, [&](int64_t b) {
+      int64_t taken = p.steps;
+      if (p.rows) taken = std::partition_point(p.rows, p.rows + p.steps, [&](int64_t r) { return r > b; }) - p.rows;
+      const int64_t visits = p.reverse ? p.steps : taken;
+      w.storage.store(at(h[visits & 1], b * hidden_bytes), w.width(0), at(f.final[0], b * w.width(0) * w.storage_bytes));
+      for (int i = 1; i < w.cell.states; ++i)
+        w.storage.store(at(carried(i), b * w.width(i) * w.number_bytes), w.width(i), at(f.final[i], b * w.width(i) * w.storage_bytes));
+    });
+  });
+}
+
+void backward(const Backward& g) {
+  Walk w(g.problem, true);
+  const Problem& p = w.p;
+  const int last = w.cell.stages - 1;
+  const int64_t gates_row = w.cell.hidden_slots(0) * p.hidden;  // stage 0's operand, as the step before it in time reads it
+  void* const gates[2] = {at(g.workspace, w.memory.operand[0]), at(g.workspace, w.memory.operand[0] + p.batch * gates_row * w.number_bytes)};
+  auto carried = [&](int i) { return at(g.workspace, w.memory.state[i]); };
+
+  run_team(w.plan_.threads(), [&](int id, int members) {
+    Walk::Member me = w.member(id, members);
+    for (int s = 0; s < w.cell.stages; ++s) w.pack(me, s, g.weights[s < last ? s + 1 : 0], g.workspace, true);
+    w.each_row(me, [&](int64_t b) {
+      for (int i = 0; i < w.cell.states; ++i) w.load_or_zero(g.grad_final[i], b, w.width(i), at(carried(i), b * w.width(i) * w.number_bytes));
+      for (int side = 0; side < 2; ++side) std::memset(at(gates[side], b * gates_row * w.number_bytes), 0, size_t(gates_row * w.number_bytes));
+    });
+    if (members > 1) {
+#pragma omp barrier
+    }
+    for (int64_t n = 0; n < p.steps; ++n) {
+      const int64_t t = w.step(n, false), token = w.offsets[size_t(t)], active = w.rows(t);
+      const int64_t before = p.reverse ? t + 1 : t - 1;
+      const bool has_before = before >= 0 && before < p.steps;
+      BackwardStep step{};
+      step.hidden = p.hidden;
+      step.output = p.output;
+      step.kept = at(g.kept, token * w.cell.room() * p.hidden * w.storage_bytes);
+      step.grad_gates = at(g.grad_gates, token * w.cell.room() * p.hidden * w.storage_bytes);
+      for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = g.vectors[i];
+      step.previous_rows = has_before ? std::min(active, w.rows(before)) : 0;
+      step.grad_output = at(g.grad_output, token * w.width(0) * w.storage_bytes);
+      for (int i = 0; i < w.cell.states; ++i) {
+        const void* states = i == 0 ? g.output : g.history[i];
+        step.states[i] = at(states, token * w.width(i) * w.storage_bytes);
+        step.previous[i] = has_before ? at(states, w.offsets[size_t(before)] * w.width(i) * w.storage_bytes) : nullptr;
+        step.initial[i] = g.initial[i];
+        step.carried[i] = carried(i);
+      }
+      step.operand[0] = gates[n & 1];
+      for (int s = 1; s < w.cell.stages; ++s) step.operand[s] = at(g.workspace, w.memory.operand[s]);
+      for (int s = last; s >= 0; --s) {
+        const void* read = s < last ? step.operand[s + 1] : gates[~n & 1];
+        const int64_t row_bytes = w.products[s].depth * w.number_bytes;
+        w.tiles(
+            me, s, active, !p.complete && (n > 0 || s < last), n & 1, g.workspace, [&](int64_t row) { return at(read, row * row_bytes); },
+            [&](RowSet rows, int64_t unit, const void* sums) { w.page.backward[s](step, rows, unit, w.plan_.blocks[s], sums); });
+        if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
+      }
+    }
+    if (members > 1) {
+#pragma omp barrier
+    }
+    if (g.grad_initial[0]) {
+      const int64_t units = w.width(0);
+      auto finish = [&](int64_t row, int64_t unit, int64_t n, const void* sums) {
+        void* total = at(carried(0), (row * units + unit) * w.number_bytes);
+        if (sums) w.ops.add(sums, n, total);
+        w.storage.store(total, n, at(g.grad_initial[0], (row * units + unit) * w.storage_bytes));
+      };
+      // Each row's first step was the walk's last visit to it, and left its gate gradients on that visit's side.
+      auto side = [&](int64_t row) -> const void* {
+        int64_t visits = p.steps;
+        if (p.rows && p.reverse) visits = std::partition_point(p.rows, p.rows + p.steps, [&](int64_t r) { return r > row; }) - p.rows;
+        return at(gates[~visits & 1], row * gates_row * w.number_bytes);
+      };
+      const int64_t panel_units = w.plan_.blocks[last] * w.m.lanes;
+      w.tiles(me, last, p.batch, !p.complete, false, g.workspace, side, [&](RowSet rows, int64_t unit, const void* sums) {
+        for (int r = 0; r < rows.count; ++r)
+          finish(rows[r], unit, std::min(panel_units, units - unit), at(sums, r * panel_units * w.number_bytes));
+      });
+    }
+    w.each_row(me, [&](int64_t b) {
+      for (int i = 1; i < w.cell.states; ++i)
+        if (g.grad_initial[i])
+          w.storage.store(at(carried(i), b * w.width(i) * w.number_bytes), w.width(i), at(g.grad_initial[i], b * w.width(i) * w.storage_bytes));
+    });
+  });
+}
+
+double measure_bandwidth(int64_t bytes, int threads) {
+  const Isa& isa = current();
+  const NumberOps& ops = isa.number[0];
+  const int vectors = kMaxVectorsPerPanel;
+  const int64_t depth = std::max<int64_t>(1, bytes / (vectors * ops.lanes * 4));
+  const int64_t repeats = std::max<int64_t>(4, (int64_t(1) << 28) / std::max<int64_t>(bytes, 1));
+  std::vector<std::vector<float>> panels(static_cast<size_t>(std::max(threads, 1)));
+  double seconds = 0;
+  int team = 1;
+  run_team(threads, [&](int id, int members) {
+    std::vector<float>& panel = panels[size_t(id)];
+    panel.assign(size_t(depth * vectors * ops.lanes) + 16, 1.0f);
+    std::vector<float> row(size_t(depth), 1.0f);
+    const void* rows[] = {row.data()};
+    alignas(64) float sums[kMaxVectorsPerPanel * 16];
+    const auto aligned = reinterpret_cast<const float*>((reinterpret_cast<uintptr_t>(panel.data()) + 63) / 64 * 64);
+    auto pass = [&] { ops.product[vectors - 1][0](rows, aligned, depth, sums); };
+    pass();
+    if (members > 1) {
+#pragma omp barrier
+    }
+    const auto start = std::chrono::steady_clock::now();
+    for (int64_t i = 0; i < repeats; ++i) pass();
+    if (members > 1) {
+#pragma omp barrier
+    }
+    if (id == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), team = members;
+  });
+  return double(depth * vectors * ops.lanes * 4) * double(repeats) * team / seconds * 1e-9;
+}
+
+double measure_barrier(int threads) {
+  constexpr int64_t repeats = 20000;
+  Barrier barrier;
+  double seconds = 0;
+  run_team(threads, [&](int id, int members) {
+    if (id == 0) barrier.start(members);
+    if (members > 1) {
+#pragma omp barrier
+    }
+    int64_t round = 0;
+    const auto start = std::chrono::steady_clock::now();
+    for (int64_t i = 0; i < repeats; ++i) barrier.wait(round);
+    if (id == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  });
+  return seconds / repeats * 1e6;
+}
+
+}  // namespace rnnkernels::cpu

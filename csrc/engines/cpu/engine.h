@@ -1,0 +1,30 @@
+// The CPU engine: any page over a sequence.
+#pragma once
+
+#include <string>
+#include <vector>
+
+#include "core/plan.h"
+
+namespace rnnkernels::cpu {
+
+// The instruction sets in this binary that this processor runs, best first.
+std::vector<std::string> supported_isas();
+std::vector<std::string> built_isas();
+std::string isa();
+// Throws std::invalid_argument for a name that is not supported; the empty name chooses the best.
+void set_isa(const std::string& name);
+
+// Empty if the engine can run it, otherwise the reason why not.
+std::string fits(const Problem&);
+Schedule schedule(const Problem&, bool backward);
+int64_t workspace_bytes(const Problem&, bool backward);
+
+void forward(const Forward&);
+void backward(const Backward&);
+
+// For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over; a barrier's time.
+double measure_bandwidth(int64_t bytes, int threads);
+double measure_barrier(int threads);
+
+}  // namespace rnnkernels::cpu

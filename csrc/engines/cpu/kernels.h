@@ -1,0 +1,242 @@
+// Kernels of the CPU engine over any number type: the product of rows and a panel, the pages between memory and registers, packing.
+// Every function here is a template over a number type of its instruction set, so that none is shared between instruction sets.
+#pragma once
+
+#include "engines/cpu/table.h"
+
+namespace rnnkernels::cpu {
+
+// All columns of a unit lie in one lane; the tile's sums stay in registers while the panel streams by once.
+template <class V, int vectors, int rows>
+void product(const void* const* operand, const void* panel, int64_t depth, void* sums) {
+  using T = typename V::element;
+  const T* a[rows];
+  for (int r = 0; r < rows; ++r) a[r] = static_cast<const T*>(operand[r]);
+  const T* w = static_cast<const T*>(panel);
+  V sum[rows][vectors];
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
+#pragma GCC unroll 2
+  for (int64_t k = 0; k < depth; ++k, w += vectors * V::lanes) {
+    V column[vectors];
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) column[v] = V::load(w + v * V::lanes);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r) {
+      const V x = V::broadcast(a[r] + k);
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
+    }
+  }
+  T* out = static_cast<T*>(sums);
+#pragma GCC unroll 8
+  for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < vectors; ++v) sum[r][v].store(out + (r * vectors + v) * V::lanes);
+}
+
+template <class V>
+void add(const void* from, int64_t n, void* to) {
+  using T = typename V::element;
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const int m = int(n - i < V::lanes ? n - i : V::lanes);
+    T* t = static_cast<T*>(to) + i;
+    (V::load(t, m) + V::load(static_cast<const T*>(from) + i, m)).store(t, m);
+  }
+}
+
+template <class V, class S>
+void load(const void* storage, int64_t n, void* numbers) {
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const int m = int(n - i < V::lanes ? n - i : V::lanes);
+    V::load(static_cast<const S*>(storage) + i, m).store(static_cast<typename V::element*>(numbers) + i, m);
+  }
+}
+
+template <class V, class S>
+void store(const void* numbers, int64_t n, void* storage) {
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const int m = int(n - i < V::lanes ? n - i : V::lanes);
+    V::load(static_cast<const typename V::element*>(numbers) + i, m).store(static_cast<S*>(storage) + i, m);
+  }
+}
+
+template <class V, class S>
+void pack_transposed(const void* weights, const Product& p, int blocks, int64_t begin, int64_t end, void* packed) {
+  using T = typename V::element;
+  const int64_t width = int64_t(blocks) * V::lanes;
+  const S* w = static_cast<const S*>(weights);
+  for (int64_t panel = begin; panel < end; ++panel) {
+    T* out = static_cast<T*>(packed) + panel * p.depth * width;
+    const int64_t unit = panel * width;
+    for (int64_t k = 0; k < p.depth; ++k, out += width)
+      for (int b = 0; b < blocks; ++b) {
+        const int64_t u = unit + b * V::lanes;
+        const int64_t left = p.units - u;
+        V::load(w + k * p.units + (left > 0 ? u : 0), int(left < 0 ? 0 : left < V::lanes ? left : V::lanes)).store(out + b * V::lanes);
+      }
+  }
+}
+
+template <class V, class S>
+void pack(const void* weights, const Product& p, int blocks, int64_t begin, int64_t end, void* packed) {
+  using T = typename V::element;
+  constexpr int L = V::lanes;
+  constexpr int64_t chunk = 64;  // operand elements at a time: the rows' cache lines are used up before they leave L1
+  const S* w = static_cast<const S*>(weights);
+  const int64_t vectors = int64_t(blocks) * p.columns;
+  alignas(64) T row[chunk];
+  for (int64_t panel = begin; panel < end; ++panel) {
+    T* out = static_cast<T*>(packed) + panel * p.depth * vectors * L;
+    for (int64_t k0 = 0; k0 < p.depth; k0 += chunk) {
+      const int64_t n = p.depth - k0 < chunk ? p.depth - k0 : chunk;
+      for (int64_t v = 0; v < vectors; ++v) {
+        const int64_t column = v % p.columns, unit = (panel * blocks + v / p.columns) * L;
+        for (int lane = 0; lane < L; ++lane) {
+          T* to = out + (k0 * vectors + v) * L + lane;
+          if (unit + lane < p.units) {
+            load<V, S>(w + (column * p.units + unit + lane) * p.depth + k0, n, row);
+            for (int64_t k = 0; k < n; ++k) to[k * vectors * L] = row[k];
+          } else {
+            for (int64_t k = 0; k < n; ++k) to[k * vectors * L] = 0;
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class Cell, int stage, class V, class S>
+void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, const void* sums) {
+  using T = typename V::element;
+  constexpr CellInfo cell = InfoOf<Cell>::value;
+  constexpr int columns = cell.hidden_slots(stage);
+  constexpr int L = V::lanes;
+  const int64_t width = cell.stage[stage].width == Width::Output ? step.output : step.hidden;
+  for (int b = 0; b < blocks && unit + b * L < width; ++b) {
+    const int64_t u = unit + b * L;
+    const int n = int(width - u < L ? width - u : L);
+    V w[cell.vectors ? cell.vectors : 1];
+    for (int i = 0; i < cell.vectors; ++i) w[i] = step.vectors[i] ? V::load(static_cast<const S*>(step.vectors[i]) + u, n) : V(0);
+    for (int r = 0; r < rows.count; ++r) {
+      const int64_t row = rows[r];
+      const T* sum = sums ? static_cast<const T*>(sums) + (r * blocks + b) * columns * L : nullptr;
+      const S* gates = static_cast<const S*>(step.gates) + row * step.gates_row + u;
+      V a[cell.slots], s[cell.states], s1[cell.states], k[cell.kept];
+      for (int i = 0; i < cell.slots; ++i) {
+        if (!cell.in_stage(stage, i)) continue;
+        a[i] = (cell.slot[i].feeds & X) || step.complete ? V::load(gates + i * step.hidden, n) : V(0);
+        if ((cell.slot[i].feeds & H) && sum) a[i] = a[i] + V::load(sum + cell.hidden_slots(stage, i) * L);
+      }
+      for (int i = 0; i < cell.states; ++i)
+        if (cell.sees(stage, i)) s[i] = V::load(static_cast<const T*>(step.previous[i]) + row * width + u, n);
+      T* between = static_cast<T*>(step.between) + row * cell.kept * step.hidden + u;
+      if (stage > 0)
+        for (int i = 0; i < cell.kept; ++i) k[i] = V::load(between + i * step.hidden, n);
+
+      Cell::template forward<stage>(a, w, s, s1, k);
+
+      for (int i = 0; i < cell.states; ++i) {
+        if (!cell.writes(stage, i)) continue;
+        s1[i].store(static_cast<T*>(step.next[i]) + row * width + u, n);
+        if (step.history[i]) s1[i].store(static_cast<S*>(step.history[i]) + row * width + u, n);
+      }
+      for (int i = 0; i < cell.kept; ++i) {
+        if (!cell.keeps(stage, i)) continue;
+        if (cell.stages > 1) k[i].store(between + i * step.hidden, n);
+        if (step.kept) k[i].store(static_cast<S*>(step.kept) + (row * cell.room() + i) * step.hidden + u, n);
+      }
+    }
+  }
+}
+
+template <class Cell, int stage, class V, class S>
+void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, const void* sums) {
+  using T = typename V::element;
+  constexpr CellInfo cell = InfoOf<Cell>::value;
+  constexpr bool last = stage == cell.stages - 1;
+  constexpr int columns = cell.hidden_slots(stage);
+  constexpr int L = V::lanes;
+  const int64_t width = cell.stage[stage].width == Width::Output ? step.output : step.hidden;
+  for (int b = 0; b < blocks && unit + b * L < width; ++b) {
+    const int64_t u = unit + b * L;
+    const int n = int(width - u < L ? width - u : L);
+    V w[cell.vectors ? cell.vectors : 1];
+    for (int i = 0; i < cell.vectors; ++i) w[i] = step.vectors[i] ? V::load(static_cast<const S*>(step.vectors[i]) + u, n) : V(0);
+    for (int r = 0; r < rows.count; ++r) {
+      const int64_t row = rows[r], token = row * cell.room() * step.hidden + u, at = row * width + u;
+      V s[cell.states], s1[cell.states], k[cell.room()], d[cell.states];
+      for (int i = 0; i < cell.states; ++i) {
+        if (!cell.sees(stage, i)) continue;
+        const void* before = row < step.previous_rows ? step.previous[i] : step.initial[i];
+        s[i] = before ? V::load(static_cast<const S*>(before) + at, n) : V(0);
+        s1[i] = V::load(static_cast<const S*>(step.states[i]) + at, n);
+        d[i] = V::load(static_cast<const T*>(step.carried[i]) + at, n);
+      }
+      // What later stages made of the kept values lies where the gradients go.
+      const S* kept = static_cast<const S*>(last ? step.kept : step.grad_gates) + token;
+      for (int i = 0; i < cell.kept; ++i) k[i] = V::load((i < cell.slots ? kept : static_cast<const S*>(step.kept) + token) + i * step.hidden, n);
+      V d1 = sums ? V::load(static_cast<const T*>(sums) + (r * blocks + b) * L) : V(0);
+      if (last) {
+        d1 = d1 + d[0];
+        if (step.grad_output) d1 = d1 + V::load(static_cast<const S*>(step.grad_output) + at, n);
+        d[0] = V(0);
+      }
+
+      Cell::template backward<stage>(d1, w, s, s1, k, d);
+
+      for (int i = 0; i < cell.slots; ++i) k[i].store(static_cast<S*>(step.grad_gates) + token + i * step.hidden, n);
+      for (int i = 0; i < cell.slots; ++i)
+        if (cell.in_stage(stage, i) && (cell.slot[i].feeds & H))
+          k[i].store(static_cast<T*>(step.operand[stage]) + (row * columns + cell.hidden_slots(stage, i)) * width + u, n);
+      for (int i = 0; i < cell.states; ++i)
+        if (cell.sees(stage, i)) d[i].store(static_cast<T*>(step.carried[i]) + at, n);
+    }
+  }
+}
+
+template <class V, int registers>
+constexpr NumberOps number_ops() {
+  NumberOps ops{V::lanes, registers, {}, add<V>};
+#define RNN_ROWS(v, r) \
+  if constexpr (r == 1 || v * r <= registers) ops.product[v - 1][r - 1] = product<V, v, r>;
+#define RNN_VECTORS(v) RNN_ROWS(v, 1) RNN_ROWS(v, 2) RNN_ROWS(v, 3) RNN_ROWS(v, 4) RNN_ROWS(v, 5) RNN_ROWS(v, 6) RNN_ROWS(v, 7) RNN_ROWS(v, 8)
+  RNN_VECTORS(1) RNN_VECTORS(2) RNN_VECTORS(3) RNN_VECTORS(4) RNN_VECTORS(5) RNN_VECTORS(6) RNN_VECTORS(7) RNN_VECTORS(8)
+#undef RNN_VECTORS
+#undef RNN_ROWS
+  return ops;
+}
+
+template <class V, class S>
+constexpr StorageOps storage_ops() {
+  return {pack<V, S>, pack_transposed<V, S>, load<V, S>, store<V, S>};
+}
+
+template <class Cell, class V, class S>
+constexpr PageOps page_ops() {
+  constexpr int stages = InfoOf<Cell>::value.stages;
+  PageOps ops{};
+  ops.forward[0] = forward<Cell, 0, V, S>;
+  ops.backward[0] = backward<Cell, 0, V, S>;
+  if constexpr (stages > 1) ops.forward[1] = forward<Cell, 1, V, S>, ops.backward[1] = backward<Cell, 1, V, S>;
+  if constexpr (stages > 2) ops.forward[2] = forward<Cell, 2, V, S>, ops.backward[2] = backward<Cell, 2, V, S>;
+  return ops;
+}
+
+// In the order of Storage.
+template <class F32, class F64, int registers>
+constexpr Isa make_isa(const char* name) {
+  return {name,
+          {number_ops<F32, registers>(), number_ops<F64, registers>()},
+          {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},
+          {
+#define RNN_CELL(cell, ...) \
+  {page_ops<__VA_ARGS__, F32, float>(), page_ops<__VA_ARGS__, F64, double>(), page_ops<__VA_ARGS__, F32, bf16>(), page_ops<__VA_ARGS__, F32, f16>()},
+#include "cells/cells.def"
+#undef RNN_CELL
+          }};
+}
+
+}  // namespace rnnkernels::cpu

@@ -1,0 +1,82 @@
+// The seam between the walk over time, compiled once for the baseline, and the kernels, compiled once for each instruction set: tables of functions
+// over untyped memory. Numbers are float or double as the storage type asks; pointers that step from row to row come with their stride in elements.
+#pragma once
+
+#include "cells/list.h"
+#include "core/plan.h"
+
+namespace rnnkernels::cpu {
+
+// The rows of a tile: first, first + stride, … Threads that share a batch take turns row by row, so that a ragged batch stays balanced.
+struct RowSet {
+  int64_t first;
+  int count, stride;
+  int64_t operator[](int i) const { return first + int64_t(i) * stride; }
+};
+
+// One step, each pointer at its row 0. `null` means zero for what is read and "nobody asks" for what is written.
+struct ForwardStep {
+  int64_t hidden, output;
+  const void* gates;  // storage
+  int64_t gates_row;
+  bool complete;                        // the gates hold every slot, with U's part
+  void* kept;                           // storage, rows of room()·H
+  void* between;                        // numbers, rows of kept·H; null for cells of one stage
+  const void* vectors[kMaxVectors];     // storage
+  const void* previous[kMaxStates];     // numbers
+  void* next[kMaxStates];               // numbers
+  void* history[kMaxStates];            // storage; [0] is the output
+};
+
+struct BackwardStep {
+  int64_t hidden, output;
+  const void* kept;  // storage, rows of room()·H
+  void* grad_gates;  // storage, likewise
+  const void* vectors[kMaxVectors];
+  int64_t previous_rows;                // rows below it have a step before this one; for the others that is the initial state
+  const void* previous[kMaxStates];     // storage
+  const void* initial[kMaxStates];      // storage
+  const void* states[kMaxStates];       // storage: after the step
+  const void* grad_output;              // storage
+  void* carried[kMaxStates];            // numbers: gradients of the states, on their way back
+  void* operand[kMaxStages];            // numbers, rows of H slots · width
+};
+
+struct NumberOps {
+  int lanes, registers;
+  // sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order
+  using Product = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums);
+  Product product[kMaxVectorsPerPanel][kMaxTileRows];
+  void (*add)(const void* from, int64_t n, void* to);
+};
+
+struct StorageOps {
+  // Panels [begin, end) of weights [columns·units, depth]; the transposed form takes weights [depth, units].
+  using Pack = void (*)(const void* weights, const Product&, int blocks, int64_t begin, int64_t end, void* packed);
+  Pack pack, pack_transposed;
+  void (*load)(const void* storage, int64_t n, void* numbers);
+  void (*store)(const void* numbers, int64_t n, void* storage);
+};
+
+struct PageOps {
+  // The pointwise part of a stage for a tile of rows and `blocks` vectors of units from `unit` on; null sums are zero.
+  using Forward = void (*)(const ForwardStep&, RowSet, int64_t unit, int blocks, const void* sums);
+  using Backward = void (*)(const BackwardStep&, RowSet, int64_t unit, int blocks, const void* sums);
+  Forward forward[kMaxStages];
+  Backward backward[kMaxStages];
+};
+
+struct Isa {
+  const char* name;
+  NumberOps number[2];  // float, double
+  StorageOps storage[kStorages];
+  PageOps page[kCellCount][kStorages];
+};
+
+extern const Isa isa_scalar;
+#if RNNKERNELS_X86
+extern const Isa isa_avx2;
+extern const Isa isa_avx512;
+#endif
+
+}  // namespace rnnkernels::cpu

@@ -1,0 +1,55 @@
+from collections.abc import Sequence
+
+class Problem:
+    def __init__(
+        self,
+        cell: int,
+        storage: int,
+        steps: int,
+        batch: int,
+        hidden: int,
+        output: int,
+        rows: int,
+        reverse: bool,
+        complete: bool,
+        threads: int,
+    ) -> None: ...
+
+def cells() -> list[dict[str, object]]: ...
+def build() -> dict[str, object]: ...
+def supported_isas() -> list[str]: ...
+def isa() -> str: ...
+def set_isa(name: str) -> None: ...
+def workspace_bytes(problem: Problem, backward: bool) -> int: ...
+def schedule(problem: Problem, backward: bool) -> tuple[int, int, int, float]: ...
+def measure_bandwidth(bytes: int, threads: int) -> float: ...
+def measure_barrier(threads: int) -> float: ...
+def forward(
+    problem: Problem,
+    gates: int,
+    gates_row: int,
+    kept: int,
+    weights: Sequence[int],
+    vectors: Sequence[int],
+    initial: Sequence[int],
+    final: Sequence[int],
+    output: int,
+    history: Sequence[int],
+    workspace: int,
+    bytes: int,
+) -> None: ...
+def backward(
+    problem: Problem,
+    kept: int,
+    grad_gates: int,
+    weights: Sequence[int],
+    vectors: Sequence[int],
+    initial: Sequence[int],
+    output: int,
+    history: Sequence[int],
+    grad_output: int,
+    grad_final: Sequence[int],
+    grad_initial: Sequence[int],
+    workspace: int,
+    bytes: int,
+) -> None: ...

@@ -1,0 +1,553 @@
+"""Layers and cells that stand in for torch.nn's, and ``explain``, which tells what would run them.
+
+What torch.nn defines for all its recurrent modules (constructor checks, initial weights, state, sizes) is inherited from its two base
+classes, so it cannot drift. They subclass those bases and not ``torch.nn.LSTM`` itself, because torch.compile refuses every instance of it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from . import functional, ops
+
+__all__ = ["GRU", "LSTM", "RNN", "Explanation", "GRUCell", "LSTMCell", "Plan", "RNNCell", "explain"]
+
+_ENGINES = ("auto", "cpu")
+_SRNS = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID", "identity": "RNN_IDENTITY"}
+_CELLS = {mode: f"srn_{name}" for name, mode in _SRNS.items()} | {"GRU": "gru", "LSTM": "lstm"}
+
+
+def _checked_engine(engine: str) -> str:
+    if engine not in _ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, _ENGINES))}, got {engine!r}")
+    return engine
+
+
+def _named(module: nn.Module, names: Sequence[str]) -> list[Any]:
+    # The dictionary is much quicker than getattr. What is not in it is None or an attribute that replaced a Parameter: weight drop,
+    # weight_norm, a parametrization, a data-parallel replica.
+    parameters = module._parameters
+    return [getattr(module, name, None) if (weight := parameters.get(name)) is None else weight for name in names]
+
+
+def _check_agreement(input: Tensor, states: Sequence[Tensor], weight: Tensor) -> None:
+    """Raise, with torch.nn's texts, unless input, states and weight share a device and, outside autocast, a dtype."""
+    device, dtype = input.device, weight.dtype
+    for tensor in (*states, weight):
+        if tensor.device != device:
+            name = "parameter" if tensor is weight else "hidden"
+            raise RuntimeError(
+                f"Input and {name} tensors are not at the same device, found input tensor at {device} and {name} tensor at {tensor.device}"
+            )
+    for tensor in (input, *states):
+        if tensor.dtype != dtype and not torch._C._is_any_autocast_enabled():
+            found, expected = (t.type().split(".")[-1].removesuffix("Tensor") for t in (tensor, weight))
+            raise RuntimeError(f"mat1 and mat2 must have the same dtype, but got {found} and {expected}")
+
+
+def _check_ranks(states: Sequence[Tensor], rank: int) -> None:
+    for state in states:
+        if state.dim() != rank:
+            case = "batched 3-D" if rank == 3 else "unbatched 2-D"
+            ranks = ", ".join(f"{state.dim()}-D" for state in states)
+            found = f"hx should also be {rank}-D but got {ranks} tensor"
+            if len(states) == 2:
+                found = f"hx and cx should also be {rank}-D but got ({ranks}) tensors"
+            raise RuntimeError(f"For {case} input, {found}")
+
+
+class _Layer(nn.RNNBase):
+    """What RNN, GRU and LSTM share: everything but the shape of hx."""
+
+    # A default on the class serves modules unpickled from a state that has no engine.
+    engine: str = "auto"
+    _rank_text: str
+
+    def __init__(self, mode: str, /, *args: Any, engine: str = "auto", **kwargs: Any) -> None:
+        _checked_engine(engine)
+        super().__init__(mode, *args, **kwargs)
+        self.engine = engine
+
+    @property
+    def _cell(self) -> str:
+        return _CELLS[self.mode]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        # torch.nn keeps this list and must notice when it goes stale; ours is read by name, each time.
+        return _named(self, self._flat_weights_names)
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: list[Tensor | None]) -> None:
+        """The base class stores the list in several places; there is nothing to store."""
+
+    def flatten_parameters(self) -> None:
+        """Do nothing: the kernels take the weights where they lie. Here because callers of torch.nn call it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "_flat_weights"})  # type: ignore[no-untyped-call]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", engine={self.engine}" if self.engine != "auto" else "")
+
+    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
+        """Run the layer; see the class for shapes and errors."""
+        data, states, batch_sizes, weights = self._prepare(input, hx)
+        output, *finals = functional.stack(
+            self._cell,
+            data,
+            states,
+            weights,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            batch_sizes=batch_sizes,
+        )
+        if isinstance(input, PackedSequence):
+            packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
+            return packed, self.permute_hidden(self._join(finals), input.unsorted_indices)
+        if input.dim() == 2:
+            return output.squeeze(1), self._join([state.squeeze(1) for state in finals])
+        return output.transpose(0, 1) if self.batch_first else output, self._join(finals)
+
+    def _prepare(self, input: Any, hx: Any) -> tuple[Tensor, Sequence[Tensor] | None, Tensor | None, list[list[Any]]]:
+        """Check what forward was given; return the input time-major, the states as a sequence, batch_sizes, and the weights."""
+        states = None
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, _ = input
+            if hx is not None:
+                states = self._split(self.permute_hidden(hx, sorted_indices))
+        else:
+            data, batch_sizes = input, None
+            batched = data.dim() == 3
+            if not batched:
+                if data.dim() != 2:
+                    raise ValueError(self._rank_text.format(data.dim()))
+                data = data.unsqueeze(0 if self.batch_first else 1)
+            if hx is not None:
+                states = self._split(hx)
+                _check_ranks(states, 3 if batched else 2)
+                if not batched:
+                    states = [state.unsqueeze(1) for state in states]
+        if states is None:
+            self.check_input(data, batch_sizes)
+        else:
+            self.check_forward_args(data, self._join(states), batch_sizes)
+        if batch_sizes is None:
+            if self.batch_first:
+                data = data.transpose(0, 1)
+            if data.size(0) == 0:
+                raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        weights = self._weights()
+        _check_agreement(data, states or (), weights[0][0])
+        return data, states, batch_sizes, weights
+
+    def _weights(self) -> list[list[Any]]:
+        groups = [_named(self, names) for names in self._all_weights]
+        if self.proj_size > 0 and not self.bias:
+            return [[weight_ih, weight_hh, None, None, weight_hr] for weight_ih, weight_hh, weight_hr in groups]
+        return groups
+
+    def _split(self, hx: Any) -> Sequence[Tensor]:
+        return (hx,)
+
+    def _join(self, states: Sequence[Tensor]) -> Any:
+        return states[0]
+
+
+class RNN(_Layer):
+    r"""A stack of simple recurrent networks (Elman 1990), as ``torch.nn.RNN``.
+
+    .. math:: h_t = f(W_{ih} x_t + b_{ih} + W_{hh} h_{t-1} + b_{hh})
+
+    Args:
+        input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN, in
+            this order. ``nonlinearity`` is also "sigmoid" or "identity", besides "tanh" and "relu".
+        engine: "auto" or "cpu" (keyword only).
+
+    Shape, with D = 2 if bidirectional else 1 and L = num_layers:
+        * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
+        * hx: ``(L · D, B, H)``, or ``(L · D, H)`` unbatched; zeros if None.
+        * output: as the input with D · H in place of I; h_n: as hx.
+
+    Dtypes: float64, float32, bfloat16, float16; input, hx and weights share one. Parameters are named and laid out as torch.nn's.
+
+    Raises:
+        ValueError: a wrong option; input not 2-D or 3-D; input and weights of different dtypes.
+        TypeError: an option of the wrong type.
+        RuntimeError: T = 0; wrong sizes; wrong rank, dtype or device of hx.
+
+    >>> import torch, rnnkernels
+    >>> layer = rnnkernels.RNN(3, 5, nonlinearity="sigmoid")
+    >>> output, h_n = layer(torch.zeros(7, 2, 3))
+    >>> output.shape, h_n.shape
+    (torch.Size([7, 2, 5]), torch.Size([1, 2, 5]))
+    """
+
+    nonlinearity: str
+    _rank_text = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
+
+    def __init__(self, *args: Any, engine: str = "auto", **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if len(args) > 3:
+            nonlinearity = args[3]
+            args = args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        if nonlinearity not in _SRNS:
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu', 'sigmoid' or 'identity'.")
+        # RNNBase reads the shapes of the weights off the mode and knows two SRNs; the shapes of all are the same.
+        super().__init__("RNN_TANH", *args, engine=engine, **kwargs)
+        self.nonlinearity = nonlinearity
+        self.mode = _SRNS[nonlinearity]
+
+
+class GRU(_Layer):
+    r"""A stack of gated recurrent units (Cho 2014, reset after the matrix product), as ``torch.nn.GRU``.
+
+    .. math::
+        r_t &= \sigma(W_{ir} x_t + b_{ir} + W_{hr} h_{t-1} + b_{hr}) \\
+        z_t &= \sigma(W_{iz} x_t + b_{iz} + W_{hz} h_{t-1} + b_{hz}) \\
+        n_t &= \tanh(W_{in} x_t + b_{in} + r_t \odot (W_{hn} h_{t-1} + b_{hn})) \\
+        h_t &= (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
+        engine: "auto" or "cpu" (keyword only).
+
+    Shapes, dtypes and errors: as :class:`RNN`.
+
+    >>> import torch, rnnkernels
+    >>> layer = rnnkernels.GRU(3, 5, bidirectional=True, batch_first=True)
+    >>> output, h_n = layer(torch.zeros(2, 7, 3))
+    >>> output.shape, h_n.shape
+    (torch.Size([2, 7, 10]), torch.Size([2, 2, 5]))
+    """
+
+    _rank_text = "GRU: Expected input to be 2D or 3D, got {}D instead"
+
+    def __init__(self, *args: Any, engine: str = "auto", **kwargs: Any) -> None:
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__("GRU", *args, engine=engine, **kwargs)
+
+
+class LSTM(_Layer):
+    r"""A stack of LSTMs (Hochreiter & Schmidhuber 1997, forget gate of Gers 2000, projection of Sak 2014), as ``torch.nn.LSTM``.
+
+    .. math::
+        i_t, f_t, o_t &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        c_t &= f_t \odot c_{t-1} + i_t \odot g_t \\
+        h_t &= o_t \odot \tanh(c_t) \quad\text{or, with proj\_size,}\quad W_{hr} (o_t \odot \tanh(c_t))
+
+    Args:
+        input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
+            this order.
+        engine: "auto" or "cpu" (keyword only).
+
+    Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
+    proj_size or else hidden_size, the output is D · P wide, h ``(L · D, B, P)`` and c ``(L · D, B, H)``.
+
+    >>> import torch, rnnkernels
+    >>> layer = rnnkernels.LSTM(3, 5, proj_size=2)
+    >>> output, (h_n, c_n) = layer(torch.zeros(7, 1, 3))
+    >>> output.shape, h_n.shape, c_n.shape
+    (torch.Size([7, 1, 2]), torch.Size([1, 1, 2]), torch.Size([1, 1, 5]))
+    """
+
+    _rank_text = "LSTM: Expected input to be 2D or 3D, got {}D instead"
+
+    def __init__(self, *args: Any, engine: str = "auto", **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, engine=engine, **kwargs)
+
+    # torch.nn's own, so that sizes and texts are its by construction.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    @property
+    def _cell(self) -> str:
+        return "lstm_projected" if self.proj_size > 0 else "lstm"
+
+    def _split(self, hx: Any) -> Sequence[Tensor]:
+        return _pair(hx, "lstm")
+
+    def _join(self, states: Sequence[Tensor]) -> Any:
+        return tuple(states)
+
+
+def _pair(hx: Any, name: str) -> tuple[Tensor, Tensor]:
+    if isinstance(hx, Tensor):
+        raise TypeError(f"{name}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+    if len(hx) != 2:
+        raise RuntimeError(f"{name} expects two hidden states")
+    return hx[0], hx[1]
+
+
+class _Cell(nn.RNNCellBase):
+    """What RNNCell, GRUCell and LSTMCell share: one step of a sequence."""
+
+    engine: str = "auto"
+    _name: str
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool, num_chunks: int, device: Any, dtype: Any, *, engine: str = "auto"
+    ) -> None:
+        _checked_engine(engine)
+        super().__init__(input_size, hidden_size, bias, num_chunks, device=device, dtype=dtype)
+        self.engine = engine
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (f", engine={self.engine}" if self.engine != "auto" else "")
+
+    @property
+    def _cell(self) -> str:
+        raise NotImplementedError
+
+    def _check_ranks(self, input: Tensor, hx: Any) -> None:
+        if input.dim() not in (1, 2):
+            raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
+        if hx is not None and hx.dim() not in (1, 2):
+            raise ValueError(f"{self._name}: Expected hidden to be 1D or 2D, got {hx.dim()}D instead")
+
+    def _split(self, hx: Any) -> Sequence[Tensor]:
+        return (hx,)
+
+    def _prepare(self, input: Tensor, hx: Any) -> tuple[Tensor, Sequence[Tensor], list[Any]]:
+        """Check what forward was given; return the input ``(B, I)``, the states ``(B, H)`` and the weights."""
+        self._check_ranks(input, hx)
+        unbatched = input.dim() == 1
+        if unbatched:
+            input = input.unsqueeze(0)
+        weights = _named(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        batch, input_size = input.shape
+        hidden_size = weights[1].size(1)
+        if input_size != weights[0].size(1):
+            raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {weights[0].size(1)}")
+        if hx is None:
+            states: Sequence[Tensor] = [input.new_zeros(batch, hidden_size)] * len(ops.CELLS[self._cell].states)
+        else:
+            states = self._split(hx)
+            if unbatched:
+                states = [state.unsqueeze(0) for state in states]
+            for index, state in enumerate(states):
+                if state.size(0) != batch:
+                    raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
+                if state.size(1) != hidden_size:
+                    raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}")
+        _check_agreement(input, states, weights[0])
+        return input, states, weights
+
+    def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:
+        data, states, weights = self._prepare(input, hx)
+        _, *finals = ops.sequence(self._cell, data.unsqueeze(0), states, *weights)
+        return [state.squeeze(0) for state in finals] if input.dim() == 1 else finals
+
+
+class RNNCell(_Cell):
+    r"""One step of a simple recurrent network (Elman 1990), as ``torch.nn.RNNCell``.
+
+    .. math:: h' = f(W_{ih} x + b_{ih} + W_{hh} h + b_{hh})
+
+    Args:
+        input_size, hidden_size, bias, nonlinearity, device, dtype: as torch.nn.RNNCell. ``nonlinearity`` is also "sigmoid" or "identity".
+        engine: "auto" or "cpu" (keyword only).
+
+    Shape:
+        * input: ``(B, I)``, or ``(I)`` unbatched. hx: ``(B, H)`` or ``(H)``; zeros if None. Returns h', as hx.
+
+    Dtypes: float64, float32, bfloat16, float16; input, hx and weights share one.
+
+    Raises:
+        ValueError: a wrong engine; input or hx not 1-D or 2-D.
+        RuntimeError: an unknown nonlinearity, in forward; wrong sizes, dtypes or devices.
+
+    >>> import torch, rnnkernels
+    >>> rnnkernels.RNNCell(3, 5, nonlinearity="relu")(torch.zeros(2, 3)).shape
+    torch.Size([2, 5])
+    """
+
+    nonlinearity: str
+    _name = "RNNCell"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        engine: str = "auto",
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 1, device, dtype, engine=engine)
+        self.nonlinearity = nonlinearity
+
+    @property
+    def _cell(self) -> str:
+        if self.nonlinearity not in _SRNS:
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
+        return f"srn_{self.nonlinearity}"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return h'; see the class for shapes and errors."""
+        return self._step(input, hx)[0]
+
+
+class GRUCell(_Cell):
+    r"""One step of a gated recurrent unit (Cho 2014, reset after the matrix product), as ``torch.nn.GRUCell``.
+
+    .. math::
+        r &= \sigma(W_{ir} x + b_{ir} + W_{hr} h + b_{hr}) \\
+        z &= \sigma(W_{iz} x + b_{iz} + W_{hz} h + b_{hz}) \\
+        n &= \tanh(W_{in} x + b_{in} + r \odot (W_{hn} h + b_{hn})) \\
+        h' &= (1 - z) \odot n + z \odot h
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as torch.nn.GRUCell.
+        engine: "auto" or "cpu" (keyword only).
+
+    Shapes, dtypes and errors: as :class:`RNNCell`.
+
+    >>> import torch, rnnkernels
+    >>> rnnkernels.GRUCell(3, 5)(torch.zeros(3)).shape
+    torch.Size([5])
+    """
+
+    _name = "GRUCell"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None, *, engine: str = "auto"
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 3, device, dtype, engine=engine)
+
+    @property
+    def _cell(self) -> str:
+        return "gru"
+
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
+        """Return h'; see the class for shapes and errors."""
+        return self._step(input, hx)[0]
+
+
+class LSTMCell(_Cell):
+    r"""One step of an LSTM (Hochreiter & Schmidhuber 1997, forget gate of Gers 2000), as ``torch.nn.LSTMCell``.
+
+    .. math::
+        i, f, o &= \sigma(W_{i*} x + b_{i*} + W_{h*} h + b_{h*}) \\
+        g &= \tanh(W_{ig} x + b_{ig} + W_{hg} h + b_{hg}) \\
+        c' &= f \odot c + i \odot g \\
+        h' &= o \odot \tanh(c')
+
+    Args:
+        input_size, hidden_size, bias, device, dtype: as torch.nn.LSTMCell.
+        engine: "auto" or "cpu" (keyword only).
+
+    Shapes, dtypes and errors: as :class:`RNNCell`, but hx is a pair (h, c) and so is what the cell returns.
+
+    >>> import torch, rnnkernels
+    >>> h, c = rnnkernels.LSTMCell(3, 5)(torch.zeros(2, 3))
+    >>> h.shape, c.shape
+    (torch.Size([2, 5]), torch.Size([2, 5]))
+    """
+
+    _name = "LSTMCell"
+
+    def __init__(
+        self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None, *, engine: str = "auto"
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 4, device, dtype, engine=engine)
+
+    @property
+    def _cell(self) -> str:
+        return "lstm"
+
+    def _check_ranks(self, input: Tensor, hx: Any) -> None:
+        super()._check_ranks(input, None)
+        for index, state in enumerate(() if hx is None else hx):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+
+    def _split(self, hx: Any) -> Sequence[Tensor]:
+        return _pair(hx, "lstm_cell")
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return (h', c'); see the class for shapes and errors."""
+        h, c = self._step(input, hx)
+        return h, c
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would run one layer in one direction, and why."""
+
+    name: str
+    engine: str
+    isa: str
+    threads: int
+    schedule: str
+    why: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}: {self.engine} engine, {self.isa}, {self.threads} thread{'s' * (self.threads != 1)}, {self.schedule}: {self.why}"
+        )
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What would run a module on an input: a plan per layer × direction, in the order of the weights. ``str`` gives a line for each."""
+
+    plans: tuple[Plan, ...]
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.plans))
+
+
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
+    """Tell what would compute ``module(input, hx)``, without computing it.
+
+    Args:
+        module: a layer or cell of this package.
+        input, hx: what its forward would take; shapes, dtypes and errors as there.
+
+    Raises:
+        TypeError: ``module`` is not a layer or cell of this package.
+
+    >>> import torch, rnnkernels
+    >>> explanation = rnnkernels.explain(rnnkernels.GRU(3, 5, bidirectional=True), torch.zeros(7, 2, 3))
+    >>> [plan.name for plan in explanation.plans]
+    ['layer 0 forward', 'layer 0 reverse']
+    """
+    states: Sequence[Tensor] | None
+    if isinstance(module, _Layer):
+        data, states, batch_sizes, weights = module._prepare(input, hx)
+        steps, batch = (data.size(0), data.size(1)) if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
+        directions = ("forward", "reverse") if module.bidirectional else ("forward",)
+        names = [f"layer {layer} {direction}" for layer in range(module.num_layers) for direction in directions]
+        output_size = module.proj_size or module.hidden_size
+    elif isinstance(module, _Cell):
+        data, states, weight = module._prepare(input, hx)  # type: ignore[arg-type]
+        steps, batch = 1, data.size(0)
+        weights, names = [weight], ["step"]
+        output_size = module.hidden_size
+    else:
+        raise TypeError(f"explain takes a layer or cell of rnnkernels, got {type(module).__module__}.{type(module).__qualname__}")
+    leaves = (data, *(states or ()), *module.parameters())
+    training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
+    plans = []
+    for name, (weight_ih, *_) in zip(names, weights, strict=True):
+        facts = ops.plan(module._cell, steps, batch, weight_ih.size(1), module.hidden_size, output_size, data.dtype, training)
+        schedule = (
+            f"{facts['row_groups']} × {facts['unit_groups']} groups of rows × units, "
+            f"{facts['units_per_panel']} units a panel, {facts['bytes_workspace']} bytes of workspace"
+        )
+        plans.append(Plan(name, facts["engine"], facts["isa"], facts["threads"], schedule, facts["reason"]))
+    return Explanation(tuple(plans))

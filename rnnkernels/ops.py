@@ -1,0 +1,505 @@
+"""One cell over one sequence: argument checks, memory, autograd and the torch.library ops. The only door to the compiled module.
+
+:func:`sequence` is what layers are made of. In eager mode it goes through :class:`Sequence`, an ``autograd.Function``; under ``torch.compile``,
+``torch.export``, on meta and fake tensors it goes through the ops ``torch.ops.rnnkernels.sequence`` and ``sequence_backward``. Both run the same code.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import _C
+
+_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+class Cell(NamedTuple):
+    """What Python needs to know of a page of cells.def."""
+
+    index: int
+    name: str
+    states: tuple[str, ...]
+    slots: tuple[tuple[str, bool, bool], ...]  # name, fed by the input, fed by the state
+    vectors: tuple[tuple[str, int], ...]
+    room: int  # values of a token between forward and backward
+    projected: bool
+    input_gates: int
+    hidden_gates: int
+    hidden_runs: tuple[tuple[int, int, int], ...]  # consecutive slots that U feeds: first row block of weight_hh, first slot, last slot + 1
+
+
+def _cell(index: int, d: dict[str, Any]) -> Cell:
+    slots, first, count = d["slots"], *d["stages"][0][:2]
+    fed = [i for i in range(first, first + count) if slots[i][2]]
+    runs, row = [], 0
+    for _, group in itertools.groupby(enumerate(fed), lambda pair: pair[1] - pair[0]):
+        members = [slot for _, slot in group]
+        runs.append((row, members[0], members[-1] + 1))
+        row += len(members)
+    return Cell(
+        index,
+        d["name"],
+        tuple(d["states"]),
+        tuple(slots),
+        tuple(d["vectors"]),
+        d["room"],
+        d["projected"],
+        sum(x for _, x, _ in slots),
+        len(fed),
+        tuple(runs),
+    )
+
+
+CELLS: dict[str, Cell] = {d["name"]: _cell(i, d) for i, d in enumerate(_C.cells())}  # type: ignore[misc]
+
+
+def build_info() -> dict[str, Any]:
+    """How the compiled module was built and what it runs on: version, compiler, isas, isa, supported, cuda."""
+    return {**_C.build(), "isa": _C.isa(), "supported": _C.supported_isas()}
+
+
+def set_isa(name: str | None) -> None:
+    """Choose the instruction set (``"avx512"``, ``"avx2"``, ``"scalar"``; ``None``: the best there is). Not while a kernel runs in another thread.
+
+    Raises ``ValueError`` for one that this processor or build does not have. The environment variable ``RNNKERNELS_ISA`` does the same at start.
+    """
+    _C.set_isa(name or "")
+
+
+def plan(
+    cell: str,
+    steps: int,
+    batch: int,
+    input_size: int,
+    hidden_size: int,
+    output_size: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    training: bool = False,
+) -> dict[str, Any]:
+    """What would run, and why: engine, isa, threads, row_groups, unit_groups, units_per_panel, bytes_workspace, reason."""
+    complete = steps == 1 and not CELLS[cell].projected
+    threads = torch.get_num_threads()
+    problem = _C.Problem(
+        CELLS[cell].index, _STORAGE[dtype], steps, batch, hidden_size, output_size or hidden_size, 0, False, complete, threads
+    )
+    rows, units, blocks, ns = _C.schedule(problem, training)
+    if complete:
+        reason = "one step: U's product by torch, the rest in one pass"
+    elif rows * units == 1:
+        reason = "serial: a step is too short to share" if threads > 1 else "serial: one thread"
+    elif units == 1:
+        reason = "the batch is split: no barrier"
+    elif rows == 1:
+        reason = "the units are split: each thread keeps its share of the weights, one barrier a step"
+    else:
+        reason = "batch and units are split"
+    lanes = {"avx512": 64, "avx2": 32, "scalar": 0}[_C.isa()] // (8 if dtype == torch.float64 else 4) or 1
+    return {
+        "engine": "cpu",
+        "isa": _C.isa(),
+        "threads": rows * units,
+        "row_groups": rows,
+        "unit_groups": units,
+        "units_per_panel": blocks * lanes,
+        "bytes_workspace": _C.workspace_bytes(problem, training),
+        "estimated_us": ns / 1e3,
+        "reason": f"{reason} (torch.get_num_threads() = {threads})",
+    }
+
+
+# ---- one direction of one layer
+
+
+class _Saved(NamedTuple):
+    """What backward needs beyond the arguments: sizes, not tensors."""
+
+    cell: Cell
+    reverse: bool
+    steps: int
+    batch: int
+    hidden: int
+    output: int
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _problem(s: _Saved, dtype: torch.dtype, rows: Tensor | None) -> _C.Problem:
+    complete = s.steps == 1 and not s.cell.projected
+    return _C.Problem(
+        s.cell.index, _STORAGE[dtype], s.steps, s.batch, s.hidden, s.output, _address(rows), s.reverse, complete, torch.get_num_threads()
+    )
+
+
+def _vectors(cell: Cell, hidden: int, bias_hh: Tensor | None) -> list[int]:
+    """The per-unit vectors that stand for biases of slots which U alone feeds (b_hn of GRU): blocks of bias_hh."""
+    if bias_hh is None or not cell.vectors:
+        return []
+    block = {slot: row + slot - first for row, first, end in cell.hidden_runs for slot in range(first, end)}
+    return [bias_hh.data_ptr() + block[slot] * hidden * bias_hh.element_size() for _, slot in cell.vectors]
+
+
+def _bias(cell: Cell, hidden: int, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
+    """The sum of both biases for the slots that the input feeds."""
+    if bias_hh is None:
+        return bias_ih
+    if bias_ih is None:
+        bias = torch.zeros(cell.input_gates * hidden, dtype=bias_hh.dtype, device=bias_hh.device)
+    elif len(cell.hidden_runs) == 1 and cell.hidden_runs[0][1:] == (0, cell.input_gates):
+        return bias_ih + bias_hh
+    else:
+        bias = bias_ih.clone()
+    for row, first, end in cell.hidden_runs:
+        end = min(end, cell.input_gates)
+        if first < end:
+            bias[first * hidden : end * hidden] += bias_hh[row * hidden : (row + end - first) * hidden]
+    return bias
+
+
+def _forward(
+    s: _Saved,
+    training: bool,
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    rows: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
+    """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
+    cell, H = s.cell, s.hidden
+    tokens = input.reshape(-1, input.shape[-1])
+    N = tokens.shape[0]
+    problem = _problem(s, input.dtype, rows)
+    complete = s.steps == 1 and not cell.projected
+    inputs = cell.input_gates * H
+    room = cell.room * H if training or complete else inputs
+    gates = input.new_empty(N, room)
+    x_gates = gates if room == inputs else gates[:, :inputs]
+    bias = _bias(cell, H, bias_ih, bias_hh)
+    if bias is None:
+        torch.mm(tokens, weight_ih.t(), out=x_gates)
+    else:
+        torch.addmm(bias, tokens, weight_ih.t(), out=x_gates)
+    if complete:
+        for row, first, end in cell.hidden_runs:
+            shared = min(end, cell.input_gates) - first
+            if shared > 0:
+                gates[:, first * H : (first + shared) * H].addmm_(states[0], weight_hh[row * H : (row + shared) * H].t())
+            shared = max(shared, 0)
+            if first + shared < end:
+                alone = weight_hh[(row + shared) * H : (row + end - first) * H]
+                torch.mm(states[0], alone.t(), out=gates[:, (first + shared) * H : end * H])
+    output = input.new_empty(*input.shape[:-1], s.output)
+    final = [torch.empty_like(state) for state in states]
+    history = [input.new_empty(N, H) for _ in states[1:]] if training else []
+    bytes = _C.workspace_bytes(problem, False)
+    workspace = torch.empty(bytes, dtype=torch.uint8)
+    _C.forward(
+        problem,
+        gates.data_ptr(),
+        room,
+        gates.data_ptr() if training else 0,
+        [weight_hh.data_ptr(), _address(weight_hr)],
+        _vectors(cell, H, bias_hh),
+        [state.data_ptr() for state in states],
+        [state.data_ptr() for state in final],
+        output.data_ptr(),
+        [0, *(h.data_ptr() for h in history)],
+        workspace.data_ptr(),
+        bytes,
+    )
+    return output, final, gates if training else None, history
+
+
+def _previous_outputs(s: _Saved, output: Tensor, h0: Tensor, rows: Tensor) -> Tensor:
+    """State 0 before each token of a ragged batch."""
+    size = rows.tolist()
+    start = [0, *itertools.accumulate(size)]
+    N = start[-1]
+    parts = []
+    for t, active in enumerate(size):
+        before = t + 1 if s.reverse else t - 1
+        known = min(active, size[before]) if 0 <= before < s.steps else 0
+        if known:
+            parts.append(torch.arange(start[before], start[before] + known))
+        if known < active:
+            parts.append(torch.arange(N + known, N + active))
+    return torch.cat([output.reshape(N, -1), h0]).index_select(0, torch.cat(parts))
+
+
+def _backward(
+    s: _Saved,
+    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states
+    grad_output: Tensor | None,
+    grad_final: Seq[Tensor | None],
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    rows: Tensor | None,
+    output: Tensor,
+    kept: Tensor,
+    history: Seq[Tensor],
+    overwrite: bool,
+) -> list[Tensor | None]:
+    """Gradients in the order of `needs`."""
+    cell, H, P, B = s.cell, s.hidden, s.output, s.batch
+    tokens = input.reshape(-1, input.shape[-1])
+    if grad_output is not None:
+        grad_output = grad_output.contiguous()
+    finals = [None if g is None else g.contiguous() for g in grad_final]
+    problem = _problem(s, input.dtype, rows)
+    complete = s.steps == 1 and not cell.projected
+    gates = kept if overwrite else torch.empty_like(kept)
+    # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
+    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
+    bytes = _C.workspace_bytes(problem, True)
+    workspace = torch.empty(bytes, dtype=torch.uint8)
+    _C.backward(
+        problem,
+        kept.data_ptr(),
+        gates.data_ptr(),
+        [weight_hh.data_ptr(), _address(weight_hr)],
+        _vectors(cell, H, bias_hh),
+        [state.data_ptr() for state in states],
+        output.data_ptr(),
+        [0, *(h.data_ptr() for h in history)],
+        _address(grad_output),
+        [_address(g) for g in finals],
+        [_address(g) for g in initial],
+        workspace.data_ptr(),
+        bytes,
+    )
+    grads: list[Tensor | None] = [None] * 6
+    x_gates = gates[:, : cell.input_gates * H]
+    if needs[0]:
+        grads[0] = torch.mm(x_gates, weight_ih).view(input.shape)
+    if needs[1]:
+        grads[1] = torch.mm(x_gates.t(), tokens)
+    if needs[2]:
+        grad = torch.empty_like(weight_hh)
+        y = output.reshape(-1, P)
+        for row, first, end in cell.hidden_runs:
+            part, g = grad[row * H : (row + end - first) * H], gates[:, first * H : end * H]
+            if rows is not None:
+                torch.mm(g.t(), _previous_outputs(s, output, states[0], rows), out=part)
+                continue
+            # The state before a step is the output of the step before it: one product over all steps but the first, one for that.
+            edge, inner, before = (slice(-B, None), slice(None, -B), y[B:]) if s.reverse else (slice(None, B), slice(B, None), y[:-B])
+            torch.mm(g[edge].t(), states[0], out=part)
+            if s.steps > 1:
+                part.addmm_(g[inner].t(), before)
+        grads[2] = grad
+    if needs[3] or needs[4]:
+        total = gates.sum(0)
+        if needs[3]:
+            grads[3] = total[: cell.input_gates * H].clone()
+        if needs[4]:
+            grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.hidden_runs])
+    if needs[5]:
+        slots = len(cell.slots)
+        grads[5] = torch.mm(gates[:, (slots - 1) * H : (slots - 1) * H + P].t(), kept[:, slots * H : (slots + 1) * H])
+    if complete and initial[0] is not None:
+        for row, first, end in cell.hidden_runs:
+            initial[0].addmm_(gates[:, first * H : end * H], weight_hh[row * H : (row + end - first) * H])
+    return [*grads, *initial]
+
+
+def _may_overwrite() -> bool:
+    """Whether this backward is the saved values' last use: then gradients are written over them."""
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keep_graph is not None and not keep_graph()
+
+
+class Sequence(torch.autograd.Function):
+    """A cell over a sequence, as autograd sees it. Use :func:`sequence`, which checks its arguments.
+
+    ``apply(saved, batch_sizes, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states) -> (output, *final_states)``.
+    Saves 5·H numbers a token for LSTM, 4·H for GRU and H for SRN, besides input and output.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: _Saved, rows: Tensor | None, *args: Tensor | None) -> Any:
+        input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states = args
+        assert input is not None
+        assert weight_ih is not None
+        assert weight_hh is not None
+        states_ = [state for state in states if state is not None]
+        output, final, kept, history = _forward(s, True, input, states_, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, rows)
+        ctx.sizes = s
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *states_, *history)
+        return (output, *final)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_output: Tensor | None, *grad_final: Tensor | None) -> Any:
+        s: _Saved = ctx.sizes
+        input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *rest = ctx.saved_tensors
+        n = len(s.cell.states)
+        grads = _backward(
+            s,
+            ctx.needs_input_grad[2:],
+            grad_output,
+            grad_final,
+            input,
+            rest[:n],
+            weight_ih,
+            weight_hh,
+            bias_hh,
+            weight_hr,
+            rows,
+            output,
+            kept,
+            rest[n:],
+            _may_overwrite(),
+        )
+        return (None, None, *grads)
+
+
+# ---- argument checks
+
+
+def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype:
+        raise RuntimeError(f"{name}: expected dtype {like.dtype} as input has, got {tensor.dtype}")
+    if tensor.device != like.device:
+        raise RuntimeError(f"{name}: expected device {like.device} as input is on, got {tensor.device}")
+
+
+def _check_rows(batch_sizes: Tensor, tokens: int) -> tuple[int, int]:
+    """-> steps, batch"""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.numel() == 0:
+        raise RuntimeError(
+            f"batch_sizes: expected a non-empty 1-D int64 CPU tensor, got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+            f" of {batch_sizes.numel()} elements"
+        )
+    sizes = batch_sizes.tolist()
+    if any(a < b for a, b in itertools.pairwise(sizes)) or sizes[-1] < 1:
+        raise RuntimeError(f"batch_sizes: expected positive and non-increasing, got {sizes}")
+    if sum(sizes) != tokens:
+        raise RuntimeError(f"batch_sizes: expected to sum to the {tokens} tokens of input, got {sum(sizes)}")
+    return len(sizes), sizes[0]
+
+
+def _checked(
+    cell: str,
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    concrete: bool,
+) -> _Saved:
+    spec = CELLS.get(cell)
+    if spec is None:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    if input.dtype not in _STORAGE:
+        raise RuntimeError(f"input: expected dtype float32, float64, bfloat16 or float16, got {input.dtype}")
+    if input.dim() != (3 if batch_sizes is None else 2):
+        raise RuntimeError(f"input: expected {'3-D [T, B, I]' if batch_sizes is None else '2-D [N, I] with batch_sizes'}, got {input.dim()}-D")
+    if weight_ih.dim() != 2 or weight_ih.shape[0] % spec.input_gates or weight_ih.shape[0] == 0:
+        raise RuntimeError(f"weight_ih: expected shape ({spec.input_gates}·hidden_size, input_size), got {tuple(weight_ih.shape)}")
+    if spec.projected != (weight_hr is not None):
+        raise RuntimeError(f"weight_hr: expected {'a tensor' if spec.projected else 'None'} for cell {cell!r}")
+    if len(states) != len(spec.states):
+        raise RuntimeError(f"states: expected {len(spec.states)} ({', '.join(spec.states)}) for cell {cell!r}, got {len(states)}")
+    H = weight_ih.shape[0] // spec.input_gates
+    P = H
+    if weight_hr is not None:
+        P = weight_hr.shape[0]
+        if not 0 < P <= H:
+            raise RuntimeError(f"weight_hr: expected at least 1 and at most hidden_size = {H} rows, got {P}")
+        _expect("weight_hr", weight_hr, (P, H), input)
+    if batch_sizes is None:
+        T, B = input.shape[:2]
+        if concrete and T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    elif concrete:
+        T, B = _check_rows(batch_sizes, input.shape[0])
+    else:
+        T, B = batch_sizes.shape[0], states[0].shape[0]
+    _expect("weight_ih", weight_ih, (spec.input_gates * H, input.shape[-1]), input)
+    _expect("weight_hh", weight_hh, (spec.hidden_gates * H, P), input)
+    for i, (name, state) in enumerate(zip(spec.states, states, strict=True)):
+        _expect(f"states[{i}] ({name})", state, (B, P if i == 0 else H), input)
+    if bias_ih is not None:
+        _expect("bias_ih", bias_ih, (spec.input_gates * H,), input)
+    if bias_hh is not None:
+        _expect("bias_hh", bias_hh, (spec.hidden_gates * H,), input)
+    if concrete and input.device.type != "cpu":
+        raise RuntimeError(f"input: no engine for device {input.device}: this build computes on the CPU")
+    return _Saved(spec, reverse, T, B, H, P)
+
+
+def _plain(*tensors: Tensor | None) -> bool:
+    """Whether all are tensors with memory on this machine, not fake, meta or functional ones."""
+    return all(t is None or ((type(t) is Tensor or type(t) is torch.nn.Parameter) and t.device.type != "meta") for t in tensors)
+
+
+def sequence(
+    cell: str,
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None = None,
+    bias_hh: Tensor | None = None,
+    weight_hr: Tensor | None = None,
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+) -> tuple[Tensor, ...]:
+    """Run ``cell`` over a sequence in one direction.
+
+    Args:
+        cell: a name of :data:`CELLS`, for instance ``"lstm"``, ``"gru"``, ``"srn_tanh"``. The equations stand in :mod:`rnnkernels.reference`.
+        input: ``[T, B, I]``, or with ``batch_sizes`` ``[N, I]``, the tokens step by step as in a ``PackedSequence``; float32, float64, bfloat16, float16.
+        states: one tensor a state before the first step, ``h [B, P]`` and for LSTM ``c [B, H]``.
+        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in torch.nn: ``[gates·H, I]``, ``[gates·H, P]``, ``[gates·H]``, ``[gates·H]``, ``[P, H]``.
+        batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
+        reverse: run from the last step (a ragged row's own last step) to the first. The output keeps the input's order.
+
+    Returns:
+        ``(output, *final_states)``, the output ``[T, B, P]`` or ``[N, P]``.
+
+    Raises:
+        ValueError: an unknown cell. RuntimeError: a tensor of the wrong rank, size, dtype or device; the text names it.
+
+    >>> x, h = torch.randn(5, 2, 3), torch.zeros(2, 4)
+    >>> y, h_n = sequence("gru", x, [h], torch.randn(12, 3), torch.randn(12, 4))
+    >>> y.shape, torch.equal(y[-1], h_n)
+    (torch.Size([5, 2, 4]), True)
+    """
+    tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states)
+    if torch.compiler.is_compiling() or not _plain(*tensors):
+        s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, False)
+        results: list[Tensor] = torch.ops.rnnkernels.sequence(
+            cell, input, list(states), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse
+        )
+        return tuple(results[: 1 + len(s.cell.states)])
+    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, True)
+    dense = tuple(t if t is None or t.is_contiguous() else t.contiguous() for t in tensors[1:])
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, input, *dense)
+        return result
+    w_ih, w_hh, b_ih, b_hh, w_hr, *h = dense
+    output, final, _, _ = _forward(s, False, input, h, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)  # type: ignore[arg-type]
+    return (output, *final)

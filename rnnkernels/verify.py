@@ -1,0 +1,251 @@
+"""Every kernel against the float64 reference.
+
+The rule: the error of a kernel, the largest absolute difference from the reference in float64 over the largest absolute value of the
+reference, is at most twice that of torch's own computation in the same dtype, plus a few units in the last place. Torch's own is torch.nn
+where it has the cell and the reference loop where it has not.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from rnnkernels import ops, reference
+
+Run = Callable[..., tuple[Tensor, ...]]
+
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+ULPS = 8
+
+
+@dataclass(frozen=True)
+class Family:
+    """A shape that could break a kernel in its own way."""
+
+    name: str
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+    ragged: bool = False
+    reverse: bool = False
+    bias: bool = True
+    quick: bool = False
+
+
+FAMILIES = (
+    Family("unit", 1, 1, 1, 1, quick=True),
+    Family("under a vector", 5, 3, 7, 15, quick=True),
+    Family("one vector", 7, 2, 16, 16),
+    Family("over a vector", 6, 5, 9, 17, quick=True),
+    Family("two vectors and one", 9, 4, 33, 33),
+    Family("one step", 1, 6, 9, 17),
+    Family("no bias", 6, 5, 9, 17, bias=False),
+    Family("reverse", 6, 5, 9, 17, reverse=True),
+    Family("ragged", 7, 5, 9, 17, ragged=True, quick=True),
+    Family("ragged reverse", 7, 5, 9, 17, ragged=True, reverse=True, quick=True),
+    Family("ragged no bias", 7, 5, 9, 17, ragged=True, bias=False),
+    Family("long", 1000, 2, 5, 8),
+    Family("medium H", 6, 2, 32, 256),
+    Family("large batch", 4, 65, 9, 17),
+)
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The arguments of one call of `sequence`, and what the gradients of its results are."""
+
+    cell: str
+    input: Tensor
+    states: tuple[Tensor, ...]
+    weights: dict[str, Tensor]
+    cotangents: tuple[Tensor, ...]
+    batch_sizes: Tensor | None
+    reverse: bool
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        return replace(
+            self,
+            input=self.input.to(dtype),
+            states=tuple(s.to(dtype) for s in self.states),
+            weights={name: w.to(dtype) for name, w in self.weights.items()},
+            cotangents=tuple(c.to(dtype) for c in self.cotangents),
+        )
+
+
+@dataclass(frozen=True)
+class Check:
+    """One quantity of one problem on one instruction set."""
+
+    cell: str
+    dtype: str
+    isa: str
+    family: str
+    quantity: str
+    error: float
+    torch_error: float
+    limit: float
+    witness: str
+    message: str = ""
+
+    @property
+    def ok(self) -> bool:
+        return self.error <= self.limit
+
+    @property
+    def severity(self) -> float:
+        return self.error / self.limit
+
+
+def batch_sizes_of(T: int, B: int) -> Tensor:
+    lengths = [max(1, T - T * b // B) for b in range(B)]
+    return torch.tensor([sum(length > t for length in lengths) for t in range(T)])
+
+
+def make(cell: str, family: Family, dtype: torch.dtype) -> Problem:
+    """Drawn in float64 and rounded to `dtype`: the reference later sees exactly what the kernel saw."""
+    spec, H = ops.CELLS[cell], family.H
+    P = max(1, H // 2) if spec.projected else H
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{cell}/{family.name}".encode()))
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw, dtype=torch.float64)
+
+    def uniform(*shape: int) -> Tensor:
+        return (torch.rand(shape, generator=draw, dtype=torch.float64) * 2 - 1) / math.sqrt(H)
+
+    weights = {"weight_ih": uniform(spec.input_gates * H, family.I), "weight_hh": uniform(spec.hidden_gates * H, P)}
+    if family.bias:
+        weights |= {"bias_ih": uniform(spec.input_gates * H), "bias_hh": uniform(spec.hidden_gates * H)}
+    if spec.projected:
+        weights["weight_hr"] = uniform(P, H)
+    batch_sizes = batch_sizes_of(family.T, family.B) if family.ragged else None
+    rows = (family.T, family.B) if batch_sizes is None else (int(batch_sizes.sum()),)
+    widths = [P if state == "h" else H for state in spec.states]
+    return Problem(
+        cell=cell,
+        input=normal(*rows, family.I),
+        states=tuple(normal(family.B, width) for width in widths),
+        weights=weights,
+        cotangents=(normal(*rows, P), *(normal(family.B, width) for width in widths)),
+        batch_sizes=batch_sizes,
+        reverse=family.reverse,
+    ).to(dtype)
+
+
+def compute(sequence: Run, problem: Problem) -> dict[str, Tensor]:
+    """Everything that `sequence` gives: results with and without grad mode (kernels of their own), and all gradients."""
+    names = ("input", *(f"initial {state}" for state in ops.CELLS[problem.cell].states), *problem.weights)
+    leaves = [t.detach().clone().requires_grad_() for t in (problem.input, *problem.states, *problem.weights.values())]
+    input, states, weights = leaves[0], leaves[1 : 1 + len(problem.states)], leaves[1 + len(problem.states) :]
+
+    def call() -> tuple[Tensor, ...]:
+        named = dict(zip(problem.weights, weights, strict=True))
+        return sequence(problem.cell, input, states, **named, batch_sizes=problem.batch_sizes, reverse=problem.reverse)
+
+    results = ("output", *(f"final {state}" for state in ops.CELLS[problem.cell].states))
+    with torch.no_grad():
+        quantities = {f"{name}, inference": value for name, value in zip(results, call(), strict=True)}
+    outputs = call()
+    gradients = torch.autograd.grad(outputs, leaves, problem.cotangents)
+    quantities |= {name: value.detach() for name, value in zip(results, outputs, strict=True)}
+    return quantities | {f"gradient of {name}": value for name, value in zip(names, gradients, strict=True)}
+
+
+def nn_layer(cell: str, weights: dict[str, Tensor]) -> torch.nn.RNNBase | None:
+    """The layer of torch.nn that computes this cell, on the meta device: its weights come with the call."""
+    gates_times_hidden, input_size = weights["weight_ih"].shape
+    hidden_size = gates_times_hidden // ops.CELLS[cell].input_gates
+    projection = weights["weight_hh"].shape[1] if ops.CELLS[cell].projected else 0
+    bias = "bias_ih" in weights
+    with torch.device("meta"):
+        if cell in ("srn_tanh", "srn_relu"):
+            return torch.nn.RNN(input_size, hidden_size, nonlinearity=cell.removeprefix("srn_"), bias=bias)
+        if cell == "gru":
+            return torch.nn.GRU(input_size, hidden_size, bias=bias)
+        if cell == "lstm" or (cell == "lstm_projected" and projection < hidden_size):
+            return torch.nn.LSTM(input_size, hidden_size, bias=bias, proj_size=projection)
+    return None
+
+
+def mirror(batch_sizes: Tensor) -> Tensor:
+    """The permutation of ragged rows that turns every sequence round; it is its own inverse."""
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    turn = torch.empty(int(batch_sizes.sum()), dtype=torch.int64)
+    for b in range(int(batch_sizes[0])):
+        rows = starts[batch_sizes > b] + b
+        turn[rows] = rows.flip(0)
+    return turn
+
+
+def nn_sequence(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor],
+    *,
+    batch_sizes: Tensor | None = None,
+    reverse: bool = False,
+    **weights: Tensor,
+) -> tuple[Tensor, ...]:
+    """`sequence` by torch.nn. It runs no layer backwards alone, so reverse turns the input and the output round."""
+    layer = nn_layer(cell, weights)
+    assert layer is not None
+    turn = torch.arange(len(input))
+    if reverse:
+        turn = turn.flip(0) if batch_sizes is None else mirror(batch_sizes)
+    hx = tuple(state.unsqueeze(0) for state in states)
+    data = input[turn] if batch_sizes is None else PackedSequence(input[turn], batch_sizes)
+    parameters = {f"{name}_l0": weight for name, weight in weights.items()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "LSTM with projections is not supported with oneDNN")
+        output, final = torch.func.functional_call(layer, parameters, (data, hx if len(hx) > 1 else hx[0]))
+    final = final if len(hx) > 1 else (final,)
+    return (output[turn] if batch_sizes is None else output.data[turn], *(state.squeeze(0) for state in final))
+
+
+def error_of(value: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
+    """Normalised error; infinite where shape or dtype is wrong or a NaN stands."""
+    if value.shape != truth.shape or value.dtype != dtype:
+        return math.inf
+    error = ((value.double() - truth).abs().max() / truth.abs().max().clamp_min(torch.finfo(torch.float64).tiny)).item()
+    return error if math.isfinite(error) else math.inf
+
+
+def checks(cell: str, dtype: str, isas: Sequence[str], families: Sequence[Family]) -> Iterator[list[Check]]:
+    """The checks of a family on one instruction set at a time; the witnesses, which know no instruction set, are computed once."""
+    number = DTYPES[dtype]
+    for family in families:
+        problem = make(cell, family, number)
+        truth = compute(reference.sequence, problem.to(torch.float64))
+        in_torch_nn = nn_layer(cell, problem.weights) is not None
+        witness = compute(nn_sequence if in_torch_nn else reference.sequence, problem)
+        allowed = {name: error_of(witness[name], value, number) for name, value in truth.items()}
+        # In float64 the reference is rounded as the kernel is, more with T, and where torch.nn lacks the cell it is its own witness.
+        ulps = ULPS * (math.sqrt(family.T) if number is torch.float64 else 1)
+        for isa in isas:
+            common = Check(cell, dtype, isa, family.name, "all", math.inf, 0.0, 1.0, "torch.nn" if in_torch_nn else "reference")
+            ops.set_isa(isa)
+            try:
+                ours = compute(ops.sequence, problem)
+            except Exception as failure:  # a kernel that raises has failed, and the others are still of interest
+                yield [replace(common, message=f"{type(failure).__name__}: {failure}")]
+                continue
+            finally:
+                ops.set_isa(None)
+            yield [
+                replace(
+                    common,
+                    quantity=name,
+                    error=error_of(ours[name], value, number),
+                    torch_error=allowed[name],
+                    limit=2 * allowed[name] + ulps * torch.finfo(number).eps,
+                )
+                for name, value in truth.items()
+            ]

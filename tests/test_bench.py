@@ -1,0 +1,202 @@
+"""The benchmarks' own machinery: what is counted, what is refused, what is written."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("rich")
+
+from bench import peers, roofs, tables
+from bench.__main__ import main
+from bench.cases import PRESETS, Case, select
+from bench.run import report, run_case
+from bench.saved import saved_for_backward
+from bench.timing import MIN_SAMPLES, Timing, measure
+
+SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
+
+
+@pytest.mark.parametrize(("preset", "size"), [("quick", 12), ("grid", 2 * 5 * 4 * 2 * 3), ("figures", 5 + 2 * 2)])
+def test_presets(preset, size):
+    cases = select(preset, ["float32"], [2])
+    assert len(cases) == len({case.id for case in cases}) == size
+
+
+def test_selection_crosses_dtypes_and_threads_and_filters():
+    assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
+    assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
+    assert set(PRESETS) == {"quick", "grid", "figures"}
+
+
+def test_work_is_counted():
+    product = 2 * 4 * 2 * 4 * 5  # two flops, T, B, gates, H; times what is summed over
+    assert (SMALL.recurrent_flops, SMALL.outside_flops) == (2 * product * 5, 3 * product * 3 + product * 5)
+    inference = replace(SMALL, direction="inference")
+    assert inference.flops == product * 5 + product * 3
+    assert inference.weight_bytes == 4 * 5 * 5 * 4
+
+
+def test_timing_tells_which_is_slower():
+    found = measure({"slow": lambda: time.sleep(4e-3), "fast": lambda: time.sleep(1e-3)}, budget=0)
+    assert all(len(timing.samples) == MIN_SAMPLES for timing in found.values())
+    assert found["fast"].repeats > 1
+    assert found["slow"].over(found["fast"]).median > 1.5
+
+
+def test_timing_takes_quartiles():
+    spread = Timing([1.0, 2.0, 3.0, 4.0, 5.0], 1).seconds
+    assert (spread.low, spread.median, spread.high) == (2, 3, 4)
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "srn"])
+def test_a_case_is_checked_and_timed(cell, direction):
+    found = run_case(replace(SMALL, cell=cell, direction=direction), ["torch", "rnnkernels"], 0, roofs.Roofs())
+    assert not found["wrong"]
+    assert found["peers"].keys() == {"torch", "rnnkernels"}
+    assert found["speedup"]["torch"]["median"] > 0
+    json.dumps(found, allow_nan=False)
+
+
+class Wrong(peers.Layers):
+    def prepare(self, case, problem):
+        run = super().prepare(case, problem)
+        return lambda: {name: value * 1.01 for name, value in run().items()}
+
+
+class Raising(peers.Layers):
+    def prepare(self, case, problem):
+        raise NotImplementedError("not today")
+
+
+@pytest.mark.parametrize(("broken", "reason"), [(Wrong, "output differs"), (Raising, "not today")])
+def test_wrong_results_are_not_timed(broken, reason, monkeypatch, tmp_path, capsys):
+    monkeypatch.setitem(peers.PEERS, "rnnkernels", broken("rnnkernels", "torch.nn"))
+    destination = tmp_path / "report.json"
+    assert main(["--filter", "gru/training.*B1/", "--budget", "0", "--json", str(destination), "--threads", "1"]) == 1
+    (case,) = json.loads(destination.read_text())["cases"]
+    assert reason in case["wrong"]["rnnkernels"]
+    assert case["peers"] == case["speedup"] == {}
+    assert "cases are wrong" in capsys.readouterr().out
+
+
+def test_a_wrong_peer_gets_no_ratio(monkeypatch):
+    monkeypatch.setitem(peers.PEERS, "stranger", Wrong("stranger", "torch.nn"))
+    found = run_case(SMALL, ["torch", "stranger", "rnnkernels"], 0, roofs.Roofs())
+    assert found["wrong"].keys() == {"stranger"}
+    assert found["speedup"].keys() == {"torch"}
+
+
+def test_gradients_count_as_results():
+    run = peers.TORCH.prepare(SMALL, peers.make_problem(SMALL))
+    expected = run()
+    assert len([name for name in expected if name.startswith("gradient of")]) == 5
+    assert "expected" in peers.difference({"output": expected["output"]}, expected, "float32")
+    assert "differs" in peers.difference(expected | {"output": expected["output"] * torch.nan}, expected, "float32")
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "srn"])
+def test_onnxruntime_agrees(cell):
+    case = replace(SMALL, cell=cell, direction="inference")
+    peer = peers.PEERS["onnxruntime"]
+    if reason := peer.why_not(case):
+        pytest.skip(reason)
+    problem = peers.make_problem(case)
+    assert peers.difference(peer.prepare(case, problem)(), peers.TORCH.prepare(case, problem)(), case.dtype) is None
+
+
+def test_onnxruntime_says_why_not():
+    assert peers.PEERS["onnxruntime"].why_not(SMALL)
+
+
+def measured(monkeypatch, bandwidth, barrier):
+    answers = {"measure_bandwidth": lambda size, threads: bandwidth * threads, "measure_barrier": lambda threads: barrier}
+    monkeypatch.setattr(roofs, "kernel_measure", answers.get)
+    machine = roofs.Roofs()
+    machine.flops = {("float32", 1): 1e11, ("float32", 2): 2e11}
+    return machine
+
+
+def test_the_floor_is_the_roof_that_binds(monkeypatch):
+    case = Case("lstm", "inference", "float32", T=100, B=1, I=128, H=128, threads=2)
+    floor = measured(monkeypatch, bandwidth=50, barrier=0.25).floor(case)
+    assert floor.roof == "cache"
+    assert floor.seconds == pytest.approx(100 * case.weight_bytes / 100e9 + case.outside_flops / 2e11)
+    # A dear barrier: one thread alone does better, and reads everything itself.
+    alone = measured(monkeypatch, bandwidth=50, barrier=1000).floor(case)
+    assert alone.seconds == pytest.approx(100 * case.weight_bytes / 50e9 + case.outside_flops / 2e11)
+    assert measured(monkeypatch, 50, 0.25).floor(replace(case, B=128)).roof == "flops"
+
+
+def test_no_floor_without_measurements(monkeypatch):
+    monkeypatch.setattr(roofs, "kernel_measure", lambda name: None)
+    machine = roofs.Roofs(flops={("float32", 1): 1e11})
+    assert machine.floor(SMALL) is None
+    assert machine.facts()["bandwidth"][0]["gb_per_second"] is None
+
+
+def test_saved_memory_counts_each_storage_once():
+    found = saved_for_backward(peers.TORCH, replace(SMALL, cell="srn"))
+    assert found.with_output >= found.alone + 1
+    assert found.alone > 0
+
+
+@pytest.fixture
+def synthetic(tmp_path):
+    """A report nobody had to wait for: ours twice as fast as torch at B 1, four times at B 8; one case is wrong."""
+    cases = []
+    for case in select("grid", ["float32"], [2], "T100/(B1|B8)/"):
+        ratio = 2.0 if case.B == 1 else 4.0
+        seconds = case.flops / 1e11
+        cases.append(
+            {
+                **case.facts(),
+                "flops": case.flops,
+                "floor": {"seconds": seconds / 2, "roof": "cache"},
+                "share": 0.5,
+                "peers": {
+                    "rnnkernels": {"median": seconds, "low": seconds, "high": seconds},
+                    "torch": {"median": seconds * ratio, "low": seconds, "high": seconds},
+                },
+                "speedup": {"torch": {"median": ratio, "low": ratio, "high": ratio}},
+                "unavailable": {},
+                "wrong": {},
+            }
+        )
+    cases[0] |= {"wrong": {"rnnkernels": "output differs"}, "peers": {}, "speedup": {}, "share": None}
+    path = tmp_path / "grid.json"
+    path.write_text(json.dumps(report("grid", cases, roofs.Roofs(), [2])))
+    return path
+
+
+def test_plots(synthetic, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert main(["plots", "--from", str(synthetic)]) == 0
+    written = [tmp_path / "grid-speedup.png", tmp_path / "grid-step.png"]
+    assert capsys.readouterr().out.split() == [str(path) for path in written]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in written)
+
+
+def test_the_table_in_the_readme(synthetic, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text(f"above\n{tables.BEGIN}\nold\n{tables.END}\nbelow\n")
+    for _ in range(2):  # what it wrote it can replace
+        assert main(["tables", "--from", str(synthetic), "--write", str(page)]) == 0
+    text = page.read_text()
+    assert text.startswith("above\n")
+    assert text.endswith(f"{tables.END}\nbelow\n")
+    assert "old" not in text
+    (gru,) = [line for line in text.splitlines() if line.startswith("| gru training")]
+    assert gru == "| gru training | 2.00× (2.00× to 2.00×) | 4.00× (4.00× to 4.00×) | 2.83× (2.00× to 4.00×) |"
+    assert "1 of 48 cases gave wrong results" in text
+
+
+def test_a_page_without_markers_is_left_alone(synthetic, tmp_path):
+    page = tmp_path / "README.md"
+    page.write_text("no place for a table")
+    with pytest.raises(SystemExit, match="bench:begin"):
+        main(["tables", "--from", str(synthetic), "--write", str(page)])
+    assert page.read_text() == "no place for a table"

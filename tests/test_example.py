@@ -1,0 +1,41 @@
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "char_lm.py"
+STEPS = 6
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, EXAMPLE, *map(str, arguments)], capture_output=True, text=True, check=False)
+
+
+@pytest.mark.slow
+def test_char_lm(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("the quick brown fox jumps over the lazy dog. çа∂🦊\n" * 40, encoding="utf-8")
+    output = tmp_path / "made" / "here"
+    sizes = ("--steps", STEPS, "--hidden", 24, "--batch", 3, "--length", 20, "--sample", 30)
+    done = run("--text", text, *sizes, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))
+    assert set(report["cells"]) == {"LSTM", "GRU"}
+    for cell in report["cells"].values():
+        theirs, ours = cell["losses"]["torch.nn"], cell["losses"]["rnnkernels"]
+        assert len(theirs) == len(ours) == STEPS
+        assert all(math.isclose(a, b, abs_tol=1e-4) for a, b in zip(theirs, ours, strict=True))
+        assert ours[-1] < ours[0]
+        assert len(cell["sample"]) == 24 + 30
+
+
+def test_text_too_short(tmp_path: Path) -> None:
+    text = tmp_path / "text"
+    text.write_text("too short", encoding="utf-8")
+    done = run("--text", text)
+    assert done.returncode == 2
+    assert "the text has 9 characters" in done.stderr
