@@ -54,7 +54,8 @@ def speedup_map(report: dict[str, Any]) -> Figure | None:
     figure, axes = frame(names)
     ratios = [case["speedup"]["torch"]["median"] for case in cases]
     largest = max(1.1, *ratios, *(1 / ratio for ratio in ratios))
-    colours = ScalarMappable(LogNorm(1 / largest, largest), "RdYlGn")
+    norm = LogNorm(1 / largest, largest)
+    colours = ScalarMappable(norm, "RdYlGn")
     for axis, name in zip(axes, names, strict=False):
         members = of(cases, name)
         batches, widths = sorted({c["B"] for c in members}), sorted({c["H"] for c in members})
@@ -64,7 +65,7 @@ def speedup_map(report: dict[str, Any]) -> Figure | None:
                 if found := [c["speedup"]["torch"]["median"] for c in members if (c["B"], c["H"]) == (B, H)]:
                     grid[i, j] = statistics.geometric_mean(found)
                     axis.text(j, i, f"{grid[i, j]:.2g}", ha="center", va="center", fontsize=9)
-        axis.imshow(grid, norm=colours.norm, cmap=colours.cmap, aspect="auto")
+        axis.imshow(grid, norm=norm, cmap=colours.cmap, aspect="auto")
         axis.set(title=" ".join(name), xlabel="H", ylabel="B")
         axis.set_xticks(range(len(widths)), widths)
         axis.set_yticks(range(len(batches)), batches)

@@ -32,13 +32,13 @@ void fill(P* (&to)[n], const Addresses& from) {
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t hidden, int64_t output, Address rows, bool reverse, bool complete, int threads) {
   if (cell < 0 || cell >= kCellCount || storage < 0 || storage >= kStorages) throw std::invalid_argument("no such cell or storage type");
   const Problem p{cell, Storage(storage), steps, batch, hidden, output, pointer<const int64_t>(rows), reverse, complete, threads};
-  const std::string why_not = cpu::fits(p);
+  const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
 }
 
 void need(const Problem& p, bool backward, int64_t given) {
-  if (given < cpu::workspace_bytes(p, backward)) throw std::invalid_argument("the workspace is too small: the instruction set changed since it was measured");
+  if (given < cpu::workspace_bytes(p, cpu::page_of(p), backward)) throw std::invalid_argument("the workspace is too small: the instruction set changed since it was measured");
 }
 
 py::dict description(const CellInfo& cell) {
@@ -79,9 +79,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("supported_isas", cpu::supported_isas);
   m.def("isa", cpu::isa);
   m.def("set_isa", cpu::set_isa);
-  m.def("workspace_bytes", cpu::workspace_bytes);
+  m.def("workspace_bytes", [](const Problem& p, bool backward) { return cpu::workspace_bytes(p, cpu::page_of(p), backward); });
   m.def("schedule", [](const Problem& p, bool backward) {
-    const Schedule s = cpu::schedule(p, backward);
+    const Schedule s = cpu::schedule(p, cpu::page_of(p), backward);
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0], s.ns);
   });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
@@ -103,7 +103,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     fill(f.history, history);
     f.workspace = pointer(workspace);
     py::gil_scoped_release release;
-    cpu::forward(f);
+    cpu::forward(f, cpu::page_of(p));
   });
   m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
                        Address output, const Addresses& history, Address grad_output, const Addresses& grad_final, const Addresses& grad_initial,
@@ -123,6 +123,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     fill(g.grad_initial, grad_initial);
     g.workspace = pointer(workspace);
     py::gil_scoped_release release;
-    cpu::backward(g);
+    cpu::backward(g, cpu::page_of(p));
   });
 }

@@ -89,11 +89,8 @@ def info(arguments: argparse.Namespace) -> int:
     if facts["cuda"] is None:
         facts["cuda"] = "not built"
     for name, value in facts.items():
-        if isinstance(value, dict):
-            for key, entry in value.items():
-                print(f"{name + ' ' + key:18}{entry}")
-        else:
-            print(f"{name:18}{', '.join(value) if isinstance(value, (list, tuple)) else value if value is not None else 'none'}")
+        for key, entry in {f"{name} {k}": v for k, v in value.items()}.items() if isinstance(value, dict) else [(name, value)]:
+            print(f"{key:20}{', '.join(map(str, entry)) if isinstance(entry, (list, tuple)) else entry if entry is not None else 'none'}")
     return 0
 
 

@@ -23,11 +23,18 @@ Run = Callable[..., tuple[Tensor, ...]]
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ULPS = 8
+INFERENCE = ", inference"
+# In half types some pre-activation of any problem is rounded across relu's kink, in torch too: one problem would compare luck with luck.
+KINKED, KINKED_DRAWS = "srn_relu", 4
 
 
 @dataclass(frozen=True)
 class Family:
-    """A shape that could break a kernel in its own way."""
+    """A shape that could break a kernel in its own way.
+
+    Where the error of one problem is a matter of luck, torch's as well as ours, several are drawn and judged as a whole: problems of a
+    single number, which may be ill-conditioned (a saturated tanh), and sums over thousands of steps.
+    """
 
     name: str
     T: int
@@ -38,10 +45,11 @@ class Family:
     reverse: bool = False
     bias: bool = True
     quick: bool = False
+    draws: int = 1
 
 
 FAMILIES = (
-    Family("unit", 1, 1, 1, 1, quick=True),
+    Family("unit", 1, 1, 1, 1, quick=True, draws=16),
     Family("under a vector", 5, 3, 7, 15, quick=True),
     Family("one vector", 7, 2, 16, 16),
     Family("over a vector", 6, 5, 9, 17, quick=True),
@@ -52,7 +60,7 @@ FAMILIES = (
     Family("ragged", 7, 5, 9, 17, ragged=True, quick=True),
     Family("ragged reverse", 7, 5, 9, 17, ragged=True, reverse=True, quick=True),
     Family("ragged no bias", 7, 5, 9, 17, ragged=True, bias=False),
-    Family("long", 1000, 2, 5, 8),
+    Family("long", 1000, 2, 5, 8, draws=4),
     Family("medium H", 6, 2, 32, 256),
     Family("large batch", 4, 65, 9, 17),
 )
@@ -69,6 +77,10 @@ class Problem:
     cotangents: tuple[Tensor, ...]
     batch_sizes: Tensor | None
     reverse: bool
+
+    @property
+    def leaves(self) -> tuple[Tensor, ...]:
+        return (self.input, *self.states, *self.weights.values())
 
     def to(self, dtype: torch.dtype) -> Problem:
         return replace(
@@ -109,11 +121,11 @@ def batch_sizes_of(T: int, B: int) -> Tensor:
     return torch.tensor([sum(length > t for length in lengths) for t in range(T)])
 
 
-def make(cell: str, family: Family, dtype: torch.dtype) -> Problem:
+def make(cell: str, family: Family, dtype: torch.dtype, number: int = 0) -> Problem:
     """Drawn in float64 and rounded to `dtype`: the reference later sees exactly what the kernel saw."""
     spec, H = ops.CELLS[cell], family.H
     P = max(1, H // 2) if spec.projected else H
-    draw = torch.Generator().manual_seed(zlib.crc32(f"{cell}/{family.name}".encode()))
+    draw = torch.Generator().manual_seed(zlib.crc32(f"{cell}/{family.name}/{number}".encode()))
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=draw, dtype=torch.float64)
@@ -140,23 +152,33 @@ def make(cell: str, family: Family, dtype: torch.dtype) -> Problem:
     ).to(dtype)
 
 
+def call(sequence: Run, problem: Problem, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
+    count = len(problem.states)
+    input, states, weights = leaves[0], leaves[1 : 1 + count], dict(zip(problem.weights, leaves[1 + count :], strict=True))
+    results = sequence(problem.cell, input, states, **weights, batch_sizes=problem.batch_sizes, reverse=problem.reverse)
+    return dict(zip(("output", *(f"final {state}" for state in ops.CELLS[problem.cell].states)), results, strict=True))
+
+
 def compute(sequence: Run, problem: Problem) -> dict[str, Tensor]:
-    """Everything that `sequence` gives: results with and without grad mode (kernels of their own), and all gradients."""
+    """The results of `sequence` and all gradients."""
     names = ("input", *(f"initial {state}" for state in ops.CELLS[problem.cell].states), *problem.weights)
-    leaves = [t.detach().clone().requires_grad_() for t in (problem.input, *problem.states, *problem.weights.values())]
-    input, states, weights = leaves[0], leaves[1 : 1 + len(problem.states)], leaves[1 + len(problem.states) :]
+    leaves = [leaf.detach().clone().requires_grad_() for leaf in problem.leaves]
+    results = call(sequence, problem, leaves)
+    gradients = torch.autograd.grad(tuple(results.values()), leaves, problem.cotangents)
+    return {name: value.detach() for name, value in results.items()} | {
+        f"gradient of {name}": value for name, value in zip(names, gradients, strict=True)
+    }
 
-    def call() -> tuple[Tensor, ...]:
-        named = dict(zip(problem.weights, weights, strict=True))
-        return sequence(problem.cell, input, states, **named, batch_sizes=problem.batch_sizes, reverse=problem.reverse)
 
-    results = ("output", *(f"final {state}" for state in ops.CELLS[problem.cell].states))
+def compute_kernel(sequence: Run, problem: Problem) -> dict[str, Tensor]:
+    """Without grad mode too, which is another kernel."""
     with torch.no_grad():
-        quantities = {f"{name}, inference": value for name, value in zip(results, call(), strict=True)}
-    outputs = call()
-    gradients = torch.autograd.grad(outputs, leaves, problem.cotangents)
-    quantities |= {name: value.detach() for name, value in zip(results, outputs, strict=True)}
-    return quantities | {f"gradient of {name}": value for name, value in zip(names, gradients, strict=True)}
+        inference = call(sequence, problem, problem.leaves)
+    return {name + INFERENCE: value for name, value in inference.items()} | compute(sequence, problem)
+
+
+def stacked(found: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([quantities[name] for quantities in found]) for name in found[0]}
 
 
 def nn_layer(cell: str, weights: dict[str, Tensor]) -> torch.nn.RNNBase | None:
@@ -222,30 +244,27 @@ def checks(cell: str, dtype: str, isas: Sequence[str], families: Sequence[Family
     """The checks of a family on one instruction set at a time; the witnesses, which know no instruction set, are computed once."""
     number = DTYPES[dtype]
     for family in families:
-        problem = make(cell, family, number)
-        truth = compute(reference.sequence, problem.to(torch.float64))
-        in_torch_nn = nn_layer(cell, problem.weights) is not None
-        witness = compute(nn_sequence if in_torch_nn else reference.sequence, problem)
+        draws = max(family.draws, KINKED_DRAWS) if cell == KINKED and number.itemsize == 2 else family.draws
+        problems = [make(cell, family, number, draw) for draw in range(draws)]
+        truth = stacked([compute(reference.sequence, problem.to(torch.float64)) for problem in problems])
+        in_torch_nn = nn_layer(cell, problems[0].weights) is not None
+        witness = stacked([compute(nn_sequence if in_torch_nn else reference.sequence, problem) for problem in problems])
         allowed = {name: error_of(witness[name], value, number) for name, value in truth.items()}
         # In float64 the reference is rounded as the kernel is, more with T, and where torch.nn lacks the cell it is its own witness.
-        ulps = ULPS * (math.sqrt(family.T) if number is torch.float64 else 1)
+        slack = ULPS * torch.finfo(number).eps * (math.sqrt(family.T) if number is torch.float64 else 1)
         for isa in isas:
             common = Check(cell, dtype, isa, family.name, "all", math.inf, 0.0, 1.0, "torch.nn" if in_torch_nn else "reference")
             ops.set_isa(isa)
             try:
-                ours = compute(ops.sequence, problem)
+                ours = stacked([compute_kernel(ops.sequence, problem) for problem in problems])
             except Exception as failure:  # a kernel that raises has failed, and the others are still of interest
                 yield [replace(common, message=f"{type(failure).__name__}: {failure}")]
                 continue
             finally:
                 ops.set_isa(None)
-            yield [
-                replace(
-                    common,
-                    quantity=name,
-                    error=error_of(ours[name], value, number),
-                    torch_error=allowed[name],
-                    limit=2 * allowed[name] + ulps * torch.finfo(number).eps,
-                )
-                for name, value in truth.items()
-            ]
+            found = []
+            for quantity, value in ours.items():
+                name = quantity.removesuffix(INFERENCE)
+                error, limit = error_of(value, truth[name], number), 2 * allowed[name] + slack
+                found.append(replace(common, quantity=quantity, error=error, torch_error=allowed[name], limit=limit))
+            yield found

@@ -79,14 +79,14 @@ P* at(P* base, int64_t bytes) {
 // What forward and backward share: the problem cut for a team, and the walk of one member through a tile grid.
 class Walk {
  public:
-  Walk(const Problem& problem, bool backward)
+  Walk(const Problem& problem, const Page& which, bool backward)
       : p(problem),
-        cell(kCells[p.cell]),
+        cell(which.cell),
         isa(current()),
         m(machine(isa, p)),
         ops(isa.number[number_of(p.storage)]),
         storage(isa.storage[int(p.storage)]),
-        page(isa.page[p.cell][int(p.storage)]),
+        page(which.ops[int(p.storage)]),
         plan_(plan(m, cell, p, backward)),
         memory(layout(m, cell, p, plan_, backward)),
         storage_bytes(kStorageBytes[int(p.storage)]),
@@ -199,24 +199,25 @@ std::vector<std::string> built_isas() {
 std::string isa() { return current().name; }
 void set_isa(const std::string& name) { chosen.store(choose(name), std::memory_order_release); }
 
-std::string fits(const Problem& p) {
-  const CellInfo& cell = kCells[p.cell];
+const Page& page_of(const Problem& p) { return current().page[p.cell]; }
+
+std::string fits(const Problem& p, const Page& page) {
+  const CellInfo& cell = page.cell;
   for (int s = 0; s < cell.stages; ++s)
     if (cell.stage[s].reduction != Reduction::None) return std::string("the cpu engine has no reduction across units, which ") + cell.name + " asks for";
   if (p.complete && (p.steps != 1 || cell.stages != 1)) return "complete gates are for one step of a cell of one stage";
   return "";
 }
 
-Schedule schedule(const Problem& p, bool backward) { return plan(machine(current(), p), kCells[p.cell], p, backward); }
+Schedule schedule(const Problem& p, const Page& page, bool backward) { return plan(machine(current(), p), page.cell, p, backward); }
 
-int64_t workspace_bytes(const Problem& p, bool backward) {
+int64_t workspace_bytes(const Problem& p, const Page& page, bool backward) {
   const Machine m = machine(current(), p);
-  const CellInfo& cell = kCells[p.cell];
-  return layout(m, cell, p, plan(m, cell, p, backward), backward).bytes;
+  return layout(m, page.cell, p, plan(m, page.cell, p, backward), backward).bytes;
 }
 
-void forward(const Forward& f) {
-  Walk w(f.problem, false);
+void forward(const Forward& f, const Page& page) {
+  Walk w(f.problem, page, false);
   const Problem& p = w.p;
   const int64_t hidden_bytes = w.width(0) * w.number_bytes;
   void* const h[2] = {at(f.workspace, w.memory.state[0]), at(f.workspace, w.memory.state[0] + p.batch * hidden_bytes)};
@@ -278,8 +279,8 @@ void forward(const Forward& f) {
   });
 }
 
-void backward(const Backward& g) {
-  Walk w(g.problem, true);
+void backward(const Backward& g, const Page& page) {
+  Walk w(g.problem, page, true);
   const Problem& p = w.p;
   const int last = w.cell.stages - 1;
   const int64_t gates_row = w.cell.hidden_slots(0) * p.hidden;  // stage 0's operand, as the step before it in time reads it

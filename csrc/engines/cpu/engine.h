@@ -15,13 +15,17 @@ std::string isa();
 // Throws std::invalid_argument for a name that is not supported; the empty name chooses the best.
 void set_isa(const std::string& name);
 
-// Empty if the engine can run it, otherwise the reason why not.
-std::string fits(const Problem&);
-Schedule schedule(const Problem&, bool backward);
-int64_t workspace_bytes(const Problem&, bool backward);
+struct Page;
+// The page of the problem's cell for the chosen instruction set. A page made elsewhere must be of that instruction set's numbers.
+const Page& page_of(const Problem&);
 
-void forward(const Forward&);
-void backward(const Backward&);
+// Empty if the engine can run it, otherwise the reason why not.
+std::string fits(const Problem&, const Page&);
+Schedule schedule(const Problem&, const Page&, bool backward);
+int64_t workspace_bytes(const Problem&, const Page&, bool backward);
+
+void forward(const Forward&, const Page&);
+void backward(const Backward&, const Page&);
 
 // For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over; a barrier's time.
 double measure_bandwidth(int64_t bytes, int threads);

@@ -226,14 +226,18 @@ constexpr PageOps page_ops() {
 }
 
 // In the order of Storage.
+template <class Cell, class F32, class F64>
+constexpr Page make_page(const char* name) {
+  return {describe<Cell>(name), {page_ops<Cell, F32, float>(), page_ops<Cell, F64, double>(), page_ops<Cell, F32, bf16>(), page_ops<Cell, F32, f16>()}};
+}
+
 template <class F32, class F64, int registers>
 constexpr Isa make_isa(const char* name) {
   return {name,
           {number_ops<F32, registers>(), number_ops<F64, registers>()},
           {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},
           {
-#define RNN_CELL(cell, ...) \
-  {page_ops<__VA_ARGS__, F32, float>(), page_ops<__VA_ARGS__, F64, double>(), page_ops<__VA_ARGS__, F32, bf16>(), page_ops<__VA_ARGS__, F32, f16>()},
+#define RNN_CELL(cell, ...) make_page<__VA_ARGS__, F32, F64>(#cell),
 #include "cells/cells.def"
 #undef RNN_CELL
           }};

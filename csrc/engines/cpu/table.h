@@ -66,11 +66,17 @@ struct PageOps {
   Backward backward[kMaxStages];
 };
 
+// A cell as the engine runs it: its shape, and its page compiled for each storage type.
+struct Page {
+  CellInfo cell;
+  PageOps ops[kStorages];
+};
+
 struct Isa {
   const char* name;
   NumberOps number[2];  // float, double
   StorageOps storage[kStorages];
-  PageOps page[kCellCount][kStorages];
+  Page page[kCellCount];
 };
 
 extern const Isa isa_scalar;

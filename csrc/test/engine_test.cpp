@@ -1,0 +1,177 @@
+// The engine runs a page that no list knows: the throw-away cell of two stages and a vector, forward against a plain loop over its equations, backward
+// against central differences, on every schedule that the thread counts bring, ragged and reversed.
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+
+#include "num/scalar.h"
+//
+#include "engines/cpu/engine.h"
+#include "engines/cpu/kernels.h"
+#include "test/check.h"
+#include "test/reset_before.h"
+
+namespace rnnkernels {
+namespace {
+
+constexpr int64_t T = 4, B = 3, H = 5;
+const int64_t kRagged[] = {3, 3, 2, 1};
+
+struct Numbers {
+  std::vector<double> x, u0, u1, p, h0;
+};
+
+struct Case {
+  bool ragged, reverse;
+  int threads;
+  int64_t rows(int64_t t) const { return ragged ? kRagged[t] : B; }
+  int64_t offset(int64_t t) const {
+    int64_t n = 0;
+    for (int64_t i = 0; i < t; ++i) n += rows(i);
+    return n;
+  }
+  int64_t tokens() const { return offset(T); }
+  Problem problem() const { return {0, Storage::F64, T, B, H, H, ragged ? kRagged : nullptr, reverse, false, threads}; }
+};
+
+struct Result {
+  std::vector<double> y, last, kept;
+};
+
+constexpr cpu::Page page = cpu::make_page<ResetBefore, scalar::F32, scalar::F64>("reset_before");
+
+Result run(const Case& c, const Numbers& in) {
+  Result r{std::vector<double>(size_t(c.tokens() * H), NAN), std::vector<double>(size_t(B * H), NAN),
+           std::vector<double>(size_t(c.tokens() * page.cell.room() * H), NAN)};
+  Forward f{};
+  f.problem = c.problem();
+  std::vector<char> workspace(size_t(cpu::workspace_bytes(f.problem, page, false)), char(0xff));
+  f.gates = in.x.data();
+  f.gates_row = 4 * H;
+  f.kept = r.kept.data();
+  f.weights[0] = in.u0.data();
+  f.weights[1] = in.u1.data();
+  f.vectors[0] = in.p.data();
+  f.initial[0] = in.h0.data();
+  f.final[0] = r.last.data();
+  f.output = r.y.data();
+  f.workspace = workspace.data();
+  cpu::forward(f, page);
+  return r;
+}
+
+double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+
+Result plain(const Case& c, const Numbers& in) {
+  Result r{std::vector<double>(size_t(c.tokens() * H)), in.h0, {}};
+  for (int64_t n = 0; n < T; ++n) {
+    const int64_t t = c.reverse ? T - 1 - n : n;
+    for (int64_t b = 0; b < c.rows(t); ++b) {
+      double* h = &r.last[size_t(b * H)];
+      const double* x = &in.x[size_t((c.offset(t) + b) * 4 * H)];
+      auto product = [&](const std::vector<double>& u, int64_t row, const double* v) {
+        double sum = 0;
+        for (int64_t k = 0; k < H; ++k) sum += u[size_t(row * H + k)] * v[k];
+        return sum;
+      };
+      double gate[2][H], v[H], next[H];
+      for (int64_t i = 0; i < H; ++i) {
+        gate[0][i] = sigmoid(x[i] + product(in.u0, i, h) + in.p[size_t(i)] * h[i]);
+        gate[1][i] = sigmoid(x[H + i] + product(in.u0, H + i, h));
+      }
+      for (int64_t i = 0; i < H; ++i) v[i] = gate[0][i] * h[i];
+      for (int64_t i = 0; i < H; ++i) {
+        const double candidate = std::tanh(x[2 * H + i] + product(in.u1, i, v));
+        next[i] = (candidate + gate[1][i] * (h[i] - candidate)) * std::tanh(x[3 * H + i]);
+      }
+      std::memcpy(h, next, sizeof next);
+      std::memcpy(&r.y[size_t((c.offset(t) + b) * H)], next, sizeof next);
+    }
+  }
+  return r;
+}
+
+double distance(const std::vector<double>& a, const std::vector<double>& b) {
+  double worst = a.size() == b.size() ? 0 : INFINITY;
+  for (size_t i = 0; i < a.size() && i < b.size(); ++i) worst = std::isnan(a[i]) ? INFINITY : std::fmax(worst, std::fabs(a[i] - b[i]));
+  return worst;
+}
+
+void test(const Case& c) {
+  std::mt19937_64 random(3);
+  std::normal_distribution<double> normal;
+  auto fill = [&](std::vector<double>& v, int64_t n) {
+    v.resize(size_t(n));
+    for (double& x : v) x = normal(random);
+  };
+  Numbers in;
+  fill(in.x, c.tokens() * 4 * H);
+  fill(in.u0, 2 * H * H);
+  fill(in.u1, H * H);
+  fill(in.p, H);
+  fill(in.h0, B * H);
+  std::vector<double> dy, dlast;
+  fill(dy, c.tokens() * H);
+  fill(dlast, B * H);
+
+  const Result r = run(c, in), expected = plain(c, in);
+  const double outputs = std::fmax(distance(r.y, expected.y), distance(r.last, expected.last));
+
+  std::vector<double> dx(r.kept.size(), NAN), dh0(size_t(B * H), NAN);
+  Backward g{};
+  g.problem = c.problem();
+  std::vector<char> workspace(size_t(cpu::workspace_bytes(g.problem, page, true)), char(0xff));
+  g.kept = r.kept.data();
+  g.grad_gates = dx.data();
+  g.weights[0] = in.u0.data();
+  g.weights[1] = in.u1.data();
+  g.vectors[0] = in.p.data();
+  g.initial[0] = in.h0.data();
+  g.output = r.y.data();
+  g.grad_output = dy.data();
+  g.grad_final[0] = dlast.data();
+  g.grad_initial[0] = dh0.data();
+  g.workspace = workspace.data();
+  cpu::backward(g, page);
+
+  auto loss = [&] {
+    const Result q = plain(c, in);
+    double sum = 0;
+    for (size_t i = 0; i < q.y.size(); ++i) sum += q.y[i] * dy[i];
+    for (size_t i = 0; i < q.last.size(); ++i) sum += q.last[i] * dlast[i];
+    return sum;
+  };
+  auto slope = [&](double& at) {
+    const double x = at, step = 1e-5;
+    at = x + step;
+    const double above = loss();
+    at = x - step;
+    const double below = loss();
+    at = x;
+    return (above - below) / (2 * step);
+  };
+  double gradients = 0;
+  for (int64_t n = 0; n < c.tokens(); ++n)
+    for (int64_t i = 0; i < 4 * H; ++i)
+      gradients = std::fmax(gradients, std::fabs(slope(in.x[size_t(n * 4 * H + i)]) - dx[size_t(n * page.cell.room() * H + i)]));
+  for (int64_t i = 0; i < B * H; ++i) gradients = std::fmax(gradients, std::fabs(slope(in.h0[size_t(i)]) - dh0[size_t(i)]));
+
+  std::printf("two stages, %s, %s, %d threads: outputs %.1e, gradients %.1e\n", c.ragged ? "ragged" : "padded", c.reverse ? "reverse" : "forward",
+              c.threads, outputs, gradients);
+  check(outputs < 1e-13, "outputs differ from the plain loop by %g", outputs);
+  check(gradients < 1e-8, "gradients differ from central differences by %g", gradients);
+}
+
+}  // namespace
+}  // namespace rnnkernels
+
+int main() {
+  using namespace rnnkernels;
+  cpu::set_isa("scalar");
+  for (bool ragged : {false, true})
+    for (bool reverse : {false, true})
+      for (int threads : {1, 2, 3}) test({ragged, reverse, threads});
+  return check_failures != 0;
+}

@@ -1,0 +1,86 @@
+// The plan as a pure function, over thousands of problems: every unit and row has one owner, limits are kept, nothing in the workspace overlaps.
+#include "core/plan.h"
+
+#include <algorithm>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cells/list.h"
+#include "test/check.h"
+
+using namespace rnnkernels;
+
+namespace {
+
+void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
+  const Schedule s = plan(m, cell, p, backward);
+  const auto where = [&](const char* what) {
+    return check(false, "%s: %s B %ld H %ld T %ld threads %d lanes %d", what, cell.name, long(p.batch), long(p.hidden), long(p.steps), p.threads, m.lanes);
+  };
+  if (s.threads() > std::max(p.threads, 1)) where("more threads than asked for");
+  if (s.row_groups > std::max<int64_t>(p.batch, 1)) where("a row group without rows");
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    const Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
+    const int vectors = s.blocks[stage] * std::max(product.columns, 1);
+    if (vectors > kMaxVectorsPerPanel) where("a panel wider than the kernels");
+    const int rows = tile_rows(m, vectors);
+    if (rows < 1 || rows > kMaxTileRows || (rows > 1 && rows * vectors > m.registers)) where("a tile larger than the registers");
+    const int64_t panels = panel_count(m, product, s.blocks[stage]);
+    if (panels * s.blocks[stage] * m.lanes < product.units) where("units without a panel");
+    if ((panels - 1) * s.blocks[stage] * m.lanes >= product.units) where("a panel without units");
+    int64_t covered = 0;
+    for (int g = 0; g < s.unit_groups; ++g) {
+      const int64_t begin = split(panels, s.unit_groups, g), end = split(panels, s.unit_groups, g + 1);
+      if (begin != covered || end < begin) where("panels not cut one after the other");
+      covered = end;
+    }
+    if (covered != panels) where("panels without an owner");
+  }
+  const Layout l = layout(m, cell, p, s, backward);
+  std::vector<std::pair<int64_t, int64_t>> parts;
+  for (int i = 0; i < cell.stages; ++i) {
+    const Product product = backward ? backward_product(cell, p, i) : forward_product(cell, p, i);
+    if (!p.complete) parts.push_back({l.packed[i], panel_count(m, product, s.blocks[i]) * panel_elements(m, product, s.blocks[i]) * m.number_bytes});
+    if (backward)
+      parts.push_back({l.operand[i], (i ? 1 : 2) * p.batch * cell.hidden_slots(i) * width_of(p, cell.stage[i].width) * m.number_bytes});
+  }
+  for (int i = 0; i < cell.states; ++i) parts.push_back({l.state[i], (i || backward ? 1 : 2) * p.batch * width_of(p, cell.state_width(i)) * m.number_bytes});
+  std::sort(parts.begin(), parts.end());
+  int64_t end = 0;
+  for (auto [at, bytes] : parts) {
+    if (at < end || at % 64) where("parts of the workspace overlap or are not aligned");
+    end = at + bytes;
+  }
+  if (end > l.bytes) where("the workspace is too small");
+}
+
+}  // namespace
+
+int main() {
+  int count = 0;
+  for (const CellInfo& cell : kCells)
+    for (auto [lanes, registers, bytes] : std::vector<std::tuple<int, int, int>>{{1, 12, 4}, {8, 12, 4}, {4, 12, 8}, {16, 24, 4}, {8, 24, 8}})
+      for (int64_t batch : {0, 1, 2, 3, 7, 8, 64, 129, 1000})
+        for (int64_t hidden : {1, 15, 16, 17, 33, 64, 100, 128, 511, 2048})
+          for (int64_t steps : {1, 100})
+            for (int threads : {1, 2, 3, 16, 61})
+              for (bool backward : {false, true}) {
+                Machine m{};
+                m.lanes = lanes;
+                m.registers = registers;
+                m.number_bytes = bytes;
+                const int64_t output = cell.projected() ? (hidden + 1) / 2 : hidden;
+                const Problem p{0, Storage::F32, steps, batch, hidden, output, nullptr, false, steps == 1 && cell.stages == 1, threads};
+                test(m, cell, p, backward);
+                ++count;
+              }
+  std::printf("%d plans\n", count);
+  for (int64_t n : {0, 1, 5, 64})
+    for (int groups : {1, 2, 7})
+      for (int i = 0; i < groups; ++i) {
+        const int64_t size = split(n, groups, i + 1) - split(n, groups, i);
+        check(size == n / groups || size == n / groups + 1, "split(%ld, %d) is uneven", long(n), groups);
+      }
+  return check_failures != 0;
+}

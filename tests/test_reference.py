@@ -1,0 +1,114 @@
+"""The reference cells against torch.nn in float64, and against finite differences."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from rnnkernels import reference
+
+T, B, I, H, P = 6, 4, 3, 5, 2  # noqa: E741
+BATCH_SIZES = torch.tensor([4, 4, 3, 2, 1, 1])
+NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+
+cells = pytest.mark.parametrize("cell", sorted(reference.CELLS))
+ragged = pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+reverse = pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+biased = pytest.mark.parametrize("bias", [True, False], ids=["bias", "no_bias"])
+
+
+def arguments(cell: str, *, ragged: bool, bias: bool) -> tuple[Tensor, list[Tensor], list[Tensor | None]]:
+    """Random input, states and weights; positive for srn_identity, so that torch's relu can stand witness for the identity."""
+    facts = reference.CELLS[cell]
+    width = P if facts.projected else H
+    low = 0.05 if cell == "srn_identity" else -0.5
+
+    def leaf(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float64).uniform_(low, 0.5).requires_grad_()
+
+    x = leaf(int(BATCH_SIZES.sum()), I) if ragged else leaf(T, B, I)
+    states = [leaf(B, width if name == "h" else H) for name in facts.states]
+    gates = facts.hidden_gates * H
+    weights: list[Tensor | None] = [leaf(gates, I), leaf(gates, width), leaf(gates) if bias else None, leaf(gates) if bias else None]
+    return x, states, [*weights, leaf(P, H)] if facts.projected else weights
+
+
+def torch_sequence(
+    cell: str, x: Tensor, states: list[Tensor], weights: list[Tensor | None], batch_sizes: Tensor | None, reverse: bool
+) -> tuple[Tensor, ...]:
+    """The same by torch.nn: one direction of a bidirectional layer whose two directions share their weights."""
+    if cell == "srn_sigmoid":
+        # σ(z) = (1 + tanh(z / 2)) / 2, so a logistic network is a tanh network with other weights and states 2s − 1.
+        w, u, b, d = weights
+        d = u.sum(1) / 4 + (0 if d is None else d / 2)
+        halved = [w / 2, u / 4, torch.zeros_like(d) if b is None else b / 2, d]
+        return tuple((1 + y) / 2 for y in torch_sequence("srn_tanh", x, [2 * s - 1 for s in states], halved, batch_sizes, reverse))
+    family, *kind = cell.split("_")
+    options: dict = {"bias": weights[2] is not None, "bidirectional": True, "device": "meta"}
+    if family == "srn":
+        layer = torch.nn.RNN(I, H, nonlinearity={"identity": "relu"}.get(*kind, *kind), **options)
+    elif family == "gru":
+        layer = torch.nn.GRU(I, H, **options)
+    else:
+        layer = torch.nn.LSTM(I, H, proj_size=P if kind else 0, **options)
+    named = {name: weight for name, weight in zip(NAMES, weights, strict=False) if weight is not None}
+    named = {f"{name}_l0{suffix}": weight for name, weight in named.items() for suffix in ("", "_reverse")}
+    doubled = [torch.stack((state, state)) for state in states]
+    hx = tuple(doubled) if len(doubled) == 2 else doubled[0]
+    data = x if batch_sizes is None else torch.nn.utils.rnn.PackedSequence(x, batch_sizes)
+    output, finals = functional_call(layer, named, (data, hx))
+    output = output if batch_sizes is None else output.data
+    finals = finals if isinstance(finals, tuple) else (finals,)
+    return output.chunk(2, dim=-1)[reverse], *(final[int(reverse)] for final in finals)
+
+
+def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor, ...]:
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(y.shape, generator=generator, dtype=y.dtype) for y in outputs]
+    return torch.autograd.grad(outputs, leaves, cotangents)
+
+
+@cells
+@ragged
+@reverse
+@biased
+def test_agrees_with_torch(cell: str, ragged: bool, reverse: bool, bias: bool) -> None:
+    x, states, weights = arguments(cell, ragged=ragged, bias=bias)
+    batch_sizes = BATCH_SIZES if ragged else None
+    ours = reference.sequence(cell, x, states, *weights, batch_sizes=batch_sizes, reverse=reverse)
+    theirs = torch_sequence(cell, x, states, weights, batch_sizes, reverse)
+    leaves = [leaf for leaf in (x, *states, *weights) if leaf is not None]
+    for a, b in zip((*ours, *gradients(ours, leaves)), (*theirs, *gradients(theirs, leaves)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@cells
+@ragged
+@reverse
+def test_gradients_are_those_of_finite_differences(cell: str, ragged: bool, reverse: bool) -> None:
+    x, states, weights = arguments(cell, ragged=ragged, bias=True)
+    batch_sizes = BATCH_SIZES if ragged else None
+
+    def run(x: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        return reference.sequence(cell, x, rest[: len(states)], *rest[len(states) :], batch_sizes=batch_sizes, reverse=reverse)
+
+    torch.autograd.gradcheck(run, (x, *states, *weights), fast_mode=True)
+    torch.autograd.gradgradcheck(run, (x, *states, *weights), fast_mode=True)
+
+
+@cells
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_keeps_the_dtype(cell: str, dtype: torch.dtype) -> None:
+    x, states, weights = arguments(cell, ragged=False, bias=True)
+    outputs = reference.sequence(cell, x.to(dtype), [s.to(dtype) for s in states], *[w.to(dtype) for w in weights])
+    assert [y.dtype for y in outputs] == [dtype] * len(outputs)
+
+
+@cells
+def test_leaves_its_arguments_alone(cell: str) -> None:
+    x, states, weights = arguments(cell, ragged=True, bias=True)
+    before = [tensor.detach().clone() for tensor in (x, *states, *weights)]
+    outputs = reference.sequence(cell, x, states, *weights, batch_sizes=BATCH_SIZES)
+    for output in outputs:
+        output.detach().zero_()
+    assert all(torch.equal(a, b) for a, b in zip(before, (x, *states, *weights), strict=True))
