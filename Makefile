@@ -49,18 +49,16 @@ test-sanitize: $(VENV)/.tools
 	$(BIN)/cmake --build build/sanitize
 	$(CTEST) build/sanitize
 
-# ThreadSanitizer needs a memory layout that some kernels do not give; where it cannot run, say so.
-test-thread: $(VENV)/.tools
+# Only the barrier, which needs nothing built and runs on std::thread: ThreadSanitizer is blind to libgomp's own hand-overs. It also needs a
+# memory layout that some kernels do not give.
+test-thread:
 	@mkdir -p build/thread
-	@if ! (echo 'int main() {}' | $(CXX) -x c++ -fsanitize=thread - -o build/thread/works && build/thread/works); then \
-	  echo 'test-thread: not run, ThreadSanitizer does not work on this machine'; \
-	elif [ ! -f csrc/test/team_test.cpp ]; then \
-	  echo 'test-thread: not run, csrc/test/team_test.cpp is not there'; \
-	else \
+	@if echo 'int main() {}' | $(CXX) -x c++ -fsanitize=thread - -o build/thread/works && build/thread/works; then \
 	  set -ex; \
-	  $(CMAKE) -S . -B build/thread $(CHECKED) -DRNNKERNELS_SANITIZE=thread; \
-	  $(BIN)/cmake --build build/thread --target team_test; \
-	  $(CTEST) build/thread --tests-regex '^team_test$$'; \
+	  $(CXX) -std=c++17 -O1 -g -fopenmp -fsanitize=thread -Icsrc csrc/test/team_test.cpp -o build/thread/team_test; \
+	  build/thread/team_test; \
+	else \
+	  echo 'test-thread: not run, ThreadSanitizer does not work on this machine'; \
 	fi
 
 test-python: build

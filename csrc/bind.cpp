@@ -4,8 +4,8 @@
 
 #include <stdexcept>
 
-#include "engines/cpu/engine.h"
 #include "cells/list.h"
+#include "engines/cpu/engine.h"
 #if RNNKERNELS_CUDA
 #include "engines/cuda/probe.h"
 #endif
@@ -29,7 +29,8 @@ void fill(P* (&to)[n], const Addresses& from) {
   for (size_t i = 0; i < from.size(); ++i) to[i] = pointer(from[i]);
 }
 
-Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t hidden, int64_t output, Address rows, bool reverse, bool complete, int threads) {
+Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t hidden, int64_t output, Address rows, bool reverse,
+                bool complete, int threads) {
   if (cell < 0 || cell >= kCellCount || storage < 0 || storage >= kStorages) throw std::invalid_argument("no such cell or storage type");
   const Problem p{cell, Storage(storage), steps, batch, hidden, output, pointer<const int64_t>(rows), reverse, complete, threads};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
@@ -38,7 +39,8 @@ Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t hid
 }
 
 void need(const Problem& p, bool backward, int64_t given) {
-  if (given < cpu::workspace_bytes(p, cpu::page_of(p), backward)) throw std::invalid_argument("the workspace is too small: the instruction set changed since it was measured");
+  if (given < cpu::workspace_bytes(p, cpu::page_of(p), backward))
+    throw std::invalid_argument("the workspace is too small: the instruction set changed since it was measured");
 }
 
 py::dict description(const CellInfo& cell) {
@@ -49,7 +51,8 @@ py::dict description(const CellInfo& cell) {
   for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
   for (int i = 0; i < cell.vectors; ++i) vectors.append(py::make_tuple(cell.vector[i].name, cell.vector[i].slot));
   return py::dict(py::arg("name") = cell.name, py::arg("slots") = slots, py::arg("stages") = stages, py::arg("states") = states,
-                  py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(), py::arg("projected") = cell.projected());
+                  py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
+                  py::arg("projected") = cell.projected());
 }
 
 py::dict build() {
@@ -87,27 +90,28 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
-  m.def("forward", [](const Problem& p, Address gates, int64_t gates_row, Address kept, const Addresses& weights, const Addresses& vectors,
-                      const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes) {
-    need(p, false, bytes);
-    Forward f{};
-    f.problem = p;
-    f.gates = pointer(gates);
-    f.gates_row = gates_row;
-    f.kept = pointer(kept);
-    fill(f.weights, weights);
-    fill(f.vectors, vectors);
-    fill(f.initial, initial);
-    fill(f.final, final);
-    f.output = pointer(output);
-    fill(f.history, history);
-    f.workspace = pointer(workspace);
-    py::gil_scoped_release release;
-    cpu::forward(f, cpu::page_of(p));
-  });
-  m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
-                       Address output, const Addresses& history, Address grad_output, const Addresses& grad_final, const Addresses& grad_initial,
-                       Address workspace, int64_t bytes) {
+  m.def("forward",
+        [](const Problem& p, Address gates, int64_t gates_row, Address kept, const Addresses& weights, const Addresses& vectors,
+           const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes) {
+          need(p, false, bytes);
+          Forward f{};
+          f.problem = p;
+          f.gates = pointer(gates);
+          f.gates_row = gates_row;
+          f.kept = pointer(kept);
+          fill(f.weights, weights);
+          fill(f.vectors, vectors);
+          fill(f.initial, initial);
+          fill(f.final, final);
+          f.output = pointer(output);
+          fill(f.history, history);
+          f.workspace = pointer(workspace);
+          py::gil_scoped_release release;
+          cpu::forward(f, cpu::page_of(p));
+        });
+  m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
+                       const Addresses& initial, Address output, const Addresses& history, Address grad_output, const Addresses& grad_final,
+                       const Addresses& grad_initial, Address workspace, int64_t bytes) {
     need(p, true, bytes);
     Backward g{};
     g.problem = p;

@@ -1,13 +1,15 @@
 """One cell over one sequence: argument checks, memory, autograd and the torch.library ops. The only door to the compiled module.
 
-:func:`sequence` is what layers are made of. In eager mode it goes through :class:`Sequence`, an ``autograd.Function``; under ``torch.compile``,
-``torch.export``, on meta and fake tensors it goes through the ops ``torch.ops.rnnkernels.sequence`` and ``sequence_backward``. Both run the same code.
+:func:`sequence` is what layers are made of. In eager mode it goes through :class:`Sequence`, an ``autograd.Function``; under
+``torch.compile``, ``torch.export``, on meta and fake tensors it goes through the ops ``torch.ops.rnnkernels.sequence`` and
+``sequence_backward``. Both run the same code.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +20,8 @@ from . import _C
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-class Cell(NamedTuple):
+@dataclass(frozen=True)
+class Cell:
     """What Python needs to know of a page of cells.def."""
 
     index: int
@@ -34,7 +37,8 @@ class Cell(NamedTuple):
 
 
 def _cell(index: int, d: dict[str, Any]) -> Cell:
-    slots, first, count = d["slots"], *d["stages"][0][:2]
+    slots: list[tuple[str, bool, bool]] = d["slots"]
+    first, count, _ = d["stages"][0]
     fed = [i for i in range(first, first + count) if slots[i][2]]
     runs, row = [], 0
     for _, group in itertools.groupby(enumerate(fed), lambda pair: pair[1] - pair[0]):
@@ -55,7 +59,7 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
     )
 
 
-CELLS: dict[str, Cell] = {d["name"]: _cell(i, d) for i, d in enumerate(_C.cells())}  # type: ignore[misc]
+CELLS: dict[str, Cell] = {d["name"]: _cell(i, d) for i, d in enumerate(_C.cells())}
 
 
 def build_info() -> dict[str, Any]:
@@ -64,9 +68,9 @@ def build_info() -> dict[str, Any]:
 
 
 def set_isa(name: str | None) -> None:
-    """Choose the instruction set (``"avx512"``, ``"avx2"``, ``"scalar"``; ``None``: the best there is). Not while a kernel runs in another thread.
+    """Choose the instruction set (``"avx512"``, ``"avx2"``, ``"scalar"``; ``None``: the best there is), not while a kernel runs elsewhere.
 
-    Raises ``ValueError`` for one that this processor or build does not have. The environment variable ``RNNKERNELS_ISA`` does the same at start.
+    Raises ``ValueError`` for one that this processor or build does not have. The variable ``RNNKERNELS_ISA`` does the same at start.
     """
     _C.set_isa(name or "")
 
@@ -198,6 +202,8 @@ def _forward(
             if first + shared < end:
                 alone = weight_hh[(row + shared) * H : (row + end - first) * H]
                 torch.mm(states[0], alone.t(), out=gates[:, (first + shared) * H : end * H])
+    if cell.projected and training:
+        gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
     output = input.new_empty(*input.shape[:-1], s.output)
     final = [torch.empty_like(state) for state in states]
     history = [input.new_empty(N, H) for _ in states[1:]] if training else []
@@ -414,7 +420,9 @@ def _checked(
     if input.dtype not in _STORAGE:
         raise RuntimeError(f"input: expected dtype float32, float64, bfloat16 or float16, got {input.dtype}")
     if input.dim() != (3 if batch_sizes is None else 2):
-        raise RuntimeError(f"input: expected {'3-D [T, B, I]' if batch_sizes is None else '2-D [N, I] with batch_sizes'}, got {input.dim()}-D")
+        raise RuntimeError(
+            f"input: expected {'3-D [T, B, I]' if batch_sizes is None else '2-D [N, I] with batch_sizes'}, got {input.dim()}-D"
+        )
     if weight_ih.dim() != 2 or weight_ih.shape[0] % spec.input_gates or weight_ih.shape[0] == 0:
         raise RuntimeError(f"weight_ih: expected shape ({spec.input_gates}·hidden_size, input_size), got {tuple(weight_ih.shape)}")
     if spec.projected != (weight_hr is not None):
@@ -470,10 +478,12 @@ def sequence(
     """Run ``cell`` over a sequence in one direction.
 
     Args:
-        cell: a name of :data:`CELLS`, for instance ``"lstm"``, ``"gru"``, ``"srn_tanh"``. The equations stand in :mod:`rnnkernels.reference`.
-        input: ``[T, B, I]``, or with ``batch_sizes`` ``[N, I]``, the tokens step by step as in a ``PackedSequence``; float32, float64, bfloat16, float16.
+        cell: a name of :data:`CELLS`, for instance ``"lstm"``, ``"gru"``, ``"srn_tanh"``; the equations: :mod:`rnnkernels.reference`.
+        input: ``[T, B, I]``, or with ``batch_sizes`` ``[N, I]``, the tokens step by step as in a ``PackedSequence``; float32, float64,
+            bfloat16 or float16.
         states: one tensor a state before the first step, ``h [B, P]`` and for LSTM ``c [B, H]``.
-        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in torch.nn: ``[gates·H, I]``, ``[gates·H, P]``, ``[gates·H]``, ``[gates·H]``, ``[P, H]``.
+        weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in torch.nn: ``[gates·H, I]``, ``[gates·H, P]``, ``[gates·H]``,
+            ``[gates·H]``, ``[P, H]``.
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
         reverse: run from the last step (a ragged row's own last step) to the first. The output keeps the input's order.
 
@@ -491,15 +501,184 @@ def sequence(
     tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states)
     if torch.compiler.is_compiling() or not _plain(*tensors):
         s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, False)
+        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         results: list[Tensor] = torch.ops.rnnkernels.sequence(
-            cell, input, list(states), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse
+            cell, input, list(states), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, training
         )
         return tuple(results[: 1 + len(s.cell.states)])
     s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, True)
     dense = tuple(t if t is None or t.is_contiguous() else t.contiguous() for t in tensors[1:])
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, input, *dense)
+        result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, input, *dense)  # type: ignore[no-untyped-call]
         return result
     w_ih, w_hh, b_ih, b_hh, w_hr, *h = dense
     output, final, _, _ = _forward(s, False, input, h, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)  # type: ignore[arg-type]
     return (output, *final)
+
+
+# ---- torch.library: the same code for torch.compile, torch.export and fake tensors
+
+_library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
+_library.define(
+    "sequence(str cell, Tensor input, Tensor[] states, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
+    " Tensor? weight_hr, Tensor? batch_sizes, bool reverse, bool training) -> Tensor[]"
+)
+_library.define(
+    "sequence_backward(str cell, bool[] needs, Tensor? grad_output, Tensor?[] grad_final, Tensor input, Tensor[] states,"
+    " Tensor weight_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, Tensor? batch_sizes, bool reverse,"
+    " Tensor output, Tensor kept, Tensor[] history) -> Tensor[]"
+)
+
+
+def _op_forward(
+    cell: str,
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    training: bool,
+) -> list[Tensor]:
+    """output, final states, and for training the kept values and the histories of the other states"""
+    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, True)
+    dense = [state.contiguous() for state in states]
+    b_ih, b_hh, w_hr = (None if t is None else t.contiguous() for t in (bias_ih, bias_hh, weight_hr))
+    w_ih, w_hh = weight_ih.contiguous(), weight_hh.contiguous()
+    output, final, kept, history = _forward(s, training, input, dense, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    return [output, *final, *([] if kept is None else [kept]), *history]
+
+
+def _op_forward_fake(
+    cell: str,
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    training: bool,
+) -> list[Tensor]:
+    spec = CELLS[cell]
+    H, P = weight_ih.shape[0] // spec.input_gates, weight_hh.shape[1]
+    N = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
+    results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
+    if training:
+        results += [input.new_empty(N, spec.room * H), *(input.new_empty(N, H) for _ in states[1:])]
+    return results
+
+
+def _op_backward(
+    cell: str,
+    needs: Seq[bool],
+    grad_output: Tensor | None,
+    grad_final: Seq[Tensor | None],
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    output: Tensor,
+    kept: Tensor,
+    history: Seq[Tensor],
+) -> list[Tensor]:
+    """Gradients in the order of `needs`; an empty tensor where none is needed."""
+    spec = CELLS[cell]
+    steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
+    s = _Saved(spec, reverse, steps, states[0].shape[0], weight_ih.shape[0] // spec.input_gates, weight_hh.shape[1])
+    grads = _backward(
+        s,
+        needs,
+        grad_output,
+        grad_final,
+        input,
+        [state.contiguous() for state in states],
+        weight_ih.contiguous(),
+        weight_hh.contiguous(),
+        None if bias_hh is None else bias_hh.contiguous(),
+        None if weight_hr is None else weight_hr.contiguous(),
+        batch_sizes,
+        output,
+        kept,
+        history,
+        False,
+    )
+    return [input.new_empty(0) if grad is None else grad for grad in grads]
+
+
+def _op_backward_fake(
+    cell: str,
+    needs: Seq[bool],
+    grad_output: Tensor | None,
+    grad_final: Seq[Tensor | None],
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    output: Tensor,
+    kept: Tensor,
+    history: Seq[Tensor],
+) -> list[Tensor]:
+    spec = CELLS[cell]
+    bias = (weight_hh.shape[0],)
+    H = weight_ih.shape[0] // spec.input_gates
+    projection = (0,) if weight_hr is None else weight_hr.shape
+    shapes = (input.shape, weight_ih.shape, weight_hh.shape, (spec.input_gates * H,), bias, projection, *(state.shape for state in states))
+    return [input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+
+
+def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, training = inputs
+    n = len(states)
+    ctx.cell, ctx.reverse, ctx.states, ctx.training = cell, reverse, n, training
+    if not training:
+        return
+    y, kept, history = output[0], output[1 + n], output[2 + n :]
+    ctx.needs = [t is not None and t.requires_grad for t in (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states)]
+    ctx.save_for_backward(input, weight_ih, weight_hh, bias_hh, weight_hr, batch_sizes, y, kept, *states, *history)
+
+
+def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
+    if not ctx.training:
+        raise RuntimeError("training: expected True for an op that is differentiated, got False")
+    n = ctx.states
+    input, weight_ih, weight_hh, bias_hh, weight_hr, batch_sizes, y, kept, *rest = ctx.saved_tensors
+    results = torch.ops.rnnkernels.sequence_backward(
+        ctx.cell,
+        ctx.needs,
+        grads[0],
+        grads[1 : 1 + n],
+        input,
+        rest[:n],
+        weight_ih,
+        weight_hh,
+        bias_hh,
+        weight_hr,
+        batch_sizes,
+        ctx.reverse,
+        y,
+        kept,
+        rest[n:],
+    )
+    needed = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
+    input_grad, *others = needed[:6]
+    return (None, input_grad, needed[6:], *others, None, None, None)
+
+
+for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):
+    _library.impl(_name, _run, "CPU")
+    torch.library.register_fake(f"rnnkernels::{_name}", _fake, lib=_library)
+torch.library.register_autograd("rnnkernels::sequence", _op_autograd, setup_context=_op_setup, lib=_library)

@@ -12,19 +12,19 @@
 //     template <int S, class V> RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d);
 //   };
 //
-// forward<S>: stage S. a: all slots' pre-activations (this stage's are set); w: per-unit vectors; s: states before the step; s1: states after it;
-// k: kept values. A stage writes the kept values of its own slots; those beyond the slots are the first stage's to write. The last stage writes
-// state 0, the first all others. A stage sees the states of its own width only.
+// forward<S>: stage S. a: all slots' pre-activations (this stage's are set); w: per-unit vectors; s: states before the step; s1: states
+// after it; k: kept values. A stage writes the kept values of its own slots; those beyond the slots are the first stage's to write. The
+// last stage writes state 0, the first all others. A stage sees the states of its own width only.
 //
-// backward<S>: the stages run last to first. d1: the gradient of what the stage gave: of state 0 after the step for the last stage, of the next
-// stage's operand otherwise. k arrives as kept (and as later stages left it) and leaves, slot by slot, as the gradients of the pre-activations.
-// d arrives as the gradients of the states after the step (d[0] as 0: it is in d1) and leaves as the gradients of the states before it, less what
-// flows through U, which the engine adds.
+// backward<S>: the stages run last to first. d1: the gradient of what the stage gave: of state 0 after the step for the last stage, of the
+// next stage's operand otherwise. k arrives as kept (and as later stages left it) and leaves, slot by slot, as the gradients of the
+// pre-activations. d arrives as the gradients of the states after the step (d[0] as 0: it is in d1) and leaves as the gradients of the
+// states before it, less what flows through U, which the engine adds.
 //
-// How what comes next fits. Coupled or absent forget gates: other slots. Peephole: vectors, `o` after the new `c` inside forward. GRU reset-before
-// and projections: two stages, the second reading a kept value. SCRN, IndRNN: a stage without an H slot has no product, so no barrier. Clockwork:
-// the engine shortens a stage's width to a prefix of units, as it shortens a batch to a prefix of rows. Layer norm: Stage::reduction, which an engine
-// that cannot do it refuses. No page changes for another's sake.
+// How what comes next fits. Coupled or absent forget gates: other slots. Peephole: vectors, `o` after the new `c` inside forward. GRU
+// reset-before and projections: two stages, the second reading a kept value. SCRN, IndRNN: a stage without an H slot has no product, so no
+// barrier. Clockwork: the engine shortens a stage's width to a prefix of units, as it shortens a batch to a prefix of rows. Layer norm:
+// Stage::reduction, which an engine that cannot do it refuses. No page changes for another's sake.
 #pragma once
 
 #include <stdint.h>
@@ -49,8 +49,9 @@ enum class Reduction { None, LayerNorm };
 constexpr int kPreviousState = -1;
 
 struct Stage {
-  int first, count;              // its slots
-  int operand = kPreviousState;  // what its matrix multiplies: state 0 before the step, or the kept value of this index, from an earlier stage
+  int first, count;  // its slots
+  int operand =
+      kPreviousState;  // what its matrix multiplies: state 0 before the step, or the kept value of this index, from an earlier stage
   Width width = Width::Hidden;
   Reduction reduction = Reduction::None;
 };

@@ -25,7 +25,7 @@ struct Projected {
       Cell::template forward<0>(a, w, s, s1, k);
       k[q] = s1[0];
     } else {
-      s1[0] = a[p];
+      s1[0] = k[p] = a[p];
     }
   }
 

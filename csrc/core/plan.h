@@ -1,8 +1,8 @@
 // Every size, schedule and heuristic of the engines: pure functions of the problem and the machine, tested without running a kernel.
 //
-// One step of one stage multiplies r rows by a matrix cut into panels of units. Panels may be split over threads (the weights stay where they are, one
-// barrier a step) and rows may be (no barrier, each thread reads all weights); on many cores both at once. No choice made here changes a bit of the
-// result: every output element is one chain of multiply-adds over k in order, whatever the tile.
+// One step of one stage multiplies r rows by a matrix cut into panels of units. Panels may be split over threads (the weights stay where
+// they are, one barrier a step) and rows may be (no barrier, each thread reads all weights); on many cores both at once. No choice made
+// here changes a bit of the result: every output element is one chain of multiply-adds over k in order, whatever the tile.
 #pragma once
 
 #include <stdint.h>
@@ -38,11 +38,11 @@ inline Product backward_product(const CellInfo& cell, const Problem& p, int s) {
 }
 
 struct Machine {
-  int lanes;              // of the number type
-  int registers;          // accumulators a tile may use
+  int lanes;      // of the number type
+  int registers;  // accumulators a tile may use
   int64_t number_bytes;
-  double fma_ns = 0.28;   // one vector multiply-add, steady state
-  double latency = 4;     // multiply-adds in flight that reach it
+  double fma_ns = 0.28;  // one vector multiply-add, steady state
+  double latency = 4;    // multiply-adds in flight that reach it
   double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
   int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
   double barrier_ns = 250, fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
@@ -73,7 +73,10 @@ inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t
   const double chains = double(vectors) * rows / passes;
   const double arithmetic = double(panels) * vectors * rows * p.depth * m.fma_ns * (chains < m.latency ? m.latency / chains : 1);
   const double bytes = double(panels) * vectors * m.lanes * p.depth * m.number_bytes;
-  const double rate = bytes <= m.l1_bytes ? 4 * m.l2_gbs : bytes <= m.l2_bytes ? m.l2_gbs : bytes * unit_groups <= m.l3_bytes ? m.l3_gbs : m.memory_gbs;
+  const double rate = bytes <= m.l1_bytes                 ? 4 * m.l2_gbs
+                      : bytes <= m.l2_bytes               ? m.l2_gbs
+                      : bytes * unit_groups <= m.l3_bytes ? m.l3_gbs
+                                                          : m.memory_gbs;
   const double traffic = bytes / rate + (passes - 1) * bytes / m.l2_gbs;
   return (arithmetic > traffic ? arithmetic : traffic) + pointwise;
 }
@@ -124,9 +127,9 @@ inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) { 
 // Where everything lies in the workspace, in bytes, each part on its own cache line.
 struct Layout {
   int64_t packed[kMaxStages];
-  int64_t state[kMaxStates];      // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
-  int64_t between;                // forward, several stages: this step's kept values, [B][kept·H]
-  int64_t operand[kMaxStages];    // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
+  int64_t state[kMaxStates];    // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
+  int64_t between;              // forward, several stages: this step's kept values, [B][kept·H]
+  int64_t operand[kMaxStages];  // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
   int64_t bytes = 0;
 
   int64_t take(int64_t n) {

@@ -48,9 +48,9 @@ struct Backward {
   const void* initial[kMaxStates];
   const void* output;
   const void* history[kMaxStates];
-  const void* grad_output;              // [N, P], or null for zero
-  const void* grad_final[kMaxStates];   // [B, width], or null for zero
-  void* grad_initial[kMaxStates];       // [B, width], or null where nobody asks; of a complete run without U's part
+  const void* grad_output;             // [N, P], or null for zero
+  const void* grad_final[kMaxStates];  // [B, width], or null for zero
+  void* grad_initial[kMaxStates];      // [B, width], or null where nobody asks; of a complete run without U's part
   void* workspace;
 };
 

@@ -1,5 +1,5 @@
-// The engine runs a page that no list knows: the throw-away cell of two stages and a vector, forward against a plain loop over its equations, backward
-// against central differences, on every schedule that the thread counts bring, ragged and reversed.
+// The engine runs a page that no list knows: the throw-away cell of two stages and a vector, forward against a plain loop over its
+// equations, backward against central differences, on every schedule that the thread counts bring, ragged and reversed.
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -158,8 +158,8 @@ void test(const Case& c) {
       gradients = std::fmax(gradients, std::fabs(slope(in.x[size_t(n * 4 * H + i)]) - dx[size_t(n * page.cell.room() * H + i)]));
   for (int64_t i = 0; i < B * H; ++i) gradients = std::fmax(gradients, std::fabs(slope(in.h0[size_t(i)]) - dh0[size_t(i)]));
 
-  std::printf("two stages, %s, %s, %d threads: outputs %.1e, gradients %.1e\n", c.ragged ? "ragged" : "padded", c.reverse ? "reverse" : "forward",
-              c.threads, outputs, gradients);
+  std::printf("two stages, %s, %s, %d threads: outputs %.1e, gradients %.1e\n", c.ragged ? "ragged" : "padded",
+              c.reverse ? "reverse" : "forward", c.threads, outputs, gradients);
   check(outputs < 1e-13, "outputs differ from the plain loop by %g", outputs);
   check(gradients < 1e-8, "gradients differ from central differences by %g", gradients);
 }

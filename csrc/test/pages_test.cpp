@@ -1,5 +1,5 @@
-// Each page's backward against its forward: ⟨v, J u⟩ = ⟨Jᵀ v, u⟩, with J u from dual numbers. One unit, its matrices one number a slot, so that what
-// an engine adds around a page (products, sums of gradients) is a line each.
+// Each page's backward against its forward: ⟨v, J u⟩ = ⟨Jᵀ v, u⟩, with J u from dual numbers. One unit, its matrices one number a slot, so
+// that what an engine adds around a page (products, sums of gradients) is a line each.
 #include <cmath>
 #include <random>
 #include <vector>
@@ -30,7 +30,8 @@ void step(const Inputs<V>& in, V* a, V* s1, V* k) {
   constexpr CellInfo cell = InfoOf<Cell>::value;
   for (int i = 0; i < cell.slots; ++i) {
     if (!cell.in_stage(stage, i)) continue;
-    const V operand = cell.stage[stage].operand == kPreviousState ? in.s[0] : k[cell.stage[stage].operand < 0 ? 0 : cell.stage[stage].operand];
+    const V operand =
+        cell.stage[stage].operand == kPreviousState ? in.s[0] : k[cell.stage[stage].operand < 0 ? 0 : cell.stage[stage].operand];
     a[i] = cell.slot[i].feeds & X ? in.x[i] : V(0);
     if (cell.slot[i].feeds & H) a[i] = a[i] + in.m[i] * operand;
   }
@@ -93,7 +94,8 @@ void test(const char* name) {
       if (cell.slot[i].feeds & X) backward_sum += value(k[i]) * u[size_t(i)];
     for (int i = 0; i < cell.vectors; ++i) {
       const PerUnit& vector = cell.vector[i];
-      const double factor = vector.factor == Factor::One ? 1 : value(vector.factor == Factor::OldState ? in.s[vector.state] : s1[vector.state]);
+      const double factor =
+          vector.factor == Factor::One ? 1 : value(vector.factor == Factor::OldState ? in.s[vector.state] : s1[vector.state]);
       backward_sum += value(k[vector.slot]) * factor * u[size_t(cell.slots + i)];
     }
     for (int i = 0; i < cell.states; ++i) {

@@ -1,4 +1,5 @@
-// The plan as a pure function, over thousands of problems: every unit and row has one owner, limits are kept, nothing in the workspace overlaps.
+// The plan as a pure function, over thousands of problems: every unit and row has one owner, limits are kept, nothing in the workspace
+// overlaps.
 #include "core/plan.h"
 
 #include <algorithm>
@@ -16,7 +17,8 @@ namespace {
 void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
   const Schedule s = plan(m, cell, p, backward);
   const auto where = [&](const char* what) {
-    return check(false, "%s: %s B %ld H %ld T %ld threads %d lanes %d", what, cell.name, long(p.batch), long(p.hidden), long(p.steps), p.threads, m.lanes);
+    return check(false, "%s: %s B %ld H %ld T %ld threads %d lanes %d", what, cell.name, long(p.batch), long(p.hidden), long(p.steps),
+                 p.threads, m.lanes);
   };
   if (s.threads() > std::max(p.threads, 1)) where("more threads than asked for");
   if (s.row_groups > std::max<int64_t>(p.batch, 1)) where("a row group without rows");
@@ -41,11 +43,13 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
   std::vector<std::pair<int64_t, int64_t>> parts;
   for (int i = 0; i < cell.stages; ++i) {
     const Product product = backward ? backward_product(cell, p, i) : forward_product(cell, p, i);
-    if (!p.complete) parts.push_back({l.packed[i], panel_count(m, product, s.blocks[i]) * panel_elements(m, product, s.blocks[i]) * m.number_bytes});
+    if (!p.complete)
+      parts.push_back({l.packed[i], panel_count(m, product, s.blocks[i]) * panel_elements(m, product, s.blocks[i]) * m.number_bytes});
     if (backward)
       parts.push_back({l.operand[i], (i ? 1 : 2) * p.batch * cell.hidden_slots(i) * width_of(p, cell.stage[i].width) * m.number_bytes});
   }
-  for (int i = 0; i < cell.states; ++i) parts.push_back({l.state[i], (i || backward ? 1 : 2) * p.batch * width_of(p, cell.state_width(i)) * m.number_bytes});
+  for (int i = 0; i < cell.states; ++i)
+    parts.push_back({l.state[i], (i || backward ? 1 : 2) * p.batch * width_of(p, cell.state_width(i)) * m.number_bytes});
   std::sort(parts.begin(), parts.end());
   int64_t end = 0;
   for (auto [at, bytes] : parts) {
@@ -60,7 +64,8 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
 int main() {
   int count = 0;
   for (const CellInfo& cell : kCells)
-    for (auto [lanes, registers, bytes] : std::vector<std::tuple<int, int, int>>{{1, 12, 4}, {8, 12, 4}, {4, 12, 8}, {16, 24, 4}, {8, 24, 8}})
+    for (auto [lanes, registers, bytes] :
+         std::vector<std::tuple<int, int, int>>{{1, 12, 4}, {8, 12, 4}, {4, 12, 8}, {16, 24, 4}, {8, 24, 8}})
       for (int64_t batch : {0, 1, 2, 3, 7, 8, 64, 129, 1000})
         for (int64_t hidden : {1, 15, 16, 17, 33, 64, 100, 128, 511, 2048})
           for (int64_t steps : {1, 100})

@@ -1,5 +1,5 @@
-// A throw-away cell that uses what the contract offers beyond the first pages: two stages, the second reading a kept value, a per-unit vector that
-// multiplies a state, and a slot in the second stage that no matrix feeds.
+// A throw-away cell that uses what the contract offers beyond the first pages: two stages, the second reading a kept value, a per-unit
+// vector that multiplies a state, and a slot in the second stage that no matrix feeds.
 //   r = σ(r̂ + p h)   z = σ(ẑ)   v = r h   n = tanh(n̂ + U_n v)   y = tanh(ŷ)   h' = (n + z (h − n)) y
 #pragma once
 

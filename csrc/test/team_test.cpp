@@ -1,4 +1,5 @@
-// The barrier under plain threads, so that ThreadSanitizer sees all of it: no member passes before all have arrived, with more threads than cores too.
+// The barrier under plain threads, so that ThreadSanitizer sees all of it: no member passes before all have arrived, with more threads than
+// cores too.
 #include "engines/cpu/team.h"
 
 #include <thread>
@@ -19,7 +20,7 @@ int main() {
     std::vector<std::thread> threads;
     for (int id = 0; id < members; ++id)
       threads.emplace_back([&, id] {
-        int64_t round = 0;
+        uint32_t round = 0;
         for (int i = 0; i < rounds; ++i) {
           written[size_t(id) * 16] = i;
           barrier.wait(round);

@@ -106,7 +106,7 @@ class Walk {
   struct Member {
     int row_group, unit_group, row_groups, unit_groups;
     int id, members;
-    int64_t round = 0;
+    uint32_t round = 0;
   };
   Member member(int id, int members) const {
     // A team that came out smaller than planned shares the units; any cut gives the same bits.
@@ -204,7 +204,8 @@ const Page& page_of(const Problem& p) { return current().page[p.cell]; }
 std::string fits(const Problem& p, const Page& page) {
   const CellInfo& cell = page.cell;
   for (int s = 0; s < cell.stages; ++s)
-    if (cell.stage[s].reduction != Reduction::None) return std::string("the cpu engine has no reduction across units, which ") + cell.name + " asks for";
+    if (cell.stage[s].reduction != Reduction::None)
+      return std::string("the cpu engine has no reduction across units, which ") + cell.name + " asks for";
   if (p.complete && (p.steps != 1 || cell.stages != 1)) return "complete gates are for one step of a cell of one stage";
   return "";
 }
@@ -284,15 +285,28 @@ void backward(const Backward& g, const Page& page) {
   const Problem& p = w.p;
   const int last = w.cell.stages - 1;
   const int64_t gates_row = w.cell.hidden_slots(0) * p.hidden;  // stage 0's operand, as the step before it in time reads it
-  void* const gates[2] = {at(g.workspace, w.memory.operand[0]), at(g.workspace, w.memory.operand[0] + p.batch * gates_row * w.number_bytes)};
+  void* const gates[2] = {at(g.workspace, w.memory.operand[0]),
+                          at(g.workspace, w.memory.operand[0] + p.batch * gates_row * w.number_bytes)};
   auto carried = [&](int i) { return at(g.workspace, w.memory.state[i]); };
+
+  // The stages hand a token's kept values on to each other where the gradients go; a cell of one stage reads them once.
+  const int64_t token_bytes = w.cell.room() * p.hidden * w.storage_bytes;
+  const bool copy = w.cell.stages > 1 && g.kept != g.grad_gates;
+  const void* const kept = copy ? g.grad_gates : g.kept;
 
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
     for (int s = 0; s < w.cell.stages; ++s) w.pack(me, s, g.weights[s < last ? s + 1 : 0], g.workspace, true);
+    if (copy) {
+      const int64_t begin = split(w.offsets.back(), members, id) * token_bytes,
+                    end = split(w.offsets.back(), members, id + 1) * token_bytes;
+      std::memcpy(at(g.grad_gates, begin), at(g.kept, begin), size_t(end - begin));
+    }
     w.each_row(me, [&](int64_t b) {
-      for (int i = 0; i < w.cell.states; ++i) w.load_or_zero(g.grad_final[i], b, w.width(i), at(carried(i), b * w.width(i) * w.number_bytes));
-      for (int side = 0; side < 2; ++side) std::memset(at(gates[side], b * gates_row * w.number_bytes), 0, size_t(gates_row * w.number_bytes));
+      for (int i = 0; i < w.cell.states; ++i)
+        w.load_or_zero(g.grad_final[i], b, w.width(i), at(carried(i), b * w.width(i) * w.number_bytes));
+      for (int side = 0; side < 2; ++side)
+        std::memset(at(gates[side], b * gates_row * w.number_bytes), 0, size_t(gates_row * w.number_bytes));
     });
     if (members > 1) {
 #pragma omp barrier
@@ -304,8 +318,8 @@ void backward(const Backward& g, const Page& page) {
       BackwardStep step{};
       step.hidden = p.hidden;
       step.output = p.output;
-      step.kept = at(g.kept, token * w.cell.room() * p.hidden * w.storage_bytes);
-      step.grad_gates = at(g.grad_gates, token * w.cell.room() * p.hidden * w.storage_bytes);
+      step.kept = at(kept, token * token_bytes);
+      step.grad_gates = at(g.grad_gates, token * token_bytes);
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = g.vectors[i];
       step.previous_rows = has_before ? std::min(active, w.rows(before)) : 0;
       step.grad_output = at(g.grad_output, token * w.width(0) * w.storage_bytes);
@@ -352,7 +366,8 @@ void backward(const Backward& g, const Page& page) {
     w.each_row(me, [&](int64_t b) {
       for (int i = 1; i < w.cell.states; ++i)
         if (g.grad_initial[i])
-          w.storage.store(at(carried(i), b * w.width(i) * w.number_bytes), w.width(i), at(g.grad_initial[i], b * w.width(i) * w.storage_bytes));
+          w.storage.store(at(carried(i), b * w.width(i) * w.number_bytes), w.width(i),
+                          at(g.grad_initial[i], b * w.width(i) * w.storage_bytes));
     });
   });
 }
@@ -397,7 +412,7 @@ double measure_barrier(int threads) {
     if (members > 1) {
 #pragma omp barrier
     }
-    int64_t round = 0;
+    uint32_t round = 0;
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < repeats; ++i) barrier.wait(round);
     if (id == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -27,7 +27,8 @@ int64_t workspace_bytes(const Problem&, const Page&, bool backward);
 void forward(const Forward&, const Page&);
 void backward(const Backward&, const Page&);
 
-// For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over; a barrier's time.
+// For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over; a
+// barrier's time.
 double measure_bandwidth(int64_t bytes, int threads);
 double measure_barrier(int threads);
 

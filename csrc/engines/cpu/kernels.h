@@ -175,9 +175,7 @@ void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, c
         s1[i] = V::load(static_cast<const S*>(step.states[i]) + at, n);
         d[i] = V::load(static_cast<const T*>(step.carried[i]) + at, n);
       }
-      // What later stages made of the kept values lies where the gradients go.
-      const S* kept = static_cast<const S*>(last ? step.kept : step.grad_gates) + token;
-      for (int i = 0; i < cell.kept; ++i) k[i] = V::load((i < cell.slots ? kept : static_cast<const S*>(step.kept) + token) + i * step.hidden, n);
+      for (int i = 0; i < cell.kept; ++i) k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
       V d1 = sums ? V::load(static_cast<const T*>(sums) + (r * blocks + b) * L) : V(0);
       if (last) {
         d1 = d1 + d[0];
@@ -202,11 +200,13 @@ constexpr NumberOps number_ops() {
   NumberOps ops{V::lanes, registers, {}, add<V>};
 #define RNN_ROWS(v, r) \
   if constexpr (r == 1 || v * r <= registers) ops.product[v - 1][r - 1] = product<V, v, r>;
-#define RNN_VECTORS(v) RNN_ROWS(v, 1) RNN_ROWS(v, 2) RNN_ROWS(v, 3) RNN_ROWS(v, 4) RNN_ROWS(v, 5) RNN_ROWS(v, 6) RNN_ROWS(v, 7) RNN_ROWS(v, 8)
-  RNN_VECTORS(1) RNN_VECTORS(2) RNN_VECTORS(3) RNN_VECTORS(4) RNN_VECTORS(5) RNN_VECTORS(6) RNN_VECTORS(7) RNN_VECTORS(8)
+#define RNN_VECTORS(v) \
+  RNN_ROWS(v, 1) RNN_ROWS(v, 2) RNN_ROWS(v, 3) RNN_ROWS(v, 4) RNN_ROWS(v, 5) RNN_ROWS(v, 6) RNN_ROWS(v, 7) RNN_ROWS(v, 8)
+  RNN_VECTORS(1)
+  RNN_VECTORS(2) RNN_VECTORS(3) RNN_VECTORS(4) RNN_VECTORS(5) RNN_VECTORS(6) RNN_VECTORS(7) RNN_VECTORS(8)
 #undef RNN_VECTORS
 #undef RNN_ROWS
-  return ops;
+      return ops;
 }
 
 template <class V, class S>
@@ -228,7 +228,8 @@ constexpr PageOps page_ops() {
 // In the order of Storage.
 template <class Cell, class F32, class F64>
 constexpr Page make_page(const char* name) {
-  return {describe<Cell>(name), {page_ops<Cell, F32, float>(), page_ops<Cell, F64, double>(), page_ops<Cell, F32, bf16>(), page_ops<Cell, F32, f16>()}};
+  return {describe<Cell>(name),
+          {page_ops<Cell, F32, float>(), page_ops<Cell, F64, double>(), page_ops<Cell, F32, bf16>(), page_ops<Cell, F32, f16>()}};
 }
 
 template <class F32, class F64, int registers>

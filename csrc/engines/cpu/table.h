@@ -1,5 +1,6 @@
-// The seam between the walk over time, compiled once for the baseline, and the kernels, compiled once for each instruction set: tables of functions
-// over untyped memory. Numbers are float or double as the storage type asks; pointers that step from row to row come with their stride in elements.
+// The seam between the walk over time, compiled once for the baseline, and the kernels, compiled once for each instruction set: tables of
+// functions over untyped memory. Numbers are float or double as the storage type asks; pointers that step from row to row come with their
+// stride in elements.
 #pragma once
 
 #include "cells/list.h"
@@ -19,13 +20,13 @@ struct ForwardStep {
   int64_t hidden, output;
   const void* gates;  // storage
   int64_t gates_row;
-  bool complete;                        // the gates hold every slot, with U's part
-  void* kept;                           // storage, rows of room()·H
-  void* between;                        // numbers, rows of kept·H; null for cells of one stage
-  const void* vectors[kMaxVectors];     // storage
-  const void* previous[kMaxStates];     // numbers
-  void* next[kMaxStates];               // numbers
-  void* history[kMaxStates];            // storage; [0] is the output
+  bool complete;                     // the gates hold every slot, with U's part
+  void* kept;                        // storage, rows of room()·H
+  void* between;                     // numbers, rows of kept·H; null for cells of one stage
+  const void* vectors[kMaxVectors];  // storage
+  const void* previous[kMaxStates];  // numbers
+  void* next[kMaxStates];            // numbers
+  void* history[kMaxStates];         // storage; [0] is the output
 };
 
 struct BackwardStep {
@@ -33,13 +34,13 @@ struct BackwardStep {
   const void* kept;  // storage, rows of room()·H
   void* grad_gates;  // storage, likewise
   const void* vectors[kMaxVectors];
-  int64_t previous_rows;                // rows below it have a step before this one; for the others that is the initial state
-  const void* previous[kMaxStates];     // storage
-  const void* initial[kMaxStates];      // storage
-  const void* states[kMaxStates];       // storage: after the step
-  const void* grad_output;              // storage
-  void* carried[kMaxStates];            // numbers: gradients of the states, on their way back
-  void* operand[kMaxStages];            // numbers, rows of H slots · width
+  int64_t previous_rows;             // rows below it have a step before this one; for the others that is the initial state
+  const void* previous[kMaxStates];  // storage
+  const void* initial[kMaxStates];   // storage
+  const void* states[kMaxStates];    // storage: after the step
+  const void* grad_output;           // storage
+  void* carried[kMaxStates];         // numbers: gradients of the states, on their way back
+  void* operand[kMaxStages];         // numbers, rows of H slots · width
 };
 
 struct NumberOps {

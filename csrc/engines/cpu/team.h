@@ -1,49 +1,66 @@
 // Threads that walk through a sequence together: torch's own OpenMP threads, and a barrier cheaper than OpenMP's.
 #pragma once
 
+#include <linux/futex.h>
 #include <omp.h>
-#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 
 namespace rnnkernels::cpu {
 
-// A counter that every member bumps and watches. Spins while the others are about to arrive, yields when the machine has more threads than cores.
+// A counter that every member bumps and watches. It spins while the others are about to arrive and sleeps when they are not: on a machine
+// with more threads than cores the one that is waited for may need this very core.
 class alignas(128) Barrier {
  public:
   void start(int members) {
-    members_ = members;
+    members_ = uint32_t(members);
     arrived_.store(0, std::memory_order_relaxed);
   }
 
-  // `round` is the member's own count of its waits, from 0.
-  void wait(int64_t& round) {
+  // `round` is the member's own count of its waits, from 0. Counts wrap around, so only differences mean something.
+  void wait(uint32_t& round) {
     if (members_ == 1) return;
-    const int64_t full = ++round * members_;
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == full) return;
-    for (int spins = 0; arrived_.load(std::memory_order_acquire) < full; ++spins) {
-      if (spins < 2000)
+    const uint32_t full = ++round * members_;
+    if (arrived_.fetch_add(1) + 1 == full) {
+      // In one order with the sleeper's own two steps: either it sees the full count or it is seen here.
+      if (sleepers_.load()) futex(FUTEX_WAKE_PRIVATE, members_);
+      return;
+    }
+    for (int spins = 0; missing(arrived_.load(std::memory_order_acquire), full); ++spins) {
+      if (spins < 2000) {
         pause();
-      else
-        sched_yield();
+        continue;
+      }
+      sleepers_.fetch_add(1);
+      for (uint32_t seen; missing(seen = arrived_.load(), full);) futex(FUTEX_WAIT_PRIVATE, seen);
+      sleepers_.fetch_sub(1);
+      return;
     }
   }
 
  private:
+  static bool missing(uint32_t arrived, uint32_t full) { return int32_t(arrived - full) < 0; }
   static void pause() {
 #if RNNKERNELS_X86
     __builtin_ia32_pause();
 #endif
   }
+  void futex(int operation, uint32_t value) {
+    static_assert(sizeof arrived_ == sizeof(uint32_t), "a futex is a plain word");
+    syscall(SYS_futex, &arrived_, operation, value, nullptr, nullptr, 0);
+  }
 
-  std::atomic<int64_t> arrived_{0};
-  int members_ = 1;
+  std::atomic<uint32_t> arrived_{0};
+  uint32_t members_ = 1;
+  alignas(64) std::atomic<uint32_t> sleepers_{0};
 };
 
 bool forked();  // whether this process is a child of fork()
 
-// Runs work(member, members) on up to `wanted` threads; on this one alone inside another parallel region, and in a child of fork(), where OpenMP's
-// threads are gone but OpenMP does not know it. Work must give the same result for any number of members.
+// Runs work(member, members) on up to `wanted` threads; on this one alone inside another parallel region, and in a child of fork(), where
+// OpenMP's threads are gone but OpenMP does not know it. Work must give the same result for any number of members.
 template <class Work>
 void run_team(int wanted, const Work& work) {
   if (wanted <= 1 || omp_in_parallel() || forked()) {

@@ -1,0 +1,97 @@
+"""The law of the house, read off the source."""
+
+import ast
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = ["num", "cells", "core", "engines", "bind", "ops", "functional", "modules"]
+
+
+def room(path: Path) -> str:
+    relative = path.relative_to(ROOT)
+    if relative.parts[0] == "csrc":
+        return relative.parts[1].removesuffix(".cpp")
+    return path.stem
+
+
+SOURCES = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in {".h", ".cpp", ".cu", ".def"} and "test" not in p.parts)
+MODULES = sorted((ROOT / "rnnkernels").glob("*.py"))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_a_room_includes_only_rooms_to_its_left(path: Path) -> None:
+    here = LINE.index(room(path))
+    for include in re.findall(r'#include "([^"]+)"', path.read_text()):
+        target = ROOT / "csrc" / include if (ROOT / "csrc" / include).exists() else path.parent / include
+        assert LINE.index(room(target)) <= here, f"{path.name} includes {include}"
+        if "engines" in path.parts and "engines" in target.parts:
+            assert path.parent == target.parent, f"engines ignore each other: {path.name} includes {include}"
+
+
+def imports(path: Path) -> set[str]:
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = "." * node.level + (node.module or "")
+            names |= {f"{base}{alias.name}" if node.level and not node.module else base for alias in node.names}
+    return names
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: p.name)
+def test_a_module_imports_only_modules_to_its_left(path: Path) -> None:
+    own = {name.lstrip(".").split(".")[0] for name in imports(path) if name.startswith(".")}
+    if path.stem in LINE:
+        bound = LINE.index(path.stem)
+        assert all((name == "_C" and path.stem == "ops") or (name in LINE and LINE.index(name) < bound) for name in own), own
+    assert "_C" not in own or path.stem == "ops", "ops.py is the only door to _C"
+    if path.stem == "reference":
+        outside = {name.split(".")[0] for name in imports(path) if not name.startswith((".", "__future__", "collections", "typing"))}
+        assert outside <= {"torch", "math", "itertools", "dataclasses"}
+        assert not own
+    assert "reference" not in own or path.stem in {"verify", "__main__"}, "only tests and verify see both the reference and the kernels"
+
+
+def test_cells_are_listed_once() -> None:
+    names = re.findall(r"^RNN_CELL\((\w+)", (ROOT / "csrc/cells/cells.def").read_text(), re.MULTILINE)
+    assert len(names) == len(set(names)) > 0
+    from rnnkernels import ops, reference
+
+    assert list(ops.CELLS) == names
+    assert set(reference.CELLS) == set(names), "every page has its reference cell, and every reference cell its page"
+
+
+def test_pages_stay_pages_and_engines_stay_readable() -> None:
+    for path in SOURCES:
+        lines = len(path.read_text().splitlines())
+        if "engines" in path.parts:
+            assert lines <= 450, f"{path.name} has {lines} lines"
+        if path.parent.name == "cells" and path.name not in {"contract.h", "list.h"}:
+            assert lines <= 90, f"{path.name} has {lines} lines"
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_no_function_of_an_instruction_set_can_be_picked_for_another(isa: str) -> None:
+    objects = list((ROOT / "build").glob(f"CMakeFiles/rnnkernels_core.dir/csrc/engines/cpu/isa_{isa}.cpp.o"))
+    if not objects:
+        pytest.skip(f"no object file of isa_{isa}.cpp under build/: the package was not built in this checkout")
+    listing = subprocess.run(["nm", "-C", str(objects[0])], capture_output=True, text=True, check=True).stdout
+    weak = [line for line in listing.splitlines() if re.search(r" [WV] ", line)]
+    assert weak, "the kernels are templates, so there must be some"
+    # Data of the contract's tables holds no instructions; everything else must carry its number type in its name.
+    shared = [line for line in weak if f"rnnkernels::{isa}::" not in line and not re.search(r" V ", line)]
+    assert not shared, shared
+
+
+def test_the_module_links_neither_torch_nor_cuda() -> None:
+    from rnnkernels import _C
+
+    needed = subprocess.run(["readelf", "-d", _C.__file__], capture_output=True, text=True, check=True).stdout
+    libraries = re.findall(r"NEEDED.*\[(.+)\]", needed)
+    assert not [name for name in libraries if re.search("torch|c10|cuda|cudart", name)], libraries
+    assert "libgomp.so.1" in libraries, "torch's own OpenMP threads are shared by this name"

@@ -1,0 +1,277 @@
+"""The kernels against the float64 reference: every cell × instruction set × dtype × shape, outputs, final states and all gradients."""
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from conftest import ISAS
+from torch import Tensor
+
+from rnnkernels import ops, reference
+
+# steps, batch, input size, hidden size
+SHAPES = {
+    "one": (1, 1, 1, 1),
+    "step": (1, 5, 4, 17),
+    "row": (12, 1, 3, 33),
+    "unit": (5, 4, 3, 1),
+    "under": (5, 3, 7, 15),
+    "vector": (4, 2, 16, 16),
+    "over": (6, 5, 9, 17),
+    "odd": (7, 13, 5, 33),
+    "large": (5, 37, 20, 161),
+    "empty": (3, 0, 4, 5),
+}
+
+
+def arguments(
+    cell: str, T: int, B: int, size: int, H: int, *, ragged: bool = False, bias: bool = True, dtype: torch.dtype = torch.float64
+) -> Any:
+    """-> tensors (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states), batch_sizes, upstream gradients"""
+    g = torch.Generator().manual_seed(T * 7919 + B * 104729 + H * 31 + ragged)
+    spec = ops.CELLS[cell]
+    P = (H + 1) // 2 if spec.projected else H
+
+    def random(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*shape, generator=g, dtype=torch.float64) * scale).to(dtype)
+
+    sizes, tokens = None, (T, B)
+    if ragged:
+        lengths = torch.randint(1, T + 1, (B,), generator=g).sort(descending=True).values
+        lengths[:1] = T
+        sizes = (lengths[None, :] > torch.arange(T)[:, None]).sum(1)
+        tokens = (int(sizes.sum()),)
+    scale = H**-0.5
+    tensors = [
+        random(*tokens, size),
+        random(spec.input_gates * H, size, scale=scale),
+        random(spec.hidden_gates * H, P, scale=scale),
+        random(spec.input_gates * H) if bias else None,
+        random(spec.hidden_gates * H) if bias else None,
+        random(P, H, scale=scale) if spec.projected else None,
+        random(B, P),
+        *([random(B, H)] if len(spec.states) > 1 else []),
+    ]
+    upstream = [random(*tokens, P), random(B, P), *([random(B, H)] if len(spec.states) > 1 else [])]
+    return tensors, sizes, upstream
+
+
+def run(
+    sequence: Any, cell: str, tensors: Any, sizes: Tensor | None, upstream: Any, reverse: bool = False, dtype: torch.dtype | None = None
+) -> list[Tensor]:
+    """Outputs, final states and the gradient of every argument."""
+    leaves = [None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in tensors]
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, *states = leaves
+    results = sequence(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=sizes, reverse=reverse)
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    grads = torch.autograd.grad(results, wanted, [g.to(r.dtype) for g, r in zip(upstream, results, strict=True)])
+    return [*(r.detach() for r in results), *grads]
+
+
+def error(a: list[Tensor], b: list[Tensor]) -> float:
+    """The largest error of any result, relative to that result's largest value."""
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape
+        if y.numel():
+            worst = max(worst, ((x.double() - y.double()).abs().max() / y.abs().max().clamp_min(1e-30)).nan_to_num(torch.inf).item())
+    return worst
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.usefixtures("restore", "poison")
+def test_float64(cell: str, isa: str, shape: str) -> None:
+    ops.set_isa(isa)
+    for ragged, reverse, bias in itertools.product((False, True), (False, True), (False, True)):
+        if ragged and shape == "empty":
+            continue
+        case = arguments(cell, *SHAPES[shape], ragged=ragged, bias=bias)
+        found, expected = run(ops.sequence, cell, *case, reverse), run(reference.sequence, cell, *case, reverse)
+        assert error(found, expected) < 1e-12, f"{ragged=} {reverse=} {bias=}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c != "srn_relu"])
+@pytest.mark.usefixtures("restore", "poison")
+def test_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: str, isa: str, dtype: torch.dtype) -> None:
+    # relu's gradient is left out: a pre-activation near zero decides it by its rounding. test_relu_forward holds what can be held.
+    ops.set_isa(isa)
+    for shape, ragged, reverse in itertools.product(("row", "under", "odd", "large"), (False, True), (False, True)):
+        tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype)
+        truth = run(reference.sequence, cell, tensors, sizes, upstream, reverse, torch.float64)
+        ours = error(run(ops.sequence, cell, tensors, sizes, upstream, reverse), truth)
+        theirs = error(run(reference.sequence, cell, tensors, sizes, upstream, reverse), truth)
+        assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=}"
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("restore", "poison")
+def test_relu_forward(isa: str) -> None:
+    ops.set_isa(isa)
+    for dtype, shape in itertools.product((torch.float32, torch.bfloat16, torch.float16), ("row", "odd", "large")):
+        (x, *weights), _, _ = arguments("srn_relu", *SHAPES[shape], dtype=dtype)
+        w = weights[:5]
+        truth = reference.sequence("srn_relu", x.double(), [weights[5].double()], *(None if t is None else t.double() for t in w))
+        ours = error(list(ops.sequence("srn_relu", x, weights[5:], *w)), list(truth))
+        theirs = error(list(reference.sequence("srn_relu", x, weights[5:], *w)), list(truth))
+        assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c not in {"srn_relu", "lstm_projected"}])
+def test_error_over_a_thousand_steps(cell: str) -> None:
+    tensors, sizes, upstream = arguments(cell, 1000, 2, 8, 40, dtype=torch.float32)
+    if cell == "srn_identity":
+        tensors[2] *= 0.5  # a linear recurrence grows without bound unless its matrix shrinks
+    truth = run(reference.sequence, cell, tensors, sizes, upstream, False, torch.float64)
+    ours = error(run(ops.sequence, cell, tensors, sizes, upstream), truth)
+    theirs = error(run(reference.sequence, cell, tensors, sizes, upstream), truth)
+    assert ours <= 2 * theirs + 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c != "srn_relu"])
+@pytest.mark.usefixtures("restore")
+def test_gradcheck_on_the_double_kernels(cell: str, isa: str, ragged: bool, reverse: bool) -> None:
+    ops.set_isa(isa)
+    tensors, sizes, _ = arguments(cell, 3, 2, 3, 5, ragged=ragged)
+    x, *rest = [None if t is None else t.requires_grad_() for t in tensors]
+
+    def function(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, w_hr: Tensor | None, *states: Tensor) -> Any:
+        return ops.sequence(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=sizes, reverse=reverse)
+
+    assert torch.autograd.gradcheck(function, (x, *rest), atol=1e-8)
+
+
+def exact(tensors: list[Tensor | None]) -> list[Tensor | None]:
+    """The same with an input product that has one value in any order of summation: what is compared is the engine, not torch's product."""
+    x, w_ih, *rest = tensors
+    assert x is not None
+    assert w_ih is not None
+    return [x.mul(4).round().div(4), w_ih.mul(8).round().div(8), *rest]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.usefixtures("restore", "poison")
+def test_same_bits_for_any_thread_count_and_on_every_rerun(cell: str, dtype: torch.dtype) -> None:
+    spec = ops.CELLS[cell]
+    for (T, B, H), ragged in itertools.product(((6, 1, 130), (6, 3, 70), (5, 33, 65)), (False, True)):
+        tensors, sizes, upstream = arguments(cell, T, B, 8, H, ragged=ragged, bias=False, dtype=dtype)
+        tensors = exact(tensors)
+        results = []
+        for threads in (1, 1, 2, 3, 5):
+            torch.set_num_threads(threads)
+            results.append(run(ops.sequence, cell, tensors, sizes, upstream))
+        states = len(spec.states)
+        for other in results[2:]:
+            # Outputs, final states, and the initial states' gradients, which come out of the loop last.
+            for a, b in zip(results[0][: 1 + states] + results[0][-states:], other[: 1 + states] + other[-states:], strict=True):
+                assert torch.equal(a, b)
+        for a, b in zip(results[0], results[1], strict=True):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_a_row_does_not_depend_on_its_batch(cell: str) -> None:
+    x, w_ih, w_hh, b_ih, b_hh, w_hr, *states = exact(arguments(cell, 7, 29, 6, 48, bias=False)[0])
+    together = ops.sequence(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr)[0]
+    for b in (0, 13, 28):
+        alone = ops.sequence(cell, x[:, b : b + 1], [s[b : b + 1] for s in states], w_ih, w_hh, b_ih, b_hh, w_hr)[0]
+        assert torch.equal(alone[:, 0], together[:, b])
+
+
+def misaligned(t: Tensor) -> Tensor:
+    room = torch.empty(t.numel() + 1, dtype=t.dtype)
+    return room[1:].view(t.shape).copy_(t)
+
+
+def strided(t: Tensor) -> Tensor:
+    room = torch.full((*t.shape[:-1], 2 * t.shape[-1] + 1), torch.nan, dtype=t.dtype)
+    return room[..., 1::2].copy_(t)
+
+
+@pytest.mark.parametrize(
+    "layout", [misaligned, strided, lambda t: t.transpose(0, -1).contiguous().transpose(0, -1)], ids=["misaligned", "strided", "transposed"]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_any_memory_layout(cell: str, dtype: torch.dtype, layout: Any) -> None:
+    tensors, sizes, upstream = arguments(cell, 4, 3, 5, 18, dtype=dtype)
+
+    def relaid(cell: str, x: Tensor, states: Any, *weights: Any, **options: Any) -> Any:
+        return ops.sequence(cell, layout(x), [layout(s) for s in states], *(None if w is None else layout(w) for w in weights), **options)
+
+    plain = run(ops.sequence, cell, tensors, sizes, upstream)
+    for a, b in zip(run(relaid, cell, tensors, sizes, upstream), plain, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_any_subset_of_gradients(cell: str) -> None:
+    tensors, _, upstream = arguments(cell, 4, 3, 5, 18)
+    every = run(reference.sequence, cell, tensors, None, upstream)
+    wanted = [i for i, t in enumerate(tensors) if t is not None]
+    full = dict(zip(wanted, every[len(upstream) :], strict=True))
+    for subset in ([0], [1], [2], [4], [6], [0, 2], wanted[-1:]):
+        leaves = [t.clone().requires_grad_(i in subset) if t is not None else None for i, t in enumerate(tensors)]
+        x, *weights = leaves[:6]
+        results = ops.sequence(cell, x, leaves[6:], *weights)
+        grads = torch.autograd.grad(results, [leaves[i] for i in subset], upstream)
+        for i, grad in zip(subset, grads, strict=True):
+            torch.testing.assert_close(grad, full[i], rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("which", [0, 1], ids=["output-only", "final-only"])
+@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.usefixtures("poison")
+def test_upstream_gradients_may_be_missing(cell: str, which: int) -> None:
+    tensors, _, upstream = arguments(cell, 4, 3, 5, 18)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    wanted = [t for t in leaves if t is not None]
+    x, *weights = leaves[:6]
+    found = torch.autograd.grad(ops.sequence(cell, x, leaves[6:], *weights)[which], wanted, upstream[which], materialize_grads=True)
+    expected = torch.autograd.grad(
+        reference.sequence(cell, x, leaves[6:], *weights)[which], wanted, upstream[which], materialize_grads=True
+    )
+    assert error(list(found), list(expected)) < 1e-12
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.usefixtures("poison")
+def test_backward_twice_gives_the_same(cell: str) -> None:
+    tensors, _, upstream = arguments(cell, 4, 3, 5, 18)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    wanted = [t for t in leaves if t is not None]
+    x, *weights = leaves[:6]
+    results = ops.sequence(cell, x, leaves[6:], *weights)
+    first = torch.autograd.grad(results, wanted, upstream, retain_graph=True)
+    second = torch.autograd.grad(results, wanted, upstream)
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(results, wanted, upstream)
+
+
+@pytest.mark.parametrize(("cell", "numbers"), [("lstm", 5), ("gru", 4), ("srn_tanh", 1)])
+def test_saved_for_backward(cell: str, numbers: int) -> None:
+    T, B, H = 50, 4, 64
+    tensors, _, _ = arguments(cell, T, B, H, H, dtype=torch.float32)
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    saved: dict[int, int] = {}
+
+    def pack(t: Tensor) -> Tensor:
+        saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    x, *weights = leaves[:6]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        results = ops.sequence(cell, x, leaves[6:], *weights)
+    for known in (*(t for t in leaves if t is not None), results[0]):
+        saved.pop(known.untyped_storage().data_ptr(), None)
+    assert sum(saved.values()) <= 1.04 * numbers * 4 * T * B * H

@@ -1,0 +1,204 @@
+"""What stands around the kernels: bad input, threads, forks, torch.compile."""
+
+import os
+import threading
+from typing import Any
+
+import pytest
+import torch
+from conftest import ISAS
+from test_kernels import arguments, run
+from torch import Tensor
+
+from rnnkernels import ops
+
+
+def good(cell: str = "lstm") -> dict[str, Any]:
+    (x, w_ih, w_hh, b_ih, b_hh, w_hr, *states), _, _ = arguments(cell, 4, 3, 5, 6, dtype=torch.float32)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
+    return {"cell": cell, "input": x, "states": states, **dict(zip(names, (w_ih, w_hh, b_ih, b_hh, w_hr), strict=True))}
+
+
+BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
+    "cell": ({"cell": "lstn"}, ValueError, "cell: expected one of srn_tanh.*lstn"),
+    "rank": ({"input": torch.zeros(3, 5)}, RuntimeError, "input: expected 3-D .* got 2-D"),
+    "integer": ({"input": torch.zeros(4, 3, 5, dtype=torch.int64)}, RuntimeError, "input: expected dtype .* got torch.int64"),
+    "complex": ({"input": torch.zeros(4, 3, 5, dtype=torch.complex64)}, RuntimeError, "input: expected dtype"),
+    "no steps": ({"input": torch.zeros(0, 3, 5)}, RuntimeError, "Expected sequence length to be larger than 0"),
+    "input size": ({"input": torch.zeros(4, 3, 7)}, RuntimeError, r"weight_ih: expected shape \(24, 7\), got \(24, 5\)"),
+    "weight_ih rows": (
+        {"weight_ih": torch.zeros(23, 5)},
+        RuntimeError,
+        r"weight_ih: expected shape \(4·hidden_size, input_size\), got \(23, 5\)",
+    ),
+    "weight_ih rank": ({"weight_ih": torch.zeros(24)}, RuntimeError, "weight_ih: expected shape"),
+    "no units": ({"weight_ih": torch.zeros(0, 5)}, RuntimeError, "weight_ih: expected shape"),
+    "weight_hh": ({"weight_hh": torch.zeros(24, 5)}, RuntimeError, r"weight_hh: expected shape \(24, 6\), got \(24, 5\)"),
+    "weight dtype": (
+        {"weight_hh": torch.zeros(24, 6, dtype=torch.float64)},
+        RuntimeError,
+        "weight_hh: expected dtype torch.float32 .* got torch.float64",
+    ),
+    "bias": ({"bias_hh": torch.zeros(23)}, RuntimeError, r"bias_hh: expected shape \(24,\), got \(23,\)"),
+    "too few states": ({"states": [torch.zeros(3, 6)]}, RuntimeError, r"states: expected 2 \(h, c\) for cell 'lstm', got 1"),
+    "state batch": (
+        {"states": [torch.zeros(2, 6), torch.zeros(3, 6)]},
+        RuntimeError,
+        r"states\[0\] \(h\): expected shape \(3, 6\), got \(2, 6\)",
+    ),
+    "state size": (
+        {"states": [torch.zeros(3, 6), torch.zeros(3, 7)]},
+        RuntimeError,
+        r"states\[1\] \(c\): expected shape \(3, 6\), got \(3, 7\)",
+    ),
+    "unwanted projection": ({"weight_hr": torch.zeros(3, 6)}, RuntimeError, "weight_hr: expected None for cell 'lstm'"),
+    "missing projection": ({"cell": "lstm_projected"}, RuntimeError, "weight_hr: expected a tensor for cell 'lstm_projected'"),
+    "wide projection": (
+        {"cell": "lstm_projected", "weight_hr": torch.zeros(7, 6)},
+        RuntimeError,
+        "weight_hr: expected .* at most hidden_size = 6",
+    ),
+    "increasing": (
+        {"batch_sizes": torch.tensor([2, 3]), "input": torch.zeros(5, 5)},
+        RuntimeError,
+        r"batch_sizes: expected positive and non-increasing",
+    ),
+    "zero rows": ({"batch_sizes": torch.tensor([3, 0]), "input": torch.zeros(3, 5)}, RuntimeError, "batch_sizes: expected positive"),
+    "negative rows": ({"batch_sizes": torch.tensor([6, -3]), "input": torch.zeros(3, 5)}, RuntimeError, "batch_sizes: expected positive"),
+    "wrong sum": (
+        {"batch_sizes": torch.tensor([3, 3]), "input": torch.zeros(5, 5)},
+        RuntimeError,
+        "batch_sizes: expected to sum to the 5 tokens of input, got 6",
+    ),
+    "no sizes": (
+        {"batch_sizes": torch.tensor([], dtype=torch.int64), "input": torch.zeros(0, 5)},
+        RuntimeError,
+        "batch_sizes: expected a non-empty",
+    ),
+    "float sizes": ({"batch_sizes": torch.tensor([3.0]), "input": torch.zeros(3, 5)}, RuntimeError, "batch_sizes: expected .* int64"),
+    "ragged rank": ({"batch_sizes": torch.tensor([3])}, RuntimeError, "input: expected 2-D"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_raises_and_names_what_is_wrong(case: str) -> None:
+    change, exception, text = BAD[case]
+    with pytest.raises(exception, match=text):
+        ops.sequence(**{**good(), **change})
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"'sse9' is not available here; expected one of .*scalar"):
+        ops.set_isa("sse9")
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_the_environment_forces_an_instruction_set(isa: str, tmp_path: Any) -> None:
+    import subprocess
+    import sys
+
+    environment = {**os.environ, "RNNKERNELS_ISA": isa}
+    program = "from rnnkernels import ops; print(ops.build_info()['isa'])"
+    assert (
+        subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True).stdout.strip() == isa
+    )
+    refused = subprocess.run(
+        [sys.executable, "-c", program], env={**environment, "RNNKERNELS_ISA": "sse9"}, capture_output=True, text=True, check=False
+    )
+    assert refused.returncode != 0
+    assert "'sse9' is not available here" in refused.stderr
+
+
+@pytest.mark.usefixtures("restore")
+def test_python_threads_at_once() -> None:
+    case = arguments("gru", 20, 3, 16, 130, dtype=torch.float32)
+    expected = run(ops.sequence, "gru", *case)
+    wrong: list[str] = []
+
+    def work() -> None:
+        for _ in range(10):
+            for a, b in zip(run(ops.sequence, "gru", *case), expected, strict=True):
+                if not torch.allclose(a, b, rtol=1e-4, atol=1e-5):
+                    wrong.append("differs")
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+        assert not thread.is_alive(), "threads wait for each other"
+    assert not wrong
+
+
+@pytest.mark.usefixtures("restore")
+def test_more_threads_than_cores() -> None:
+    case = arguments("lstm", 30, 2, 16, 260, dtype=torch.float32)
+    torch.set_num_threads(1)
+    expected = run(ops.sequence, "lstm", *case)[:3]
+    torch.set_num_threads(4 * (os.cpu_count() or 1))
+    for a, b in zip(run(ops.sequence, "lstm", *case)[:3], expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_after_fork() -> None:
+    (x, w_ih, w_hh, b_ih, b_hh, _, h), _, _ = arguments("gru", 20, 1, 300, 300, dtype=torch.float32)
+    expected = ops.sequence("gru", x, [h], w_ih, w_hh, b_ih, b_hh)[0]
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        # torch's own products hang in a forked child unless they keep to one thread, as DataLoader workers do.
+        torch.set_num_threads(1)
+        found = ops.sequence("gru", x, [h], w_ih, w_hh, b_ih, b_hh)[0]
+        os.write(writer, b"y" if torch.allclose(found, expected, rtol=1e-4, atol=1e-5) else b"n")
+        os._exit(0)
+    import select
+
+    ready, _, _ = select.select([reader], [], [], 60)
+    if not ready:
+        os.kill(child, 9)
+    os.waitpid(child, 0)
+    assert ready, "the child hangs"
+    assert os.read(reader, 1) == b"y"
+
+
+class Rows(torch.utils.data.Dataset[Tensor]):
+    def __len__(self) -> int:
+        return 6
+
+    def __getitem__(self, i: int) -> Tensor:
+        (x, w_ih, w_hh, b_ih, b_hh, _, h), _, _ = arguments("gru", 9, 2, 40, 70, dtype=torch.float32)
+        return ops.sequence("gru", x + i, [h], w_ih, w_hh, b_ih, b_hh)[0]
+
+
+def test_inside_dataloader_workers() -> None:
+    rows = Rows()
+    expected = [rows[i] for i in range(len(rows))]
+    for a, b in zip(torch.utils.data.DataLoader(rows, batch_size=None, num_workers=2, timeout=60), expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_opcheck(cell: str, ragged: bool) -> None:
+    (x, w_ih, w_hh, b_ih, b_hh, w_hr, *states), sizes, _ = arguments(cell, 3, 2, 4, 5, ragged=ragged)
+    leaves = [None if t is None else t.requires_grad_() for t in (w_ih, w_hh, b_ih, b_hh, w_hr)]
+    op = torch.ops.rnnkernels.sequence.default
+    torch.library.opcheck(op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, True))
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_compiled_is_eager(cell: str) -> None:
+    case = arguments(cell, 4, 3, 5, 6)
+    torch._dynamo.reset()
+    compiled = torch.compile(ops.sequence, fullgraph=True, backend="aot_eager", dynamic=True)
+    for a, b in zip(run(compiled, cell, *case), run(ops.sequence, cell, *case), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_meta_tensors_have_shapes() -> None:
+    arguments_ = {
+        k: [s.to("meta") for s in v] if k == "states" else v.to("meta") if isinstance(v, Tensor) else v for k, v in good().items()
+    }
+    output, h, c = ops.sequence(**arguments_)
+    assert output.is_meta
+    assert (output.shape, h.shape, c.shape) == ((4, 3, 6), (3, 6), (3, 6))
