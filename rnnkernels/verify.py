@@ -11,6 +11,7 @@ import math
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -249,14 +250,26 @@ def error_of(value: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
     return error if math.isfinite(error) else math.inf
 
 
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """For the loop of small tensors in Python, which a second thread makes many times slower. The kernels run on as many as the user has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def checks(cell: str, dtype: str, isas: Sequence[str], families: Sequence[Family]) -> Iterator[list[Check]]:
     """The checks of a family on one instruction set at a time; the witnesses, which know no instruction set, are computed once."""
     number = DTYPES[dtype]
     for family in families:
         problems = [make(cell, family, number, draw) for draw in range(family.draws)]
-        truth = stacked([compute(reference.sequence, problem.to(torch.float64)) for problem in problems])
         in_torch_nn = nn_layer(cell, problems[0].weights) is not None
-        witness = stacked([compute(nn_sequence if in_torch_nn else reference.sequence, problem) for problem in problems])
+        with one_thread():
+            truth = stacked([compute(reference.sequence, problem.to(torch.float64)) for problem in problems])
+            witness = stacked([compute(nn_sequence if in_torch_nn else reference.sequence, problem) for problem in problems])
         allowed = {name: error_of(witness[name], value, number) for name, value in truth.items()}
         # In float64 the reference is rounded as the kernel is, more with T, and where torch.nn lacks the cell it is its own witness.
         slack = ULPS * torch.finfo(number).eps * (math.sqrt(family.T) if number is torch.float64 else 1)
