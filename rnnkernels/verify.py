@@ -252,7 +252,7 @@ def error_of(value: Tensor, truth: Tensor, dtype: torch.dtype) -> float:
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """For the loop of small tensors in Python, which a second thread makes many times slower. The kernels run on as many as the user has."""
+    """For the loop of small tensors in Python, which a second thread makes many times slower. The kernels run on as many as are set."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
