@@ -29,10 +29,11 @@ void fill(P* (&to)[n], const Addresses& from) {
   for (size_t i = 0; i < from.size(); ++i) to[i] = pointer(from[i]);
 }
 
-Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t hidden, int64_t output, Address rows, bool reverse,
-                bool complete, int threads) {
+Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
+                bool reverse, bool training, bool complete, int threads) {
   if (cell < 0 || cell >= kCellCount || storage < 0 || storage >= kStorages) throw std::invalid_argument("no such cell or storage type");
-  const Problem p{cell, Storage(storage), steps, batch, hidden, output, pointer<const int64_t>(rows), reverse, complete, threads};
+  const Problem p{cell,    Storage(storage), steps,    batch,  input, hidden, output, pointer<const int64_t>(rows),
+                  reverse, training,         complete, threads};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -90,25 +91,27 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
-  m.def("forward",
-        [](const Problem& p, Address gates, int64_t gates_row, Address kept, const Addresses& weights, const Addresses& vectors,
-           const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes) {
-          need(p, false, bytes);
-          Forward f{};
-          f.problem = p;
-          f.gates = pointer(gates);
-          f.gates_row = gates_row;
-          f.kept = pointer(kept);
-          fill(f.weights, weights);
-          fill(f.vectors, vectors);
-          fill(f.initial, initial);
-          fill(f.final, final);
-          f.output = pointer(output);
-          fill(f.history, history);
-          f.workspace = pointer(workspace);
-          py::gil_scoped_release release;
-          cpu::forward(f, cpu::page_of(p));
-        });
+  m.def("forward", [](const Problem& p, Address input, Address weight_ih, Address bias, Address gates, int64_t gates_row,
+                      const Addresses& weights, const Addresses& vectors, const Addresses& initial, const Addresses& final, Address output,
+                      const Addresses& history, Address workspace, int64_t bytes) {
+    need(p, false, bytes);
+    Forward f{};
+    f.problem = p;
+    f.input = pointer(input);
+    f.weight_ih = pointer(weight_ih);
+    f.bias = pointer(bias);
+    f.gates = pointer(gates);
+    f.gates_row = gates_row;
+    fill(f.weights, weights);
+    fill(f.vectors, vectors);
+    fill(f.initial, initial);
+    fill(f.final, final);
+    f.output = pointer(output);
+    fill(f.history, history);
+    f.workspace = pointer(workspace);
+    py::gil_scoped_release release;
+    cpu::forward(f, cpu::page_of(p));
+  });
   m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
                        const Addresses& initial, Address output, const Addresses& history, Address grad_output, const Addresses& grad_final,
                        const Addresses& grad_initial, Address workspace, int64_t bytes) {

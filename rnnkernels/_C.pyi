@@ -8,10 +8,12 @@ class Problem:
         storage: int,
         steps: int,
         batch: int,
+        input: int,
         hidden: int,
         output: int,
         rows: int,
         reverse: bool,
+        training: bool,
         complete: bool,
         threads: int,
     ) -> None: ...
@@ -27,9 +29,11 @@ def measure_bandwidth(bytes: int, threads: int) -> float: ...
 def measure_barrier(threads: int) -> float: ...
 def forward(
     problem: Problem,
+    input: int,
+    weight_ih: int,
+    bias: int,
     gates: int,
     gates_row: int,
-    kept: int,
     weights: Sequence[int],
     vectors: Sequence[int],
     initial: Sequence[int],

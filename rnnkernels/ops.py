@@ -89,11 +89,22 @@ def plan(
     complete = steps == 1 and not CELLS[cell].projected
     threads = torch.get_num_threads()
     problem = _C.Problem(
-        CELLS[cell].index, _STORAGE[dtype], steps, batch, hidden_size, output_size or hidden_size, 0, False, complete, threads
+        CELLS[cell].index,
+        _STORAGE[dtype],
+        steps,
+        batch,
+        input_size,
+        hidden_size,
+        output_size or hidden_size,
+        0,
+        False,
+        training,
+        complete,
+        threads,
     )
     rows, units, blocks, ns = _C.schedule(problem, training)
     if complete:
-        reason = "one step: U's product by torch, the rest in one pass"
+        reason = "one step: both products by torch, the rest in one pass"
     elif rows * units == 1:
         reason = "serial: a step is too short to share" if threads > 1 else "serial: one thread"
     elif units == 1:
@@ -129,15 +140,30 @@ class _Saved(NamedTuple):
     hidden: int
     output: int
 
+    @property
+    def complete(self) -> bool:
+        """One step: torch forms both products, since packing weights costs more than using them once."""
+        return self.steps == 1 and not self.cell.projected
+
 
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _problem(s: _Saved, dtype: torch.dtype, rows: Tensor | None) -> _C.Problem:
-    complete = s.steps == 1 and not s.cell.projected
+def _problem(s: _Saved, input: Tensor, rows: Tensor | None, training: bool) -> _C.Problem:
     return _C.Problem(
-        s.cell.index, _STORAGE[dtype], s.steps, s.batch, s.hidden, s.output, _address(rows), s.reverse, complete, torch.get_num_threads()
+        s.cell.index,
+        _STORAGE[input.dtype],
+        s.steps,
+        s.batch,
+        input.shape[-1],
+        s.hidden,
+        s.output,
+        _address(rows),
+        s.reverse,
+        training,
+        s.complete,
+        torch.get_num_threads(),
     )
 
 
@@ -180,29 +206,16 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
     cell, H = s.cell, s.hidden
-    tokens = input.reshape(-1, input.shape[-1])
+    tokens = input.reshape(-1, input.shape[-1]).contiguous()
     N = tokens.shape[0]
-    problem = _problem(s, input.dtype, rows)
-    complete = s.steps == 1 and not cell.projected
-    inputs = cell.input_gates * H
-    room = cell.room * H if training or complete else inputs
-    gates = input.new_empty(N, room)
-    x_gates = gates if room == inputs else gates[:, :inputs]
+    problem = _problem(s, input, rows, training)
+    room = cell.room * H
+    gates = input.new_empty(N, room) if training or s.complete else None
     bias = _bias(cell, H, bias_ih, bias_hh)
-    if bias is None:
-        torch.mm(tokens, weight_ih.t(), out=x_gates)
-    else:
-        torch.addmm(bias, tokens, weight_ih.t(), out=x_gates)
-    if complete:
-        for row, first, end in cell.hidden_runs:
-            shared = min(end, cell.input_gates) - first
-            if shared > 0:
-                gates[:, first * H : (first + shared) * H].addmm_(states[0], weight_hh[row * H : (row + shared) * H].t())
-            shared = max(shared, 0)
-            if first + shared < end:
-                alone = weight_hh[(row + shared) * H : (row + end - first) * H]
-                torch.mm(states[0], alone.t(), out=gates[:, (first + shared) * H : end * H])
-    if cell.projected and training:
+    if s.complete:
+        assert gates is not None
+        _complete(cell, H, gates, tokens, states[0], weight_ih, weight_hh, bias)
+    if cell.projected and gates is not None:
         gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
     output = input.new_empty(*input.shape[:-1], s.output)
     final = [torch.empty_like(state) for state in states]
@@ -211,9 +224,11 @@ def _forward(
     workspace = torch.empty(bytes, dtype=torch.uint8)
     _C.forward(
         problem,
-        gates.data_ptr(),
+        tokens.data_ptr(),
+        weight_ih.data_ptr(),
+        _address(bias),
+        _address(gates),
         room,
-        gates.data_ptr() if training else 0,
         [weight_hh.data_ptr(), _address(weight_hr)],
         _vectors(cell, H, bias_hh),
         [state.data_ptr() for state in states],
@@ -224,6 +239,25 @@ def _forward(
         bytes,
     )
     return output, final, gates if training else None, history
+
+
+def _complete(
+    cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None
+) -> None:
+    """Both products of a single step, by torch: W x over the slots that the input feeds, U h added to these or alone."""
+    inputs = cell.input_gates
+    x_gates = gates if inputs == len(cell.slots) == cell.room else gates[:, : inputs * H]
+    if bias is None:
+        torch.mm(x, weight_ih.t(), out=x_gates)
+    else:
+        torch.addmm(bias, x, weight_ih.t(), out=x_gates)
+    for row, first, end in cell.hidden_runs:
+        both = max(min(end, inputs), first)  # slots [first, both) have W's part, [both, end) do not
+        u = weight_hh[row * H : (row + end - first) * H]
+        if first < both:
+            gates[:, first * H : both * H].addmm_(h, u[: (both - first) * H].t())
+        if both < end:
+            torch.mm(h, u[(both - first) * H :].t(), out=gates[:, both * H : end * H])
 
 
 def _previous_outputs(s: _Saved, output: Tensor, h0: Tensor, rows: Tensor) -> Tensor:
@@ -265,8 +299,7 @@ def _backward(
     if grad_output is not None:
         grad_output = grad_output.contiguous()
     finals = [None if g is None else g.contiguous() for g in grad_final]
-    problem = _problem(s, input.dtype, rows)
-    complete = s.steps == 1 and not cell.projected
+    problem = _problem(s, input, rows, True)
     gates = kept if overwrite else torch.empty_like(kept)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
@@ -316,7 +349,7 @@ def _backward(
     if needs[5]:
         slots = len(cell.slots)
         grads[5] = torch.mm(gates[:, (slots - 1) * H : (slots - 1) * H + P].t(), kept[:, slots * H : (slots + 1) * H])
-    if complete and initial[0] is not None:
+    if s.complete and initial[0] is not None:
         for row, first, end in cell.hidden_runs:
             initial[0].addmm_(gates[:, first * H : end * H], weight_hh[row * H : (row + end - first) * H])
     return [*grads, *initial]

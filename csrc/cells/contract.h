@@ -76,16 +76,21 @@ struct CellInfo {
   const char* state[kMaxStates];
   PerUnit vector[kMaxVectors];
 
-  constexpr int input_slots() const {
-    int n = 0;
-    for (int i = 0; i < slots; ++i) n += (slot[i].feeds & X) != 0;
-    return n;
-  }
   constexpr bool in_stage(int s, int i) const { return stage[s].first <= i && i < stage[s].first + stage[s].count; }
   // How many of a stage's slots before `end` its matrix feeds; with the default, all of them.
   constexpr int hidden_slots(int s, int end = kMaxSlots) const {
     int n = 0;
     for (int i = 0; i < slots && i < end; ++i) n += in_stage(s, i) && (slot[i].feeds & H);
+    return n;
+  }
+  constexpr int input_slots(int s) const {
+    int n = 0;
+    for (int i = 0; i < slots; ++i) n += in_stage(s, i) && (slot[i].feeds & X);
+    return n;
+  }
+  constexpr int input_slots() const {
+    int n = 0;
+    for (int s = 0; s < stages; ++s) n += input_slots(s);
     return n;
   }
   // The values a token has room for: a kept value becomes the gradient of the slot in its place.

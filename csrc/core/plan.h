@@ -30,6 +30,12 @@ inline Product forward_product(const CellInfo& cell, const Problem& p, int s) {
   return {width_of(p, stage.width), columns ? depth : 0, columns};
 }
 
+// The product that gives a stage's slots their x̂, taken for a chunk of steps at a time.
+inline Product input_product(const CellInfo& cell, const Problem& p, int s) {
+  const int columns = cell.input_slots(s);
+  return {width_of(p, cell.stage[s].width), columns ? p.input : 0, columns};
+}
+
 // The product that backward adds up for what stage s gave: the transposed matrix of the stage that read it.
 inline Product backward_product(const CellInfo& cell, const Problem& p, int s) {
   const int reader = s + 1 < cell.stages ? s + 1 : 0;
@@ -41,17 +47,20 @@ struct Machine {
   int lanes;      // of the number type
   int registers;  // accumulators a tile may use
   int64_t number_bytes;
-  double fma_ns = 0.28;  // one vector multiply-add, steady state
+  double fma_ns = 0.28;  // one vector multiply-add, steady state; also one vector load, or two broadcasts
   double latency = 4;    // multiply-adds in flight that reach it
   double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
+  int64_t chunk_bytes = 256 << 10;  // of input gates a thread makes at a time: they are still in its L2 when the steps want them
   int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
   double barrier_ns = 250, fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
 };
 
 struct Schedule {
   int row_groups = 1, unit_groups = 1;
-  int blocks[kMaxStages] = {1, 1, 1};  // vectors of units a panel
-  double ns = 0;                       // the model's estimate
+  int blocks[kMaxStages] = {1, 1, 1};        // vectors of units a panel
+  int input_blocks[kMaxStages] = {1, 1, 1};  // likewise for the input's product: a divisor, so that panels' owners own whole ones of these
+  int64_t chunk = 1;                         // steps whose input gates are made at a time
+  double ns = 0;                             // the model's estimate
   int threads() const { return row_groups * unit_groups; }
 };
 
@@ -70,8 +79,10 @@ inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t
   const double pointwise = double(panels) * vectors * rows * m.pointwise_ns;
   if (!p.depth) return pointwise;
   const int64_t passes = ceil_div(rows, tile_rows(m, vectors));
-  const double chains = double(vectors) * rows / passes;
-  const double arithmetic = double(panels) * vectors * rows * p.depth * m.fma_ns * (chains < m.latency ? m.latency / chains : 1);
+  const double tile = double(vectors) * rows / passes;  // multiply-adds in flight
+  const double loads = vectors + 0.5 * rows / passes;
+  const double cycle = (tile > m.latency ? tile > loads ? tile : loads : m.latency > loads ? m.latency : loads) + 1;
+  const double arithmetic = double(panels) * passes * p.depth * cycle * m.fma_ns;
   const double bytes = double(panels) * vectors * m.lanes * p.depth * m.number_bytes;
   const double rate = bytes <= m.l1_bytes                 ? 4 * m.l2_gbs
                       : bytes <= m.l2_bytes               ? m.l2_gbs
@@ -105,16 +116,28 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
         if (p.complete) product.depth = 0;
-        s.blocks[stage] = best_blocks(m, product, rows, unit_groups);
+        s.blocks[stage] = s.input_blocks[stage] = best_blocks(m, product, rows, unit_groups);
+        while (s.input_blocks[stage] > 1 && s.input_blocks[stage] * cell.input_slots(stage) > kMaxVectorsPerPanel)
+          s.input_blocks[stage] /= 2;
         step += product_ns(m, product, s.blocks[stage], rows, unit_groups);
         if (product.depth && unit_groups > 1) step += m.barrier_ns + 50 * (unit_groups - 2);
         pack += double(product.units) * product.columns * product.depth / m.lanes * 2 * m.fma_ns / s.threads();
       }
       s.ns = step * double(p.steps) + pack + (s.threads() > 1 ? m.fork_ns : 0);
+      const int64_t gates = rows * cell.input_slots() * ceil_div(p.hidden, unit_groups) * m.number_bytes;
+      s.chunk = m.chunk_bytes / (gates > 0 ? gates : 1);
+      s.chunk = s.chunk < 1 ? 1 : s.chunk > p.steps ? p.steps : s.chunk;
       if ((row_groups == 1 && unit_groups == 1) || s.ns < best.ns) best = s;
     }
   }
   return best;
+}
+
+// A row of numbers in the workspace: an odd number of cache lines, so that the rows of a tile do not fall into the same few sets of the
+// cache.
+inline int64_t padded(int64_t width, int64_t number_bytes) {
+  const int64_t line = 64 / number_bytes;
+  return (ceil_div(width, line) | 1) * line;
 }
 
 // The even split of n things over g groups: group i has [begin(i), begin(i + 1)).
@@ -124,12 +147,14 @@ inline int64_t split(int64_t n, int64_t groups, int64_t i) { return n / groups *
 inline int64_t panel_count(const Machine& m, const Product& p, int blocks) { return ceil_div(p.units, int64_t(blocks) * m.lanes); }
 inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) { return p.depth * blocks * p.columns * m.lanes; }
 
-// Where everything lies in the workspace, in bytes, each part on its own cache line.
+// Where everything lies in the workspace, in bytes, each part on its own cache line. Rows of numbers are padded().
 struct Layout {
-  int64_t packed[kMaxStages];
+  int64_t packed[kMaxStages], packed_input[kMaxStages];
   int64_t state[kMaxStates];    // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
   int64_t between;              // forward, several stages: this step's kept values, [B][kept·H]
   int64_t operand[kMaxStages];  // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
+  int64_t gates;                // inference: input gates of a chunk, storage type, [chunk][B][X slots · H]
+  int64_t numbers;              // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
   int64_t bytes = 0;
 
   int64_t take(int64_t n) {
@@ -141,16 +166,22 @@ struct Layout {
 
 inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, const Schedule& s, bool backward) {
   Layout l;
+  const auto panels = [&](const Product& product, int blocks) {
+    return p.complete ? 0 : panel_count(m, product, blocks) * panel_elements(m, product, blocks) * m.number_bytes;
+  };
+  const auto rows = [&](int64_t width) { return p.batch * padded(width, m.number_bytes) * m.number_bytes; };
   for (int stage = 0; stage < cell.stages; ++stage) {
-    const Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
-    const int64_t packed = panel_count(m, product, s.blocks[stage]) * panel_elements(m, product, s.blocks[stage]);
-    l.packed[stage] = l.take(p.complete ? 0 : packed * m.number_bytes);
+    l.packed[stage] = l.take(panels(backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage), s.blocks[stage]));
+    l.packed_input[stage] = l.take(backward ? 0 : panels(input_product(cell, p, stage), s.input_blocks[stage]));
     const int64_t width = width_of(p, cell.stage[stage].width) * cell.hidden_slots(stage);
-    l.operand[stage] = l.take(backward ? (stage == 0 ? 2 : 1) * p.batch * width * m.number_bytes : 0);
+    l.operand[stage] = l.take(backward ? (stage == 0 ? 2 : 1) * rows(width) : 0);
   }
-  for (int i = 0; i < cell.states; ++i)
-    l.state[i] = l.take((i == 0 && !backward ? 2 : 1) * p.batch * width_of(p, cell.state_width(i)) * m.number_bytes);
-  l.between = l.take(!backward && cell.stages > 1 ? p.batch * cell.kept * p.hidden * m.number_bytes : 0);
+  for (int i = 0; i < cell.states; ++i) l.state[i] = l.take((i == 0 && !backward ? 2 : 1) * rows(width_of(p, cell.state_width(i))));
+  l.between = l.take(!backward && cell.stages > 1 ? rows(cell.kept * p.hidden) : 0);
+  const int64_t storage = kStorageBytes[int(p.storage)];
+  const bool input = !backward && !p.complete;
+  l.gates = l.take(input && !p.training ? s.chunk * p.batch * cell.input_slots() * p.hidden * storage : 0);
+  l.numbers = l.take(input && storage != m.number_bytes ? s.threads() * s.chunk * p.batch * p.input * m.number_bytes : 0);
   return l;
 }
 

@@ -17,19 +17,23 @@ struct Problem {
   int cell;  // index into cells.def
   Storage storage;
   int64_t steps, batch;    // T, B
+  int64_t input;           // I
   int64_t hidden, output;  // H, and the size P of state 0 (P = H without a projection)
   const int64_t* rows;     // [T], non-increasing: how many rows take part in each step; null: all, always
   bool reverse;            // run from the last step to the first
-  bool complete;           // the gates arrive with U's part already in them (one step only): the engine multiplies nothing
+  bool training;           // keep what backward needs
+  bool complete;           // the gates arrive with both products already in them (one step only): the engine multiplies nothing
   int threads;             // at most so many
 };
 
 // N = number of tokens, G = room() of the cell; storage type unless said otherwise.
 struct Forward {
   Problem problem;
-  const void* gates;  // [N, gates_row]: x̂ of slot i at i·H (a complete one: every slot); may be the same memory as kept
-  int64_t gates_row;
-  void* kept;                        // [N, G·H], or null for inference
+  const void* input;      // [N, I]; not for a complete run
+  const void* weight_ih;  // [X slots · H, I]
+  const void* bias;       // [X slots · H], or null for zero
+  void* gates;            // [N, gates_row]: a complete run's pre-activations, slot i at i·H; for training the kept values come to lie here,
+  int64_t gates_row;      // and gates_row is G·H; null for inference that is not complete
   const void* weights[kMaxStages];   // of each stage with a matrix: [its H slots · its width, its operand's width]
   const void* vectors[kMaxVectors];  // [H], or null for zero
   const void* initial[kMaxStates];   // [B, width], or null for zero

@@ -102,6 +102,12 @@ RNN_FN F32 copysign(F32 a, F32 s) {
   const __m256 sign = _mm256_set1_ps(-0.f);
   return F32(_mm256_or_ps(_mm256_andnot_ps(sign, a.v), _mm256_and_ps(sign, s.v)));
 }
+RNN_FN F32 interleave_low(F32 a, F32 b) {
+  return F32(_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x20));
+}
+RNN_FN F32 interleave_high(F32 a, F32 b) {
+  return F32(_mm256_permute2f128_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v), 0x31));
+}
 RNN_FN F32 power(F32 t) { return F32(_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(t.v), 23))); }
 
 struct F64 {
@@ -143,6 +149,12 @@ RNN_FN F64 abs(F64 a) { return F64(_mm256_andnot_pd(_mm256_set1_pd(-0.), a.v)); 
 RNN_FN F64 copysign(F64 a, F64 s) {
   const __m256d sign = _mm256_set1_pd(-0.);
   return F64(_mm256_or_pd(_mm256_andnot_pd(sign, a.v), _mm256_and_pd(sign, s.v)));
+}
+RNN_FN F64 interleave_low(F64 a, F64 b) {
+  return F64(_mm256_permute2f128_pd(_mm256_unpacklo_pd(a.v, b.v), _mm256_unpackhi_pd(a.v, b.v), 0x20));
+}
+RNN_FN F64 interleave_high(F64 a, F64 b) {
+  return F64(_mm256_permute2f128_pd(_mm256_unpacklo_pd(a.v, b.v), _mm256_unpackhi_pd(a.v, b.v), 0x31));
 }
 RNN_FN F64 power(F64 t) { return F64(_mm256_castsi256_pd(_mm256_slli_epi64(_mm256_castpd_si256(t.v), 52))); }
 

@@ -42,7 +42,8 @@ struct F32 {
   RNN_FN explicit F32(__m512 x) : v(x) {}
 
   RNN_FN static F32 load(const float* p) { return F32(_mm512_loadu_ps(p)); }
-  RNN_FN static F32 load(const float* p, int n) { return F32(_mm512_maskz_loadu_ps(first16(n), p)); }
+  // Full vectors go unmasked: a masked store cannot be forwarded to the load that follows it.
+  RNN_FN static F32 load(const float* p, int n) { return n >= lanes ? load(p) : F32(_mm512_maskz_loadu_ps(first16(n), p)); }
   template <class S>
   RNN_FN static F32 load(const S* p) {
     return F32(widen(S{}, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
@@ -56,7 +57,7 @@ struct F32 {
     return rnnkernels::widen(*p);
   }
   RNN_FN void store(float* p) const { _mm512_storeu_ps(p, v); }
-  RNN_FN void store(float* p, int n) const { _mm512_mask_storeu_ps(p, first16(n), v); }
+  RNN_FN void store(float* p, int n) const { n >= lanes ? store(p) : _mm512_mask_storeu_ps(p, first16(n), v); }
   template <class S>
   RNN_FN void store(S* p) const {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(S{}, v));
@@ -82,6 +83,12 @@ RNN_FN F32 copysign(F32 a, F32 s) {
   const __m512 sign = _mm512_set1_ps(-0.f);
   return F32(_mm512_or_ps(_mm512_andnot_ps(sign, a.v), _mm512_and_ps(sign, s.v)));
 }
+RNN_FN F32 interleave_low(F32 a, F32 b) {
+  return F32(_mm512_permutex2var_ps(a.v, _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23), b.v));
+}
+RNN_FN F32 interleave_high(F32 a, F32 b) {
+  return F32(_mm512_permutex2var_ps(a.v, _mm512_setr_epi32(8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31), b.v));
+}
 RNN_FN F32 power(F32 t) { return F32(_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(t.v), 23))); }
 
 struct F64 {
@@ -97,10 +104,10 @@ struct F64 {
   RNN_FN explicit F64(__m512d x) : v(x) {}
 
   RNN_FN static F64 load(const double* p) { return F64(_mm512_loadu_pd(p)); }
-  RNN_FN static F64 load(const double* p, int n) { return F64(_mm512_maskz_loadu_pd(__mmask8(first16(n)), p)); }
+  RNN_FN static F64 load(const double* p, int n) { return n >= lanes ? load(p) : F64(_mm512_maskz_loadu_pd(__mmask8(first16(n)), p)); }
   RNN_FN static F64 broadcast(const double* p) { return *p; }
   RNN_FN void store(double* p) const { _mm512_storeu_pd(p, v); }
-  RNN_FN void store(double* p, int n) const { _mm512_mask_storeu_pd(p, __mmask8(first16(n)), v); }
+  RNN_FN void store(double* p, int n) const { n >= lanes ? store(p) : _mm512_mask_storeu_pd(p, __mmask8(first16(n)), v); }
 };
 
 RNN_FN F64 operator+(F64 a, F64 b) { return F64(_mm512_add_pd(a.v, b.v)); }
@@ -118,6 +125,8 @@ RNN_FN F64 copysign(F64 a, F64 s) {
   const __m512d sign = _mm512_set1_pd(-0.);
   return F64(_mm512_or_pd(_mm512_andnot_pd(sign, a.v), _mm512_and_pd(sign, s.v)));
 }
+RNN_FN F64 interleave_low(F64 a, F64 b) { return F64(_mm512_permutex2var_pd(a.v, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11), b.v)); }
+RNN_FN F64 interleave_high(F64 a, F64 b) { return F64(_mm512_permutex2var_pd(a.v, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15), b.v)); }
 RNN_FN F64 power(F64 t) { return F64(_mm512_castsi512_pd(_mm512_slli_epi64(_mm512_castpd_si512(t.v), 52))); }
 
 using math::exp;

@@ -33,7 +33,7 @@ struct Case {
     return n;
   }
   int64_t tokens() const { return offset(T); }
-  Problem problem() const { return {0, Storage::F64, T, B, H, H, ragged ? kRagged : nullptr, reverse, false, threads}; }
+  Problem problem() const { return {0, Storage::F64, T, B, 4 * H, H, H, ragged ? kRagged : nullptr, reverse, true, false, threads}; }
 };
 
 struct Result {
@@ -48,9 +48,13 @@ Result run(const Case& c, const Numbers& in) {
   Forward f{};
   f.problem = c.problem();
   std::vector<char> workspace(size_t(cpu::workspace_bytes(f.problem, page, false)), char(0xff));
-  f.gates = in.x.data();
-  f.gates_row = 4 * H;
-  f.kept = r.kept.data();
+  // With the unit matrix for W the input is the input gates.
+  std::vector<double> unit(size_t(16 * H * H), 0.0);
+  for (int64_t i = 0; i < 4 * H; ++i) unit[size_t(i * 4 * H + i)] = 1;
+  f.input = in.x.data();
+  f.weight_ih = unit.data();
+  f.gates = r.kept.data();
+  f.gates_row = page.cell.room() * H;
   f.weights[0] = in.u0.data();
   f.weights[1] = in.u1.data();
   f.vectors[0] = in.p.data();

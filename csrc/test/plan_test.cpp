@@ -41,15 +41,26 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
   }
   const Layout l = layout(m, cell, p, s, backward);
   std::vector<std::pair<int64_t, int64_t>> parts;
+  const auto rows = [&](int64_t width) { return p.batch * padded(width, m.number_bytes) * m.number_bytes; };
   for (int i = 0; i < cell.stages; ++i) {
-    const Product product = backward ? backward_product(cell, p, i) : forward_product(cell, p, i);
-    if (!p.complete)
+    const Product product = backward ? backward_product(cell, p, i) : forward_product(cell, p, i), input = input_product(cell, p, i);
+    if (!p.complete) {
       parts.push_back({l.packed[i], panel_count(m, product, s.blocks[i]) * panel_elements(m, product, s.blocks[i]) * m.number_bytes});
-    if (backward)
-      parts.push_back({l.operand[i], (i ? 1 : 2) * p.batch * cell.hidden_slots(i) * width_of(p, cell.stage[i].width) * m.number_bytes});
+      if (!backward)
+        parts.push_back(
+            {l.packed_input[i], panel_count(m, input, s.input_blocks[i]) * panel_elements(m, input, s.input_blocks[i]) * m.number_bytes});
+    }
+    if (s.blocks[i] % s.input_blocks[i] || s.input_blocks[i] * input.columns > kMaxVectorsPerPanel)
+      where("input panels that do not divide the panels");
+    if (backward) parts.push_back({l.operand[i], (i ? 1 : 2) * rows(cell.hidden_slots(i) * width_of(p, cell.stage[i].width))});
   }
-  for (int i = 0; i < cell.states; ++i)
-    parts.push_back({l.state[i], (i || backward ? 1 : 2) * p.batch * width_of(p, cell.state_width(i)) * m.number_bytes});
+  for (int i = 0; i < cell.states; ++i) parts.push_back({l.state[i], (i || backward ? 1 : 2) * rows(width_of(p, cell.state_width(i)))});
+  if (!backward && cell.stages > 1) parts.push_back({l.between, rows(cell.kept * p.hidden)});
+  if (s.chunk < 1 || s.chunk > std::max<int64_t>(p.steps, 1)) where("a chunk of no steps or more than all");
+  if (!backward && !p.complete) {
+    if (!p.training) parts.push_back({l.gates, s.chunk * p.batch * cell.input_slots() * p.hidden * kStorageBytes[int(p.storage)]});
+    if (p.storage == Storage::BF16) parts.push_back({l.numbers, s.threads() * s.chunk * p.batch * p.input * m.number_bytes});
+  }
   std::sort(parts.begin(), parts.end());
   int64_t end = 0;
   for (auto [at, bytes] : parts) {
@@ -76,7 +87,9 @@ int main() {
                 m.registers = registers;
                 m.number_bytes = bytes;
                 const int64_t output = cell.projected() ? (hidden + 1) / 2 : hidden;
-                const Problem p{0, Storage::F32, steps, batch, hidden, output, nullptr, false, steps == 1 && cell.stages == 1, threads};
+                const bool complete = steps == 1 && cell.stages == 1, training = backward || hidden % 2;
+                const Storage storage = bytes == 8 ? Storage::F64 : batch % 2 ? Storage::F32 : Storage::BF16;
+                const Problem p{0, storage, steps, batch, 40, hidden, output, nullptr, false, training, complete, threads};
                 test(m, cell, p, backward);
                 ++count;
               }

@@ -92,7 +92,10 @@ class Walk {
         storage_bytes(kStorageBytes[int(p.storage)]),
         number_bytes(m.number_bytes),
         barriers(new Barrier[size_t(plan_.row_groups)]) {
-    for (int s = 0; s < cell.stages; ++s) products[s] = backward ? backward_product(cell, p, s) : forward_product(cell, p, s);
+    for (int s = 0; s < cell.stages; ++s) {
+      products[s] = backward ? backward_product(cell, p, s) : forward_product(cell, p, s);
+      inputs[s] = input_product(cell, p, s);
+    }
     offsets.resize(size_t(p.steps) + 1, 0);
     for (int64_t t = 0; t < p.steps; ++t) offsets[size_t(t) + 1] = offsets[size_t(t)] + rows(t);
     for (int g = 0; g < plan_.row_groups; ++g) barriers[size_t(g)].start(plan_.unit_groups);
@@ -117,12 +120,13 @@ class Walk {
     if (me.unit_groups > 1) barriers[size_t(me.row_group)].wait(me.round);
   }
 
-  void pack(const Member& me, int s, const void* weights, void* workspace, bool transposed) const {
-    const Product& product = products[s];
+  // Bytes of a row of numbers in the workspace.
+  int64_t row_bytes(int64_t width) const { return padded(width, number_bytes) * number_bytes; }
+
+  void pack(const Member& me, StorageOps::Pack how, const Product& product, int blocks, const void* weights, void* packed) const {
     if (!product.depth || p.complete) return;
-    const int64_t panels = panel_count(m, product, plan_.blocks[s]);
-    (transposed ? storage.pack_transposed : storage.pack)(weights, product, plan_.blocks[s], split(panels, me.members, me.id),
-                                                          split(panels, me.members, me.id + 1), at(workspace, memory.packed[s]));
+    const int64_t panels = panel_count(m, product, blocks);
+    how(weights, product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), packed);
   }
 
   // This member's tiles of one stage: operand(row) times every panel of its own, each tile handed to pointwise(rows, unit, sums).
@@ -176,7 +180,7 @@ class Walk {
   const Schedule plan_;
   const Layout memory;
   const int64_t storage_bytes, number_bytes;
-  Product products[kMaxStages];
+  Product products[kMaxStages], inputs[kMaxStages];
   std::vector<int64_t> offsets;  // [T + 1]: token of each step's row 0
   std::unique_ptr<Barrier[]> barriers;
 };
@@ -217,32 +221,123 @@ int64_t workspace_bytes(const Problem& p, const Page& page, bool backward) {
   return layout(m, page.cell, p, plan(m, page.cell, p, backward), backward).bytes;
 }
 
+namespace {
+
+// The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody.
+class InputGates {
+ public:
+  InputGates(const Walk& walk, const Forward& forward) : w(walk), f(forward) {
+    row = w.p.training || w.p.complete ? f.gates_row : w.cell.input_slots() * w.p.hidden;
+  }
+
+  void pack(const Walk::Member& me) const {
+    int64_t slots = 0;
+    for (int s = 0; s < w.cell.stages; ++s) {
+      const void* weights = at(f.weight_ih, slots * w.p.hidden * w.p.input * w.storage_bytes);
+      w.pack(me, w.storage.pack, w.inputs[s], w.plan_.input_blocks[s], weights, at(f.workspace, w.memory.packed_input[s]));
+      slots += w.cell.input_slots(s);
+    }
+  }
+
+  // Where the gates of the walk's n-th step lie. For inference a chunk's steps are B rows apart, ragged or not: members may be in different
+  // chunks.
+  void* of(int64_t n) const {
+    if (w.p.training || w.p.complete) return at(f.gates, w.offsets[size_t(w.step(n, true))] * row * w.storage_bytes);
+    return at(f.workspace, w.memory.gates + n % w.plan_.chunk * w.p.batch * row * w.storage_bytes);
+  }
+
+  void make(const Walk::Member& me, int64_t n0, std::vector<int64_t>& places, std::vector<const void*>& operands) const {
+    places.clear();
+    operands.clear();
+    const int64_t input_bytes = w.p.input * w.storage_bytes;
+    const bool convert = w.storage_bytes != w.number_bytes;
+    char* numbers = static_cast<char*>(f.workspace) + w.memory.numbers + me.id * w.plan_.chunk * w.p.batch * w.p.input * w.number_bytes;
+    for (int64_t n = n0; n < std::min(n0 + w.plan_.chunk, w.p.steps); ++n) {
+      const int64_t t = w.step(n, true), token = w.offsets[size_t(t)];
+      for (int64_t b = me.row_group; b < w.rows(t); b += me.row_groups) {
+        places.push_back(w.p.training ? token + b : (n - n0) * w.p.batch + b);
+        const void* x = at(f.input, (token + b) * input_bytes);
+        if (convert) {
+          w.storage.load(x, w.p.input, numbers);
+          x = numbers;
+          numbers += w.p.input * w.number_bytes;
+        }
+        operands.push_back(x);
+      }
+    }
+    void* const gates = w.p.training ? f.gates : at(f.workspace, w.memory.gates);
+    int64_t first_slot = 0;
+    for (int s = 0; s < w.cell.stages; ++s) {
+      make_stage(me, s, first_slot, places, operands, gates);
+      first_slot += w.cell.input_slots(s);
+    }
+  }
+
+ private:
+  void make_stage(const Walk::Member& me, int s, int64_t first_slot, const std::vector<int64_t>& places,
+                  const std::vector<const void*>& operands, void* gates) const {
+    const Product& product = w.inputs[s];
+    if (!product.depth) return;
+    const int blocks = w.plan_.input_blocks[s], vectors = blocks * product.columns, finer = w.plan_.blocks[s] / blocks;
+    const int64_t owned = panel_count(w.m, w.products[s], w.plan_.blocks[s]), all = panel_count(w.m, product, blocks);
+    const int64_t begin = split(owned, me.unit_groups, me.unit_group) * finer;
+    const int64_t end = std::min(split(owned, me.unit_groups, me.unit_group + 1) * finer, all);
+    const int64_t panel_bytes = panel_elements(w.m, product, blocks) * w.number_bytes;
+    const int64_t count = int64_t(places.size()), tiles = ceil_div(count, tile_rows(w.m, vectors));
+    const int64_t slot_bytes = first_slot * w.p.hidden * w.storage_bytes;
+    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t first = split(count, tiles, tile);
+        const int n = int(split(count, tiles, tile + 1) - first);
+        w.ops.product[vectors - 1][n - 1](&operands[size_t(first)], at(f.workspace, w.memory.packed_input[s] + panel * panel_bytes),
+                                          product.depth, sums);
+        w.storage.put(sums, &places[size_t(first)], n, panel * blocks * w.m.lanes, blocks, product.columns, w.p.hidden,
+                      at(f.bias, slot_bytes), at(gates, slot_bytes), row);
+      }
+  }
+
+  const Walk& w;
+  const Forward& f;
+
+ public:
+  int64_t row;
+};
+
+}  // namespace
+
 void forward(const Forward& f, const Page& page) {
   Walk w(f.problem, page, false);
   const Problem& p = w.p;
-  const int64_t hidden_bytes = w.width(0) * w.number_bytes;
+  const InputGates input(w, f);
+  const int64_t hidden_bytes = w.row_bytes(w.width(0));
   void* const h[2] = {at(f.workspace, w.memory.state[0]), at(f.workspace, w.memory.state[0] + p.batch * hidden_bytes)};
   auto carried = [&](int i) { return at(f.workspace, w.memory.state[i]); };
 
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
-    for (int s = 0; s < w.cell.stages; ++s) w.pack(me, s, f.weights[s], f.workspace, false);
+    for (int s = 0; s < w.cell.stages; ++s)
+      w.pack(me, w.storage.pack, w.products[s], w.plan_.blocks[s], f.weights[s], at(f.workspace, w.memory.packed[s]));
+    if (!p.complete) input.pack(me);
     w.each_row(me, [&](int64_t b) {
       for (int side = 0; side < 2; ++side) w.load_or_zero(f.initial[0], b, w.width(0), at(h[side], b * hidden_bytes));
-      for (int i = 1; i < w.cell.states; ++i) w.load_or_zero(f.initial[i], b, w.width(i), at(carried(i), b * w.width(i) * w.number_bytes));
+      for (int i = 1; i < w.cell.states; ++i) w.load_or_zero(f.initial[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
     });
     if (members > 1) {
 #pragma omp barrier
     }
+    std::vector<int64_t> places;
+    std::vector<const void*> operands;
     for (int64_t n = 0; n < p.steps; ++n) {
+      if (n % w.plan_.chunk == 0 && !p.complete) input.make(me, n, places, operands);
       const int64_t t = w.step(n, true), token = w.offsets[size_t(t)], active = w.rows(t);
       ForwardStep step{};
       step.hidden = p.hidden;
       step.output = p.output;
-      step.gates = at(f.gates, token * f.gates_row * w.storage_bytes);
-      step.gates_row = f.gates_row;
+      step.gates = input.of(n);
+      step.gates_row = input.row;
       step.complete = p.complete;
-      step.kept = at(f.kept, token * w.cell.room() * p.hidden * w.storage_bytes);
+      step.kept = p.training ? at(f.gates, token * input.row * w.storage_bytes) : nullptr;
       step.between = at(f.workspace, w.memory.between);
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = f.vectors[i];
       step.previous[0] = h[n & 1];
@@ -254,12 +349,12 @@ void forward(const Forward& f, const Page& page) {
       }
       for (int s = 0; s < w.cell.stages; ++s) {
         const int operand = w.cell.stage[s].operand;
-        const int64_t between_row = w.cell.kept * p.hidden;
+        const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden);
         w.tiles(
             me, s, active, !p.complete, n & 1, f.workspace,
             [&](int64_t row) -> const void* {
               if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
-              return at(step.between, (row * between_row + operand * p.hidden) * w.number_bytes);
+              return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);
             },
             [&](RowSet rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, w.plan_.blocks[s], sums); });
         if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
@@ -275,7 +370,7 @@ void forward(const Forward& f, const Page& page) {
       const int64_t visits = p.reverse ? p.steps : taken;
       w.storage.store(at(h[visits & 1], b * hidden_bytes), w.width(0), at(f.final[0], b * w.width(0) * w.storage_bytes));
       for (int i = 1; i < w.cell.states; ++i)
-        w.storage.store(at(carried(i), b * w.width(i) * w.number_bytes), w.width(i), at(f.final[i], b * w.width(i) * w.storage_bytes));
+        w.storage.store(at(carried(i), b * w.row_bytes(w.width(i))), w.width(i), at(f.final[i], b * w.width(i) * w.storage_bytes));
     });
   });
 }
@@ -284,9 +379,8 @@ void backward(const Backward& g, const Page& page) {
   Walk w(g.problem, page, true);
   const Problem& p = w.p;
   const int last = w.cell.stages - 1;
-  const int64_t gates_row = w.cell.hidden_slots(0) * p.hidden;  // stage 0's operand, as the step before it in time reads it
-  void* const gates[2] = {at(g.workspace, w.memory.operand[0]),
-                          at(g.workspace, w.memory.operand[0] + p.batch * gates_row * w.number_bytes)};
+  const int64_t gates_bytes = w.row_bytes(w.cell.hidden_slots(0) * p.hidden);  // stage 0's operand, as the step before it in time reads it
+  void* const gates[2] = {at(g.workspace, w.memory.operand[0]), at(g.workspace, w.memory.operand[0] + p.batch * gates_bytes)};
   auto carried = [&](int i) { return at(g.workspace, w.memory.state[i]); };
 
   // The stages hand a token's kept values on to each other where the gradients go; a cell of one stage reads them once.
@@ -296,17 +390,17 @@ void backward(const Backward& g, const Page& page) {
 
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
-    for (int s = 0; s < w.cell.stages; ++s) w.pack(me, s, g.weights[s < last ? s + 1 : 0], g.workspace, true);
+    for (int s = 0; s < w.cell.stages; ++s)
+      w.pack(me, w.storage.pack_transposed, w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0],
+             at(g.workspace, w.memory.packed[s]));
     if (copy) {
       const int64_t begin = split(w.offsets.back(), members, id) * token_bytes,
                     end = split(w.offsets.back(), members, id + 1) * token_bytes;
       std::memcpy(at(g.grad_gates, begin), at(g.kept, begin), size_t(end - begin));
     }
     w.each_row(me, [&](int64_t b) {
-      for (int i = 0; i < w.cell.states; ++i)
-        w.load_or_zero(g.grad_final[i], b, w.width(i), at(carried(i), b * w.width(i) * w.number_bytes));
-      for (int side = 0; side < 2; ++side)
-        std::memset(at(gates[side], b * gates_row * w.number_bytes), 0, size_t(gates_row * w.number_bytes));
+      for (int i = 0; i < w.cell.states; ++i) w.load_or_zero(g.grad_final[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
+      for (int side = 0; side < 2; ++side) std::memset(at(gates[side], b * gates_bytes), 0, size_t(gates_bytes));
     });
     if (members > 1) {
 #pragma omp barrier
@@ -321,6 +415,7 @@ void backward(const Backward& g, const Page& page) {
       step.kept = at(kept, token * token_bytes);
       step.grad_gates = at(g.grad_gates, token * token_bytes);
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = g.vectors[i];
+      step.ahead = n + 1 < p.steps ? w.offsets[size_t(w.step(n + 1, false))] - token : 0;
       step.previous_rows = has_before ? std::min(active, w.rows(before)) : 0;
       step.grad_output = at(g.grad_output, token * w.width(0) * w.storage_bytes);
       for (int i = 0; i < w.cell.states; ++i) {
@@ -334,7 +429,7 @@ void backward(const Backward& g, const Page& page) {
       for (int s = 1; s < w.cell.stages; ++s) step.operand[s] = at(g.workspace, w.memory.operand[s]);
       for (int s = last; s >= 0; --s) {
         const void* read = s < last ? step.operand[s + 1] : gates[~n & 1];
-        const int64_t row_bytes = w.products[s].depth * w.number_bytes;
+        const int64_t row_bytes = w.row_bytes(w.products[s].depth);
         w.tiles(
             me, s, active, !p.complete && (n > 0 || s < last), n & 1, g.workspace, [&](int64_t row) { return at(read, row * row_bytes); },
             [&](RowSet rows, int64_t unit, const void* sums) { w.page.backward[s](step, rows, unit, w.plan_.blocks[s], sums); });
@@ -347,7 +442,7 @@ void backward(const Backward& g, const Page& page) {
     if (g.grad_initial[0]) {
       const int64_t units = w.width(0);
       auto finish = [&](int64_t row, int64_t unit, int64_t n, const void* sums) {
-        void* total = at(carried(0), (row * units + unit) * w.number_bytes);
+        void* total = at(carried(0), row * w.row_bytes(units) + unit * w.number_bytes);
         if (sums) w.ops.add(sums, n, total);
         w.storage.store(total, n, at(g.grad_initial[0], (row * units + unit) * w.storage_bytes));
       };
@@ -355,7 +450,7 @@ void backward(const Backward& g, const Page& page) {
       auto side = [&](int64_t row) -> const void* {
         int64_t visits = p.steps;
         if (p.rows && p.reverse) visits = std::partition_point(p.rows, p.rows + p.steps, [&](int64_t r) { return r > row; }) - p.rows;
-        return at(gates[~visits & 1], row * gates_row * w.number_bytes);
+        return at(gates[~visits & 1], row * gates_bytes);
       };
       const int64_t panel_units = w.plan_.blocks[last] * w.m.lanes;
       w.tiles(me, last, p.batch, !p.complete, false, g.workspace, side, [&](RowSet rows, int64_t unit, const void* sums) {
@@ -366,8 +461,7 @@ void backward(const Backward& g, const Page& page) {
     w.each_row(me, [&](int64_t b) {
       for (int i = 1; i < w.cell.states; ++i)
         if (g.grad_initial[i])
-          w.storage.store(at(carried(i), b * w.width(i) * w.number_bytes), w.width(i),
-                          at(g.grad_initial[i], b * w.width(i) * w.storage_bytes));
+          w.storage.store(at(carried(i), b * w.row_bytes(w.width(i))), w.width(i), at(g.grad_initial[i], b * w.width(i) * w.storage_bytes));
     });
   });
 }

@@ -80,32 +80,63 @@ void pack_transposed(const void* weights, const Product& p, int blocks, int64_t 
   }
 }
 
+// Rows of a square of numbers become its columns: each round interleaves the first half with the second.
+template <class V>
+RNN_FN void transpose(V (&square)[V::lanes]) {
+  constexpr int L = V::lanes;
+  if constexpr (L > 1) {
+    V other[L];
+#pragma GCC unroll 8
+    for (int round = 1; round < L; round *= 2) {
+#pragma GCC unroll 16
+      for (int i = 0; i < L / 2; ++i) {
+        other[2 * i] = interleave_low(square[i], square[i + L / 2]);
+        other[2 * i + 1] = interleave_high(square[i], square[i + L / 2]);
+      }
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) square[i] = other[i];
+    }
+  }
+}
+
 template <class V, class S>
 void pack(const void* weights, const Product& p, int blocks, int64_t begin, int64_t end, void* packed) {
   using T = typename V::element;
   constexpr int L = V::lanes;
-  constexpr int64_t chunk = 64;  // operand elements at a time: the rows' cache lines are used up before they leave L1
   const S* w = static_cast<const S*>(weights);
   const int64_t vectors = int64_t(blocks) * p.columns;
-  alignas(64) T row[chunk];
   for (int64_t panel = begin; panel < end; ++panel) {
     T* out = static_cast<T*>(packed) + panel * p.depth * vectors * L;
-    for (int64_t k0 = 0; k0 < p.depth; k0 += chunk) {
-      const int64_t n = p.depth - k0 < chunk ? p.depth - k0 : chunk;
-      for (int64_t v = 0; v < vectors; ++v) {
-        const int64_t column = v % p.columns, unit = (panel * blocks + v / p.columns) * L;
-        for (int lane = 0; lane < L; ++lane) {
-          T* to = out + (k0 * vectors + v) * L + lane;
-          if (unit + lane < p.units) {
-            load<V, S>(w + (column * p.units + unit + lane) * p.depth + k0, n, row);
-            for (int64_t k = 0; k < n; ++k) to[k * vectors * L] = row[k];
-          } else {
-            for (int64_t k = 0; k < n; ++k) to[k * vectors * L] = 0;
-          }
-        }
+    for (int64_t v = 0; v < vectors; ++v) {
+      const int64_t column = v % p.columns, unit = (panel * blocks + v / p.columns) * L;
+      const int64_t left = p.units - unit;
+      const S* rows = w + (column * p.units + (left > 0 ? unit : 0)) * p.depth;
+      for (int64_t k = 0; k < p.depth; k += L) {
+        const int n = int(p.depth - k < L ? p.depth - k : L);
+        V square[L];
+        for (int lane = 0; lane < L; ++lane) square[lane] = lane < left ? V::load(rows + lane * p.depth + k, n) : V(0);
+        transpose(square);
+        for (int i = 0; i < n; ++i) square[i].store(out + ((k + i) * vectors + v) * L);
       }
     }
   }
+}
+
+template <class V, class S>
+void put(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
+         void* gates, int64_t gates_row) {
+  using T = typename V::element;
+  constexpr int L = V::lanes;
+  const T* sum = static_cast<const T*>(sums);
+  for (int r = 0; r < count; ++r)
+    for (int b = 0; b < blocks && unit + b * L < hidden; ++b)
+      for (int c = 0; c < columns; ++c) {
+        const int64_t at = c * hidden + unit + b * L;
+        const int n = int(hidden - unit - b * L < L ? hidden - unit - b * L : L);
+        V x = V::load(sum + ((r * blocks + b) * columns + c) * L);
+        if (bias) x = x + V::load(static_cast<const S*>(bias) + at, n);
+        x.store(static_cast<S*>(gates) + tokens[r] * gates_row + at, n);
+      }
 }
 
 template <class Cell, int stage, class V, class S>
@@ -115,6 +146,7 @@ void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, con
   constexpr int columns = cell.hidden_slots(stage);
   constexpr int L = V::lanes;
   const int64_t width = cell.stage[stage].width == Width::Output ? step.output : step.hidden;
+  const int64_t number_row = padded(width, sizeof(T));
   for (int b = 0; b < blocks && unit + b * L < width; ++b) {
     const int64_t u = unit + b * L;
     const int n = int(width - u < L ? width - u : L);
@@ -131,8 +163,8 @@ void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, con
         if ((cell.slot[i].feeds & H) && sum) a[i] = a[i] + V::load(sum + cell.hidden_slots(stage, i) * L);
       }
       for (int i = 0; i < cell.states; ++i)
-        if (cell.sees(stage, i)) s[i] = V::load(static_cast<const T*>(step.previous[i]) + row * width + u, n);
-      T* between = static_cast<T*>(step.between) + row * cell.kept * step.hidden + u;
+        if (cell.sees(stage, i)) s[i] = V::load(static_cast<const T*>(step.previous[i]) + row * number_row + u, n);
+      T* between = static_cast<T*>(step.between) + row * padded(cell.kept * step.hidden, sizeof(T)) + u;
       if (stage > 0)
         for (int i = 0; i < cell.kept; ++i) k[i] = V::load(between + i * step.hidden, n);
 
@@ -140,7 +172,7 @@ void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, con
 
       for (int i = 0; i < cell.states; ++i) {
         if (!cell.writes(stage, i)) continue;
-        s1[i].store(static_cast<T*>(step.next[i]) + row * width + u, n);
+        s1[i].store(static_cast<T*>(step.next[i]) + row * number_row + u, n);
         if (step.history[i]) s1[i].store(static_cast<S*>(step.history[i]) + row * width + u, n);
       }
       for (int i = 0; i < cell.kept; ++i) {
@@ -160,6 +192,7 @@ void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, c
   constexpr int columns = cell.hidden_slots(stage);
   constexpr int L = V::lanes;
   const int64_t width = cell.stage[stage].width == Width::Output ? step.output : step.hidden;
+  const int64_t number_row = padded(width, sizeof(T)), operand_row = padded(columns * width, sizeof(T));
   for (int b = 0; b < blocks && unit + b * L < width; ++b) {
     const int64_t u = unit + b * L;
     const int n = int(width - u < L ? width - u : L);
@@ -173,10 +206,15 @@ void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, c
         const void* before = row < step.previous_rows ? step.previous[i] : step.initial[i];
         s[i] = before ? V::load(static_cast<const S*>(before) + at, n) : V(0);
         s1[i] = V::load(static_cast<const S*>(step.states[i]) + at, n);
-        d[i] = V::load(static_cast<const T*>(step.carried[i]) + at, n);
+        d[i] = V::load(static_cast<const T*>(step.carried[i]) + row * number_row + u, n);
       }
       for (int i = 0; i < cell.kept; ++i) k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
       V d1 = sums ? V::load(static_cast<const T*>(sums) + (r * blocks + b) * L) : V(0);
+      if (stage == 0) {
+        for (int i = 0; i < cell.kept; ++i)
+          __builtin_prefetch(static_cast<const S*>(step.kept) + token + step.ahead * cell.room() * step.hidden + i * step.hidden);
+        if (step.grad_output) __builtin_prefetch(static_cast<const S*>(step.grad_output) + at + step.ahead * width);
+      }
       if (last) {
         d1 = d1 + d[0];
         if (step.grad_output) d1 = d1 + V::load(static_cast<const S*>(step.grad_output) + at, n);
@@ -188,9 +226,9 @@ void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, c
       for (int i = 0; i < cell.slots; ++i) k[i].store(static_cast<S*>(step.grad_gates) + token + i * step.hidden, n);
       for (int i = 0; i < cell.slots; ++i)
         if (cell.in_stage(stage, i) && (cell.slot[i].feeds & H))
-          k[i].store(static_cast<T*>(step.operand[stage]) + (row * columns + cell.hidden_slots(stage, i)) * width + u, n);
+          k[i].store(static_cast<T*>(step.operand[stage]) + row * operand_row + cell.hidden_slots(stage, i) * width + u, n);
       for (int i = 0; i < cell.states; ++i)
-        if (cell.sees(stage, i)) d[i].store(static_cast<T*>(step.carried[i]) + at, n);
+        if (cell.sees(stage, i)) d[i].store(static_cast<T*>(step.carried[i]) + row * number_row + u, n);
     }
   }
 }
@@ -203,7 +241,8 @@ constexpr NumberOps number_ops() {
 #define RNN_VECTORS(v) \
   RNN_ROWS(v, 1) RNN_ROWS(v, 2) RNN_ROWS(v, 3) RNN_ROWS(v, 4) RNN_ROWS(v, 5) RNN_ROWS(v, 6) RNN_ROWS(v, 7) RNN_ROWS(v, 8)
   RNN_VECTORS(1)
-  RNN_VECTORS(2) RNN_VECTORS(3) RNN_VECTORS(4) RNN_VECTORS(5) RNN_VECTORS(6) RNN_VECTORS(7) RNN_VECTORS(8)
+  RNN_VECTORS(2)
+  RNN_VECTORS(3) RNN_VECTORS(4) RNN_VECTORS(5) RNN_VECTORS(6) RNN_VECTORS(7) RNN_VECTORS(8)
 #undef RNN_VECTORS
 #undef RNN_ROWS
       return ops;
@@ -211,7 +250,7 @@ constexpr NumberOps number_ops() {
 
 template <class V, class S>
 constexpr StorageOps storage_ops() {
-  return {pack<V, S>, pack_transposed<V, S>, load<V, S>, store<V, S>};
+  return {pack<V, S>, pack_transposed<V, S>, put<V, S>, load<V, S>, store<V, S>};
 }
 
 template <class Cell, class V, class S>

@@ -34,6 +34,7 @@ struct BackwardStep {
   const void* kept;  // storage, rows of room()·H
   void* grad_gates;  // storage, likewise
   const void* vectors[kMaxVectors];
+  int64_t ahead;                     // tokens from this step's row 0 to that of the step to come, to fetch it early
   int64_t previous_rows;             // rows below it have a step before this one; for the others that is the initial state
   const void* previous[kMaxStates];  // storage
   const void* initial[kMaxStates];   // storage
@@ -55,6 +56,9 @@ struct StorageOps {
   // Panels [begin, end) of weights [columns·units, depth]; the transposed form takes weights [depth, units].
   using Pack = void (*)(const void* weights, const Product&, int blocks, int64_t begin, int64_t end, void* packed);
   Pack pack, pack_transposed;
+  // gates[token][column·H + unit…] = sums + bias, for the tokens of a tile; null bias is zero.
+  void (*put)(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
+              void* gates, int64_t gates_row);
   void (*load)(const void* storage, int64_t n, void* numbers);
   void (*store)(const void* numbers, int64_t n, void* storage);
 };
