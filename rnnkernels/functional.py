@@ -34,7 +34,7 @@ def stack(
 
     ``dropout`` falls on the outputs of every layer but the last, while ``training``. Dtypes and errors are those of ``ops.sequence``.
     """
-    slots = _zeros(cell, input, weights, batch_sizes) if states is None else [state.unbind() for state in states]
+    slots = None if states is None else [state.unbind() for state in states]
     directions = 2 if bidirectional else 1
     finals: list[Sequence[Tensor]] = []
     for start in range(0, len(weights), directions):
@@ -42,19 +42,11 @@ def stack(
             input = torch.nn.functional.dropout(input, dropout)
         outputs = []
         for k in range(start, start + directions):
-            output, *final = ops.sequence(cell, input, [slot[k] for slot in slots], *weights[k], batch_sizes=batch_sizes, reverse=k > start)
+            initial = None if slots is None else [slot[k] for slot in slots]
+            output, *final = ops.sequence(cell, input, initial, *weights[k], batch_sizes=batch_sizes, reverse=k > start)
             outputs.append(output)
             finals.append(final)
         input = torch.cat(outputs, dim=-1) if bidirectional else output
     if len(finals) == 1:
         return input, *[state.unsqueeze(0) for state in finals[0]]
     return input, *[torch.stack(column) for column in zip(*finals, strict=True)]
-
-
-def _zeros(cell: str, input: Tensor, weights: Sequence[Sequence[Any]], batch_sizes: Tensor | None) -> list[Sequence[Tensor]]:
-    _, weight_hh, *others = weights[0]
-    batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
-    h = input.new_zeros(batch, weight_hh.size(1))
-    c = input.new_zeros(batch, others[-1].size(1)) if ops.CELLS[cell].projected else h
-    # Kernels only read initial states, so every layer and direction can share one.
-    return [[h if name == "h" else c] * len(weights) for name in ops.CELLS[cell].states]

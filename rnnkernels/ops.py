@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import itertools
+import threading
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -34,6 +35,7 @@ class Cell:
     input_gates: int
     hidden_gates: int
     hidden_runs: tuple[tuple[int, int, int], ...]  # consecutive slots that U feeds: first row block of weight_hh, first slot, last slot + 1
+    uniform: bool  # the input and U feed all slots, and a token has room for nothing else
 
 
 def _cell(index: int, d: dict[str, Any]) -> Cell:
@@ -45,6 +47,7 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         members = [slot for _, slot in group]
         runs.append((row, members[0], members[-1] + 1))
         row += len(members)
+    inputs = sum(x for _, x, _ in slots)
     return Cell(
         index,
         d["name"],
@@ -53,9 +56,10 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         tuple(d["vectors"]),
         d["room"],
         d["projected"],
-        sum(x for _, x, _ in slots),
+        inputs,
         len(fed),
         tuple(runs),
+        runs == [(0, 0, inputs)] and d["room"] == inputs,
     )
 
 
@@ -146,6 +150,26 @@ class _Saved(NamedTuple):
         return self.steps == 1 and not self.cell.projected
 
 
+class _Memory(threading.local):
+    """One thread's workspace, kept from call to call: fresh pages cost as much as a short sequence."""
+
+    KEPT = 64 << 20
+
+    def __init__(self) -> None:
+        self.buffer = torch.empty(0, dtype=torch.uint8)
+
+    def take(self, bytes: int) -> Tensor:
+        if self.buffer.numel() >= bytes:
+            return self.buffer
+        buffer = torch.empty(bytes, dtype=torch.uint8)
+        if bytes <= self.KEPT:
+            self.buffer = buffer
+        return buffer
+
+
+_memory = _Memory()
+
+
 def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
@@ -205,7 +229,7 @@ def _forward(
     rows: Tensor | None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
-    cell, H = s.cell, s.hidden
+    cell, H, P = s.cell, s.hidden, s.output
     tokens = input.reshape(-1, input.shape[-1]).contiguous()
     N = tokens.shape[0]
     problem = _problem(s, input, rows, training)
@@ -214,14 +238,14 @@ def _forward(
     bias = _bias(cell, H, bias_ih, bias_hh)
     if s.complete:
         assert gates is not None
-        _complete(cell, H, gates, tokens, states[0], weight_ih, weight_hh, bias)
+        _complete(cell, H, gates, tokens, states[0] if states else None, weight_ih, weight_hh, bias)
     if cell.projected and gates is not None:
         gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
-    output = input.new_empty(*input.shape[:-1], s.output)
-    final = [torch.empty_like(state) for state in states]
-    history = [input.new_empty(N, H) for _ in states[1:]] if training else []
+    output = input.new_empty(N, P)
+    final = [input.new_empty(s.batch, H if i else P) for i in range(len(cell.states))]
+    history = [input.new_empty(N, H) for _ in cell.states[1:]] if training else []
     bytes = _C.workspace_bytes(problem, False)
-    workspace = torch.empty(bytes, dtype=torch.uint8)
+    workspace = _memory.take(bytes)
     _C.forward(
         problem,
         tokens.data_ptr(),
@@ -234,23 +258,26 @@ def _forward(
         [state.data_ptr() for state in states],
         [state.data_ptr() for state in final],
         output.data_ptr(),
-        [0, *(h.data_ptr() for h in history)],
+        [0, *[h.data_ptr() for h in history]],
         workspace.data_ptr(),
         bytes,
     )
-    return output, final, gates if training else None, history
+    return output.view(*input.shape[:-1], P), final, gates if training else None, history
 
 
 def _complete(
-    cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None
+    cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None
 ) -> None:
     """Both products of a single step, by torch: W x over the slots that the input feeds, U h added to these or alone."""
     inputs = cell.input_gates
-    x_gates = gates if inputs == len(cell.slots) == cell.room else gates[:, : inputs * H]
+    x_gates = gates if cell.uniform else gates[:, : inputs * H]
     if bias is None:
         torch.mm(x, weight_ih.t(), out=x_gates)
     else:
         torch.addmm(bias, x, weight_ih.t(), out=x_gates)
+    if h is None:
+        gates[:, inputs * H :].zero_()
+        return
     for row, first, end in cell.hidden_runs:
         both = max(min(end, inputs), first)  # slots [first, both) have W's part, [both, end) do not
         u = weight_hh[row * H : (row + end - first) * H]
@@ -260,7 +287,7 @@ def _complete(
             torch.mm(h, u[(both - first) * H :].t(), out=gates[:, both * H : end * H])
 
 
-def _previous_outputs(s: _Saved, output: Tensor, h0: Tensor, rows: Tensor) -> Tensor:
+def _previous_outputs(s: _Saved, output: Tensor, h0: Tensor | None, rows: Tensor) -> Tensor:
     """State 0 before each token of a ragged batch."""
     size = rows.tolist()
     start = [0, *itertools.accumulate(size)]
@@ -273,7 +300,35 @@ def _previous_outputs(s: _Saved, output: Tensor, h0: Tensor, rows: Tensor) -> Te
             parts.append(torch.arange(start[before], start[before] + known))
         if known < active:
             parts.append(torch.arange(N + known, N + active))
-    return torch.cat([output.reshape(N, -1), h0]).index_select(0, torch.cat(parts))
+    if h0 is None:
+        h0 = output.new_zeros(s.batch, s.output)
+    return torch.cat([output, h0]).index_select(0, torch.cat(parts))
+
+
+def _grad_weight_hh(s: _Saved, gates: Tensor, weight_hh: Tensor, output: Tensor, h0: Tensor | None, rows: Tensor | None) -> Tensor:
+    """Σ over tokens of gate gradients ⊗ state 0 before the token: one product, or two where copying the states together costs more."""
+    B, H = s.batch, s.hidden
+    y = output.view(-1, s.output)
+    gate, edge = gates, None
+    if rows is not None:
+        before = _previous_outputs(s, y, h0, rows)
+    elif h0 is not None and y.shape[0] <= weight_hh.shape[0]:
+        before = torch.cat([y[B:], h0] if s.reverse else [h0, y[:-B]]) if B else y
+    else:
+        # The state before a step is the output of the step before it: all steps but the first, and that one, if its state is not zero.
+        gate, edge, before = (gates[:-B], gates[-B:], y[B:]) if s.reverse else (gates[B:], gates[:B], y[:-B])
+        if B == 0:
+            gate, edge, before = gates, None, y
+    if s.cell.uniform:
+        grad = torch.mm(gate.t(), before)
+        return grad if edge is None or h0 is None else grad.addmm_(edge.t(), h0)
+    grad = torch.empty_like(weight_hh)
+    for row, first, end in s.cell.hidden_runs:
+        part, slots = grad[row * H : (row + end - first) * H], slice(first * H, end * H)
+        torch.mm(gate[:, slots].t(), before, out=part)
+        if edge is not None and h0 is not None:
+            part.addmm_(edge[:, slots].t(), h0)
+    return grad
 
 
 def _backward(
@@ -294,7 +349,7 @@ def _backward(
     overwrite: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
-    cell, H, P, B = s.cell, s.hidden, s.output, s.batch
+    cell, H, P = s.cell, s.hidden, s.output
     tokens = input.reshape(-1, input.shape[-1])
     if grad_output is not None:
         grad_output = grad_output.contiguous()
@@ -304,7 +359,7 @@ def _backward(
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
     bytes = _C.workspace_bytes(problem, True)
-    workspace = torch.empty(bytes, dtype=torch.uint8)
+    workspace = _memory.take(bytes)
     _C.backward(
         problem,
         kept.data_ptr(),
@@ -313,7 +368,7 @@ def _backward(
         _vectors(cell, H, bias_hh),
         [state.data_ptr() for state in states],
         output.data_ptr(),
-        [0, *(h.data_ptr() for h in history)],
+        [0, *[h.data_ptr() for h in history]],
         _address(grad_output),
         [_address(g) for g in finals],
         [_address(g) for g in initial],
@@ -321,35 +376,23 @@ def _backward(
         bytes,
     )
     grads: list[Tensor | None] = [None] * 6
-    x_gates = gates[:, : cell.input_gates * H]
+    x_gates = gates if cell.uniform else gates[:, : cell.input_gates * H]
     if needs[0]:
         grads[0] = torch.mm(x_gates, weight_ih).view(input.shape)
     if needs[1]:
         grads[1] = torch.mm(x_gates.t(), tokens)
     if needs[2]:
-        grad = torch.empty_like(weight_hh)
-        y = output.reshape(-1, P)
-        for row, first, end in cell.hidden_runs:
-            part, g = grad[row * H : (row + end - first) * H], gates[:, first * H : end * H]
-            if rows is not None:
-                torch.mm(g.t(), _previous_outputs(s, output, states[0], rows), out=part)
-                continue
-            # The state before a step is the output of the step before it: one product over all steps but the first, one for that.
-            edge, inner, before = (slice(-B, None), slice(None, -B), y[B:]) if s.reverse else (slice(None, B), slice(B, None), y[:-B])
-            torch.mm(g[edge].t(), states[0], out=part)
-            if s.steps > 1:
-                part.addmm_(g[inner].t(), before)
-        grads[2] = grad
+        grads[2] = _grad_weight_hh(s, gates, weight_hh, output, states[0] if states else None, rows)
     if needs[3] or needs[4]:
         total = gates.sum(0)
-        if needs[3]:
-            grads[3] = total[: cell.input_gates * H].clone()
         if needs[4]:
             grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.hidden_runs])
+        if needs[3]:
+            grads[3] = total if cell.uniform else total[: cell.input_gates * H].clone()
     if needs[5]:
         slots = len(cell.slots)
         grads[5] = torch.mm(gates[:, (slots - 1) * H : (slots - 1) * H + P].t(), kept[:, slots * H : (slots + 1) * H])
-    if s.complete and initial[0] is not None:
+    if s.complete and initial and initial[0] is not None:
         for row, first, end in cell.hidden_runs:
             initial[0].addmm_(gates[:, first * H : end * H], weight_hh[row * H : (row + end - first) * H])
     return [*grads, *initial]
@@ -386,7 +429,7 @@ class Sequence(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *grad_final: Tensor | None) -> Any:
         s: _Saved = ctx.sizes
         input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *rest = ctx.saved_tensors
-        n = len(s.cell.states)
+        n = len(rest) - len(s.cell.states) + 1  # the rest are initial states, if there were any, and histories
         grads = _backward(
             s,
             ctx.needs_input_grad[2:],
@@ -411,12 +454,13 @@ class Sequence(torch.autograd.Function):
 
 
 def _expect(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tensor.shape == shape and tensor.dtype is like.dtype and tensor.device == like.device:
+        return
     if tensor.shape != shape:
         raise RuntimeError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
     if tensor.dtype != like.dtype:
         raise RuntimeError(f"{name}: expected dtype {like.dtype} as input has, got {tensor.dtype}")
-    if tensor.device != like.device:
-        raise RuntimeError(f"{name}: expected device {like.device} as input is on, got {tensor.device}")
+    raise RuntimeError(f"{name}: expected device {like.device} as input is on, got {tensor.device}")
 
 
 def _check_rows(batch_sizes: Tensor, tokens: int) -> tuple[int, int]:
@@ -437,7 +481,7 @@ def _check_rows(batch_sizes: Tensor, tokens: int) -> tuple[int, int]:
 def _checked(
     cell: str,
     input: Tensor,
-    states: Seq[Tensor],
+    states: Seq[Tensor] | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias_ih: Tensor | None,
@@ -460,7 +504,7 @@ def _checked(
         raise RuntimeError(f"weight_ih: expected shape ({spec.input_gates}·hidden_size, input_size), got {tuple(weight_ih.shape)}")
     if spec.projected != (weight_hr is not None):
         raise RuntimeError(f"weight_hr: expected {'a tensor' if spec.projected else 'None'} for cell {cell!r}")
-    if len(states) != len(spec.states):
+    if states is not None and len(states) != len(spec.states):
         raise RuntimeError(f"states: expected {len(spec.states)} ({', '.join(spec.states)}) for cell {cell!r}, got {len(states)}")
     H = weight_ih.shape[0] // spec.input_gates
     P = H
@@ -476,11 +520,12 @@ def _checked(
     elif concrete:
         T, B = _check_rows(batch_sizes, input.shape[0])
     else:
+        assert states is not None
         T, B = batch_sizes.shape[0], states[0].shape[0]
     _expect("weight_ih", weight_ih, (spec.input_gates * H, input.shape[-1]), input)
     _expect("weight_hh", weight_hh, (spec.hidden_gates * H, P), input)
-    for i, (name, state) in enumerate(zip(spec.states, states, strict=True)):
-        _expect(f"states[{i}] ({name})", state, (B, P if i == 0 else H), input)
+    for i, state in enumerate(states or ()):
+        _expect(f"states[{i}] ({spec.states[i]})", state, (B, H if i else P), input)
     if bias_ih is not None:
         _expect("bias_ih", bias_ih, (spec.input_gates * H,), input)
     if bias_hh is not None:
@@ -490,15 +535,10 @@ def _checked(
     return _Saved(spec, reverse, T, B, H, P)
 
 
-def _plain(*tensors: Tensor | None) -> bool:
-    """Whether all are tensors with memory on this machine, not fake, meta or functional ones."""
-    return all(t is None or ((type(t) is Tensor or type(t) is torch.nn.Parameter) and t.device.type != "meta") for t in tensors)
-
-
 def sequence(
     cell: str,
     input: Tensor,
-    states: Seq[Tensor],
+    states: Seq[Tensor] | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
@@ -514,7 +554,7 @@ def sequence(
         cell: a name of :data:`CELLS`, for instance ``"lstm"``, ``"gru"``, ``"srn_tanh"``; the equations: :mod:`rnnkernels.reference`.
         input: ``[T, B, I]``, or with ``batch_sizes`` ``[N, I]``, the tokens step by step as in a ``PackedSequence``; float32, float64,
             bfloat16 or float16.
-        states: one tensor a state before the first step, ``h [B, P]`` and for LSTM ``c [B, H]``.
+        states: one tensor a state before the first step, ``h [B, P]`` and for LSTM ``c [B, H]``; None: zeros.
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in torch.nn: ``[gates·H, I]``, ``[gates·H, P]``, ``[gates·H]``,
             ``[gates·H]``, ``[P, H]``.
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
@@ -531,22 +571,49 @@ def sequence(
     >>> y.shape, torch.equal(y[-1], h_n)
     (torch.Size([5, 2, 4]), True)
     """
-    tensors = (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states)
-    if torch.compiler.is_compiling() or not _plain(*tensors):
-        s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, False)
-        training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-        results: list[Tensor] = torch.ops.rnnkernels.sequence(
-            cell, input, list(states), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, training
-        )
-        return tuple(results[: 1 + len(s.cell.states)])
+    tensors = [input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *(states or ())]
+    plain, needs_grad = not (torch.compiler.is_compiling() or input.is_meta), False
+    for i, t in enumerate(tensors):
+        if t is not None:
+            plain = plain and (type(t) is Tensor or type(t) is torch.nn.Parameter)
+            needs_grad = needs_grad or t.requires_grad
+            if i and not t.is_contiguous():
+                tensors[i] = t.contiguous()
+    needs_grad = needs_grad and torch.is_grad_enabled()
+    if not plain:
+        return _traceable(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, needs_grad)
     s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, True)
-    dense = tuple(t if t is None or t.is_contiguous() else t.contiguous() for t in tensors[1:])
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, input, *dense)  # type: ignore[no-untyped-call]
+    if needs_grad:
+        result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, *tensors)  # type: ignore[no-untyped-call]
         return result
-    w_ih, w_hh, b_ih, b_hh, w_hr, *h = dense
+    _, w_ih, w_hh, b_ih, b_hh, w_hr, *h = tensors
     output, final, _, _ = _forward(s, False, input, h, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)  # type: ignore[arg-type]
     return (output, *final)
+
+
+def _traceable(
+    cell: str,
+    input: Tensor,
+    states: Seq[Tensor] | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    batch_sizes: Tensor | None,
+    reverse: bool,
+    training: bool,
+) -> tuple[Tensor, ...]:
+    """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
+    if states is None:
+        batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        widths = [weight_hh.shape[1]] + [weight_hh.shape[0] // CELLS[cell].hidden_gates] * (len(CELLS[cell].states) - 1)
+        states = [input.new_zeros(batch, width) for width in widths]
+    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, False)
+    results: list[Tensor] = torch.ops.rnnkernels.sequence(
+        cell, input, list(states), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, training
+    )
+    return tuple(results[: 1 + len(s.cell.states)])
 
 
 # ---- torch.library: the same code for torch.compile, torch.export and fake tensors

@@ -69,7 +69,7 @@ CELLS: dict[str, Cell] = {
 def sequence(
     cell: str,
     input: Tensor,
-    states: Sequence[Tensor],
+    states: Sequence[Tensor] | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
     bias_ih: Tensor | None = None,
@@ -82,13 +82,16 @@ def sequence(
     """Run ``cell`` over one sequence in one direction and return ``(output, *final_states)``.
 
     Padded: input ``[T, B, I]``, output ``[T, B, P]``. Ragged (``batch_sizes`` as PackedSequence has it): ``[N, I]`` and ``[N, P]``.
-    States are ``[B, ·]``, in the cell's order. P is H or, projected, the rows of ``weight_hr``. Weights are laid out as in torch.nn.
+    States are ``[B, ·]``, in the cell's order, None for zeros. P is H or, projected, the rows of ``weight_hr``. Weights: as in torch.nn.
     ``reverse`` runs from the last step (of each row) to the first; the output keeps the input's order.
     """
     step = CELLS[cell].step
     inputs = input.unbind() if batch_sizes is None else torch.split(input, batch_sizes.tolist())
     outputs = list(inputs)
     order = range(len(inputs))
+    if states is None:
+        widths = [weight_hh.size(1)] + [weight_hh.size(0) // CELLS[cell].hidden_gates] * (len(CELLS[cell].states) - 1)
+        states = [input.new_zeros(len(inputs[0]), width) for width in widths]
     current = tuple(states)
     for t in reversed(order) if reverse else order:
         # The rows that have a step t are a prefix. The others have either ended, or, in reverse, not begun: they keep their state.
