@@ -319,8 +319,8 @@ class _Cell(nn.RNNCellBase):
     def _split(self, hx: Any) -> Sequence[Tensor]:
         return (hx,)
 
-    def _prepare(self, input: Tensor, hx: Any) -> tuple[Tensor, Sequence[Tensor], list[Any]]:
-        """Check what forward was given; return the input ``(B, I)``, the states ``(B, H)`` and the weights."""
+    def _prepare(self, input: Tensor, hx: Any) -> tuple[Tensor, Sequence[Tensor] | None, list[Any]]:
+        """Check what forward was given; return the input ``(B, I)``, the states ``(B, H)``, if any, and the weights."""
         self._check_ranks(input, hx)
         unbatched = input.dim() == 1
         if unbatched:
@@ -331,7 +331,7 @@ class _Cell(nn.RNNCellBase):
         if input_size != weights[0].size(1):
             raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {weights[0].size(1)}")
         if hx is None:
-            states: Sequence[Tensor] = [input.new_zeros(batch, hidden_size)] * len(ops.CELLS[self._cell].states)
+            states: Sequence[Tensor] | None = None
         else:
             states = self._split(hx)
             if unbatched:
@@ -341,7 +341,7 @@ class _Cell(nn.RNNCellBase):
                     raise RuntimeError(f"Input batch size {batch} doesn't match hidden{index} batch size {state.size(0)}")
                 if state.size(1) != hidden_size:
                     raise RuntimeError(f"hidden{index} has inconsistent hidden_size: got {state.size(1)}, expected {hidden_size}")
-        _check_agreement(input, states, weights[0])
+        _check_agreement(input, states or (), weights[0])
         return input, states, weights
 
     def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:

@@ -53,9 +53,8 @@ const std::vector<Case> kCases;
 template <>
 const std::vector<Case> kCases<float> = {
     {kExp, exp_oracle, -87.3, 88.72, 2},       {kExp, exp_oracle, -104, -87.3, 1},  // subnormal results
-    {kSigmoid, sigmoid_oracle, -87.3, 100, 3}, {kTanh, tanh_oracle, -1, 1, 4},
-    {kTanh, tanh_oracle, -20, 20, 6},  // just below 1 the unit is half as large: 6 of them are 3.6e-7 relative
-    {kRelu, relu_oracle, -1e30, 1e30, 0},
+    {kSigmoid, sigmoid_oracle, -87.3, 100, 3}, {kTanh, tanh_oracle, -1, 1, 2},
+    {kTanh, tanh_oracle, -20, 20, 2},          {kRelu, relu_oracle, -1e30, 1e30, 0},
 };
 template <>
 const std::vector<Case> kCases<double> = {

@@ -1,0 +1,142 @@
+// What forward and backward share: a problem cut for a team, and the walk of one member through its tiles of a stage.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <memory>
+#include <type_traits>
+#include <vector>
+
+#include "engines/cpu/table.h"
+#include "engines/cpu/team.h"
+
+namespace rnnkernels::cpu {
+
+const Isa& current();  // the chosen instruction set
+
+inline int number_of(Storage s) { return s == Storage::F64; }
+
+inline Machine machine(const Isa& isa, const Problem& p) {
+  Machine m{};
+  m.lanes = isa.number[number_of(p.storage)].lanes;
+  m.registers = isa.number[number_of(p.storage)].registers;
+  m.number_bytes = kNumberBytes[int(p.storage)];
+  return m;
+}
+
+// Address arithmetic on untyped memory; null stays null.
+template <class P>
+P* at(P* base, int64_t bytes) {
+  using Byte = std::conditional_t<std::is_const_v<P>, const char, char>;
+  return base ? reinterpret_cast<Byte*>(base) + bytes : nullptr;
+}
+
+class Walk {
+ public:
+  Walk(const Problem& problem, const Page& which, bool backward)
+      : p(problem),
+        cell(which.cell),
+        isa(current()),
+        m(machine(isa, p)),
+        ops(isa.number[number_of(p.storage)]),
+        storage(isa.storage[int(p.storage)]),
+        page(which.ops[int(p.storage)]),
+        plan_(plan(m, cell, p, backward)),
+        memory(layout(m, cell, p, plan_, backward)),
+        storage_bytes(kStorageBytes[int(p.storage)]),
+        number_bytes(m.number_bytes),
+        barriers(new Barrier[size_t(plan_.row_groups)]) {
+    for (int s = 0; s < cell.stages; ++s) {
+      products[s] = backward ? backward_product(cell, p, s) : forward_product(cell, p, s);
+      inputs[s] = input_product(cell, p, s);
+    }
+    offsets.resize(size_t(p.steps) + 1, 0);
+    for (int64_t t = 0; t < p.steps; ++t) offsets[size_t(t) + 1] = offsets[size_t(t)] + rows(t);
+    for (int g = 0; g < plan_.row_groups; ++g) barriers[size_t(g)].start(plan_.unit_groups);
+  }
+
+  int64_t rows(int64_t t) const { return p.rows ? p.rows[t] : p.batch; }
+  int64_t width(int state) const { return width_of(p, cell.state_width(state)); }
+  // The step that a walk from the sequence's start (in its own direction of time), or from its end, visits as its n-th.
+  int64_t step(int64_t n, bool from_start) const { return p.reverse != from_start ? n : p.steps - 1 - n; }
+
+  struct Member {
+    int row_group, unit_group, row_groups, unit_groups;
+    int id, members;
+    uint32_t round = 0;
+  };
+  Member member(int id, int members) const {
+    // A team that came out smaller than planned shares the units; any cut gives the same bits.
+    if (members != plan_.threads()) return {0, id, 1, members, id, members};
+    return {id / plan_.unit_groups, id % plan_.unit_groups, plan_.row_groups, plan_.unit_groups, id, members};
+  }
+  void wait(Member& me) const {
+    if (me.unit_groups > 1) barriers[size_t(me.row_group)].wait(me.round);
+  }
+
+  // Bytes of a row of numbers in the workspace.
+  int64_t row_bytes(int64_t width) const { return padded(width, number_bytes) * number_bytes; }
+
+  void pack(const Member& me, StorageOps::Pack how, const Product& product, int blocks, const void* weights, void* packed) const {
+    if (!product.depth || p.complete) return;
+    const int64_t panels = panel_count(m, product, blocks);
+    how(weights, product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), packed);
+  }
+
+  // This member's tiles of one stage: operand(row) times every panel of its own, each tile handed to pointwise(rows, unit, sums).
+  // Even steps walk the panels forward and odd ones backward, so that what the cache saw last is wanted first.
+  template <class Operand, class Pointwise>
+  void tiles(const Member& me, int s, int64_t active, bool multiply, bool backwards, const void* workspace, const Operand& operand,
+             const Pointwise& pointwise) const {
+    const Product& product = products[s];
+    const int blocks = plan_.blocks[s], vectors = blocks * std::max(product.columns, 1);
+    const int64_t panels = panel_count(m, product, blocks);
+    const int64_t begin = split(panels, me.unit_groups, me.unit_group), end = split(panels, me.unit_groups, me.unit_group + 1);
+    const int64_t mine = active > me.row_group ? ceil_div(active - me.row_group, me.row_groups) : 0;
+    const int64_t tile_count = ceil_div(mine, tile_rows(m, vectors));
+    const int64_t panel_bytes = panel_elements(m, product, blocks) * number_bytes;
+    multiply = multiply && product.depth;
+    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    for (int64_t i = begin; i < end; ++i) {
+      const int64_t panel = backwards ? end - 1 - (i - begin) : i;
+      for (int64_t tile = 0; tile < tile_count; ++tile) {
+        const int64_t first = split(mine, tile_count, tile), last = split(mine, tile_count, tile + 1);
+        const RowSet set{me.row_group + first * me.row_groups, int(last - first), me.row_groups};
+        if (multiply) {
+          const void* operands[kMaxTileRows];
+          for (int r = 0; r < set.count; ++r) operands[r] = operand(set[r]);
+          ops.product[vectors - 1][set.count - 1](operands, at(workspace, memory.packed[s] + panel * panel_bytes), product.depth, sums);
+        }
+        pointwise(set, panel * blocks * m.lanes, multiply ? sums : nullptr);
+      }
+    }
+  }
+
+  // Rows of a [B, width] matrix that are this member's to prepare or to finish.
+  template <class Row>
+  void each_row(const Member& me, const Row& row) const {
+    for (int64_t b = split(p.batch, me.members, me.id); b < split(p.batch, me.members, me.id + 1); ++b) row(b);
+  }
+  void load_or_zero(const void* from, int64_t b, int64_t n, void* to) const {
+    if (from)
+      storage.load(at(from, b * n * storage_bytes), n, to);
+    else
+      std::memset(to, 0, size_t(n * number_bytes));
+  }
+
+  const Problem p;
+  const CellInfo& cell;
+  const Isa& isa;
+  const Machine m;
+  const NumberOps& ops;
+  const StorageOps& storage;
+  const PageOps& page;
+  const Schedule plan_;
+  const Layout memory;
+  const int64_t storage_bytes, number_bytes;
+  Product products[kMaxStages], inputs[kMaxStages];
+  std::vector<int64_t> offsets;  // [T + 1]: token of each step's row 0
+  std::unique_ptr<Barrier[]> barriers;
+};
+
+}  // namespace rnnkernels::cpu
