@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import _C
 
@@ -89,7 +90,14 @@ def plan(
     dtype: torch.dtype = torch.float32,
     training: bool = False,
 ) -> dict[str, Any]:
-    """What would run, and why: engine, isa, threads, row_groups, unit_groups, units_per_panel, bytes_workspace, reason."""
+    """What would run, and why: engine, isa, threads, row_groups, unit_groups, units_per_panel, bytes_workspace, estimated_us, reason.
+
+    With ``training`` it tells of the backward pass. Raises ``ValueError`` for an unknown cell, an unsupported dtype or a negative size.
+    """
+    if cell not in CELLS or dtype not in _STORAGE or min(steps, batch, input_size, hidden_size, output_size or 0) < 0:
+        raise ValueError(
+            f"plan: no such cell, dtype or size: {cell!r}, {dtype}, {steps}, {batch}, {input_size}, {hidden_size}, {output_size}"
+        )
     complete = steps == 1 and not CELLS[cell].projected
     threads = torch.get_num_threads()
     problem = _C.Problem(
@@ -156,12 +164,12 @@ class _Memory(threading.local):
     KEPT = 64 << 20
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8)
+        self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
 
     def take(self, bytes: int) -> Tensor:
         if self.buffer.numel() >= bytes:
             return self.buffer
-        buffer = torch.empty(bytes, dtype=torch.uint8)
+        buffer = torch.empty(bytes, dtype=torch.uint8, device="cpu")
         if bytes <= self.KEPT:
             self.buffer = buffer
         return buffer
@@ -241,7 +249,7 @@ def _forward(
         _complete(cell, H, gates, tokens, states[0] if states else None, weight_ih, weight_hh, bias)
     if cell.projected and gates is not None:
         gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
-    output = input.new_empty(N, P)
+    output = input.new_empty(*input.shape[:-1], P)
     final = [input.new_empty(s.batch, H if i else P) for i in range(len(cell.states))]
     history = [input.new_empty(N, H) for _ in cell.states[1:]] if training else []
     bytes = _C.workspace_bytes(problem, False)
@@ -262,7 +270,7 @@ def _forward(
         workspace.data_ptr(),
         bytes,
     )
-    return output.view(*input.shape[:-1], P), final, gates if training else None, history
+    return output, final, gates if training else None, history
 
 
 def _complete(
@@ -297,9 +305,9 @@ def _previous_outputs(s: _Saved, output: Tensor, h0: Tensor | None, rows: Tensor
         before = t + 1 if s.reverse else t - 1
         known = min(active, size[before]) if 0 <= before < s.steps else 0
         if known:
-            parts.append(torch.arange(start[before], start[before] + known))
+            parts.append(torch.arange(start[before], start[before] + known, device="cpu"))
         if known < active:
-            parts.append(torch.arange(N + known, N + active))
+            parts.append(torch.arange(N + known, N + active, device="cpu"))
     if h0 is None:
         h0 = output.new_zeros(s.batch, s.output)
     return torch.cat([output, h0]).index_select(0, torch.cat(parts))
@@ -398,10 +406,30 @@ def _backward(
     return [*grads, *initial]
 
 
-def _may_overwrite() -> bool:
-    """Whether this backward is the saved values' last use: then gradients are written over them."""
+def _hooked() -> bool:
+    """Whether somebody else may hold what is saved now."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+def _last_use() -> bool:
+    """Whether this backward is the saved values' last use: then gradients may be written over them."""
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keep_graph is not None and not keep_graph()
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError("second derivatives are not supported by rnnkernels yet; use torch.nn here")
+
+
+class _Once(torch.autograd.Function):
+    """Gradients as a function of what they depend on, so that a second derivative raises instead of passing them by as constants."""
+
+    @staticmethod
+    def forward(ctx: Any, count: int, *args: Tensor | None) -> Any:
+        return args[:count]
+
+    backward = staticmethod(_refuse_second_derivative)
 
 
 class Sequence(torch.autograd.Function):
@@ -419,34 +447,37 @@ class Sequence(torch.autograd.Function):
         assert weight_hh is not None
         states_ = [state for state in states if state is not None]
         output, final, kept, history = _forward(s, True, input, states_, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, rows)
-        ctx.sizes = s
+        ctx.sizes, ctx.own = s, not _hooked()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *states_, *history)
         return (output, *final)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_output: Tensor | None, *grad_final: Tensor | None) -> Any:
         s: _Saved = ctx.sizes
         input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *rest = ctx.saved_tensors
         n = len(rest) - len(s.cell.states) + 1  # the rest are initial states, if there were any, and histories
-        grads = _backward(
-            s,
-            ctx.needs_input_grad[2:],
-            grad_output,
-            grad_final,
-            input,
-            rest[:n],
-            weight_ih,
-            weight_hh,
-            bias_hh,
-            weight_hr,
-            rows,
-            output,
-            kept,
-            rest[n:],
-            _may_overwrite(),
-        )
+        with torch.no_grad():
+            grads = _backward(
+                s,
+                ctx.needs_input_grad[2:],
+                grad_output,
+                grad_final,
+                input,
+                rest[:n],
+                weight_ih,
+                weight_hh,
+                bias_hh,
+                weight_hr,
+                rows,
+                output,
+                kept,
+                rest[n:],
+                ctx.own and _last_use(),
+            )
+        if torch.is_grad_enabled():
+            sources = (grad_output, *grad_final, input, weight_ih, weight_hh, weight_hr, *rest[:n])
+            grads = _Once.apply(len(grads), *grads, *sources)  # type: ignore[no-untyped-call]
         return (None, None, *grads)
 
 
@@ -522,6 +553,8 @@ def _checked(
     else:
         assert states is not None
         T, B = batch_sizes.shape[0], states[0].shape[0]
+    if concrete and max(input.numel(), input.numel() // max(input.shape[-1], 1) * spec.room * H) >= 2**60:
+        raise RuntimeError(f"input: {T} steps of {B} rows with {H} hidden units are more than memory can address")
     _expect("weight_ih", weight_ih, (spec.input_gates * H, input.shape[-1]), input)
     _expect("weight_hh", weight_hh, (spec.hidden_gates * H, P), input)
     for i, state in enumerate(states or ()):
@@ -533,6 +566,18 @@ def _checked(
     if concrete and input.device.type != "cpu":
         raise RuntimeError(f"input: no engine for device {input.device}: this build computes on the CPU")
     return _Saved(spec, reverse, T, B, H, P)
+
+
+def _autocast(t: Any, dtype: torch.dtype) -> Any:
+    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+
+
+def _refuse_transforms(*tensors: Tensor | None) -> None:
+    """Raise rather than lose a tangent or read memory that a transform has wrapped."""
+    if torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("torch.func transforms (vmap, grad, jvp …) are not supported by rnnkernels yet; use torch.nn here")
+    if any(t is not None and forward_ad.unpack_dual(t).tangent is not None for t in tensors):  # type: ignore[no-untyped-call]
+        raise NotImplementedError("forward-mode derivatives are not supported by rnnkernels yet; use torch.nn here")
 
 
 def sequence(
@@ -571,6 +616,14 @@ def sequence(
     >>> y.shape, torch.equal(y[-1], h_n)
     (torch.Size([5, 2, 4]), True)
     """
+    if torch.is_autocast_enabled("cpu"):
+        # As torch.nn, whose GRU keeps the input's dtype.
+        dtype = input.dtype if cell == "gru" else torch.get_autocast_dtype("cpu")
+        input, weight_ih, weight_hh = (_autocast(t, dtype) for t in (input, weight_ih, weight_hh))
+        bias_ih, bias_hh, weight_hr = (_autocast(t, dtype) for t in (bias_ih, bias_hh, weight_hr))
+        states = None if states is None else [_autocast(state, dtype) for state in states]
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
+        _refuse_transforms(input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *(states or ()))
     tensors = [input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *(states or ())]
     plain, needs_grad = not (torch.compiler.is_compiling() or input.is_meta), False
     for i, t in enumerate(tensors):
@@ -580,6 +633,8 @@ def sequence(
             if i and not t.is_contiguous():
                 tensors[i] = t.contiguous()
     needs_grad = needs_grad and torch.is_grad_enabled()
+    if batch_sizes is not None:
+        batch_sizes = batch_sizes.contiguous()
     if not plain:
         return _traceable(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, needs_grad)
     s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, True)
@@ -648,7 +703,8 @@ def _op_forward(
     dense = [state.contiguous() for state in states]
     b_ih, b_hh, w_hr = (None if t is None else t.contiguous() for t in (bias_ih, bias_hh, weight_hr))
     w_ih, w_hh = weight_ih.contiguous(), weight_hh.contiguous()
-    output, final, kept, history = _forward(s, training, input, dense, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    rows = None if batch_sizes is None else batch_sizes.contiguous()
+    output, final, kept, history = _forward(s, training, input, dense, w_ih, w_hh, b_ih, b_hh, w_hr, rows)
     return [output, *final, *([] if kept is None else [kept]), *history]
 
 
@@ -692,9 +748,17 @@ def _op_backward(
     history: Seq[Tensor],
 ) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
-    spec = CELLS[cell]
-    steps = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    s = _Saved(spec, reverse, steps, states[0].shape[0], weight_ih.shape[0] // spec.input_gates, weight_hh.shape[1])
+    s = _checked(cell, input, states, weight_ih, weight_hh, None, bias_hh, weight_hr, batch_sizes, reverse, True)
+    N = input.numel() // max(input.shape[-1], 1) if input.shape[-1] else s.steps * s.batch
+    if len(needs) != 6 + len(states) or len(grad_final) != len(states) or len(history) != len(states) - 1:
+        raise RuntimeError(f"needs, grad_final, history: expected {6 + len(states)}, {len(states)}, {len(states) - 1} of them")
+    _expect("output", output, (*input.shape[:-1], s.output), input)
+    _expect("kept", kept, (N, s.cell.room * s.hidden), input)
+    for name, tensors, first in (("grad_output", [grad_output], output), ("grad_final", grad_final, None), ("history", history, None)):
+        for i, tensor in enumerate(tensors):
+            shape = first.shape if first is not None else states[i].shape if name == "grad_final" else (N, s.hidden)
+            if tensor is not None:
+                _expect(name, tensor, shape, input)
     grads = _backward(
         s,
         needs,
@@ -706,10 +770,10 @@ def _op_backward(
         weight_hh.contiguous(),
         None if bias_hh is None else bias_hh.contiguous(),
         None if weight_hr is None else weight_hr.contiguous(),
-        batch_sizes,
-        output,
-        kept,
-        history,
+        None if batch_sizes is None else batch_sizes.contiguous(),
+        output.contiguous(),
+        kept.contiguous(),
+        [h.contiguous() for h in history],
         False,
     )
     return [input.new_empty(0) if grad is None else grad for grad in grads]
@@ -782,3 +846,4 @@ for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequen
     _library.impl(_name, _run, "CPU")
     torch.library.register_fake(f"rnnkernels::{_name}", _fake, lib=_library)
 torch.library.register_autograd("rnnkernels::sequence", _op_autograd, setup_context=_op_setup, lib=_library)
+torch.library.register_autograd("rnnkernels::sequence_backward", _refuse_second_derivative, lib=_library)

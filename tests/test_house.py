@@ -36,10 +36,10 @@ def imports(path: Path) -> set[str]:
     names = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
+            names |= {re.sub(r"^rnnkernels\b\.?", ".", alias.name) for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = "." * node.level + (node.module or "")
-            names |= {f"{base}{alias.name}" if node.level and not node.module else base for alias in node.names}
+            base = re.sub(r"^rnnkernels\b\.?", ".", "." * node.level + (node.module or ""))
+            names |= {f".{alias.name}" if base == "." else base for alias in node.names}
     return names
 
 

@@ -258,6 +258,25 @@ def test_backward_twice_gives_the_same(cell: str) -> None:
         torch.autograd.grad(results, wanted, upstream)
 
 
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_what_a_hook_holds_stays_as_it_was(cell: str) -> None:
+    tensors, _, upstream = arguments(cell, 4, 3, 5, 18)
+    leaves = [None if t is None else t.requires_grad_() for t in tensors]
+    held: list[tuple[Tensor, Tensor]] = []
+
+    def pack(t: Tensor) -> Tensor:
+        held.append((t, t.detach().clone()))
+        return t
+
+    x, *weights = leaves[:6]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        results = ops.sequence(cell, x, leaves[6:], *weights)
+    torch.autograd.grad(results, x, upstream)
+    assert held
+    for now, before in held:
+        torch.testing.assert_close(now, before, rtol=0, atol=0, equal_nan=True)
+
+
 @pytest.mark.parametrize(("cell", "numbers"), [("lstm", 5), ("gru", 4), ("srn_tanh", 1)])
 def test_saved_for_backward(cell: str, numbers: int) -> None:
     T, B, H = 50, 4, 64

@@ -76,6 +76,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "batch_sizes: expected a non-empty",
     ),
     "float sizes": ({"batch_sizes": torch.tensor([3.0]), "input": torch.zeros(3, 5)}, RuntimeError, "batch_sizes: expected .* int64"),
+    "beyond memory": (
+        {"input": torch.zeros(1, 1, 1).expand(2**40, 2**20, 5), "states": None},
+        RuntimeError,
+        "input: .* more than memory can address",
+    ),
     "ragged rank": ({"batch_sizes": torch.tensor([3])}, RuntimeError, "input: expected 2-D"),
 }
 
@@ -202,3 +207,102 @@ def test_meta_tensors_have_shapes() -> None:
     output, h, c = ops.sequence(**arguments_)
     assert output.is_meta
     assert (output.shape, h.shape, c.shape) == ((4, 3, 6), (3, 6), (3, 6))
+
+
+@pytest.mark.parametrize("environment", [{"OMP_THREAD_LIMIT": "3"}, {"OMP_DYNAMIC": "true"}], ids=["limit", "dynamic"])
+def test_a_team_smaller_than_planned(environment: dict[str, str]) -> None:
+    import subprocess
+    import sys
+
+    program = """
+import torch
+from rnnkernels import ops
+torch.manual_seed(0)
+x, u = torch.randn(20, 1, 256).mul(4).round(), torch.randn(768, 256) / 16
+results = []
+for threads in (1, 4, 8):
+    torch.set_num_threads(threads)
+    results.append(ops.sequence("gru", x, None, torch.ones(768, 256) / 64, u)[0])
+assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+"""
+    subprocess.run([sys.executable, "-c", program], env={**os.environ, **environment}, check=True, timeout=120)
+
+
+def test_batch_sizes_of_any_stride() -> None:
+    (x, w_ih, w_hh, b_ih, b_hh, _, h), sizes, _ = arguments("gru", 5, 4, 3, 6, ragged=True)
+    assert sizes is not None
+    strided = torch.full((2 * len(sizes),), 99)
+    strided[::2] = sizes
+    found = ops.sequence("gru", x, [h], w_ih, w_hh, b_ih, b_hh, batch_sizes=strided[::2])
+    expected = ops.sequence("gru", x, [h], w_ih, w_hh, b_ih, b_hh, batch_sizes=sizes)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_default_device_does_not_matter() -> None:
+    case = arguments("lstm", 4, 3, 5, 6, ragged=True)
+    expected = run(ops.sequence, "lstm", *case)
+    ops._memory.buffer = torch.empty(0, dtype=torch.uint8)
+    torch.set_default_device("meta")
+    try:
+        found = run(ops.sequence, "lstm", *case)
+    finally:
+        torch.set_default_device(None)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_the_output_may_be_changed_in_place_without_gradients() -> None:
+    output = ops.sequence(**good())[0]
+    assert output._base is None
+    x, w_ih, w_hh = torch.randn(4, 3, 5, requires_grad=True), torch.randn(6, 5), torch.randn(6, 6)
+    ops.sequence("srn_tanh", x, None, w_ih, w_hh)[0].relu_()
+
+
+def test_what_is_not_supported_yet_raises() -> None:
+    arguments_ = good()
+    x = arguments_.pop("input")
+
+    def loss(x: Tensor) -> Tensor:
+        return ops.sequence(input=x, **arguments_)[0].sum()
+
+    with pytest.raises(NotImplementedError, match=r"vmap"):
+        torch.func.vmap(loss)(x[None])
+    with pytest.raises(NotImplementedError, match=r"vmap, grad, jvp"):
+        torch.func.jvp(loss, (x,), (x,))
+    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
+        loss(torch.autograd.forward_ad.make_dual(x, x))
+    (grad,) = torch.autograd.grad(loss(x.requires_grad_()), x, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivatives"):
+        (grad.sum() + loss(x)).backward()
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "srn_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast_takes_any_mixture(cell: str, dtype: torch.dtype) -> None:
+    (x, w_ih, w_hh, b_ih, b_hh, _, *states), _, _ = arguments(cell, 4, 3, 5, 6, dtype=torch.float32)
+    with torch.autocast("cpu"):
+        output = ops.sequence(cell, x.to(dtype), states, w_ih.requires_grad_(), w_hh, b_ih, b_hh)[0]
+    assert output.dtype == (dtype if cell == "gru" else torch.bfloat16)
+    output.float().sum().backward()
+    assert w_ih.grad is not None
+    assert w_ih.grad.dtype == torch.float32
+
+
+def test_the_backward_op_checks_its_arguments() -> None:
+    (x, w_ih, w_hh, _, b_hh, _, h), _, _ = arguments("gru", 4, 3, 5, 6)
+    output, kept = torch.zeros(4, 3, 6, dtype=x.dtype), torch.zeros(12, 24, dtype=x.dtype)
+    needs = [True] * 5 + [False, True]
+
+    def call(output: Tensor, kept: Tensor, needs: list[bool]) -> Any:
+        return torch.ops.rnnkernels.sequence_backward(
+            "gru", needs, output, [None], x, [h], w_ih, w_hh, b_hh, None, None, False, output, kept, []
+        )
+
+    call(output, kept, needs)
+    with pytest.raises(RuntimeError, match=r"output: expected shape \(4, 3, 6\)"):
+        call(output[:2], kept, needs)
+    with pytest.raises(RuntimeError, match=r"kept: expected shape \(12, 24\)"):
+        call(output, kept[:5], needs)
+    with pytest.raises(RuntimeError, match="needs"):
+        call(output, kept, needs[:3])

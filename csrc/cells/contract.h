@@ -76,30 +76,30 @@ struct CellInfo {
   const char* state[kMaxStates];
   PerUnit vector[kMaxVectors];
 
-  constexpr bool in_stage(int s, int i) const { return stage[s].first <= i && i < stage[s].first + stage[s].count; }
+  RNN_FN constexpr bool in_stage(int s, int i) const { return stage[s].first <= i && i < stage[s].first + stage[s].count; }
   // How many of a stage's slots before `end` its matrix feeds; with the default, all of them.
-  constexpr int hidden_slots(int s, int end = kMaxSlots) const {
+  RNN_FN constexpr int hidden_slots(int s, int end = kMaxSlots) const {
     int n = 0;
     for (int i = 0; i < slots && i < end; ++i) n += in_stage(s, i) && (slot[i].feeds & H);
     return n;
   }
-  constexpr int input_slots(int s) const {
+  RNN_FN constexpr int input_slots(int s) const {
     int n = 0;
     for (int i = 0; i < slots; ++i) n += in_stage(s, i) && (slot[i].feeds & X);
     return n;
   }
-  constexpr int input_slots() const {
+  RNN_FN constexpr int input_slots() const {
     int n = 0;
     for (int s = 0; s < stages; ++s) n += input_slots(s);
     return n;
   }
   // The values a token has room for: a kept value becomes the gradient of the slot in its place.
-  constexpr int room() const { return kept > slots ? kept : slots; }
-  constexpr bool projected() const { return stage[stages - 1].width == Width::Output; }
-  constexpr Width state_width(int i) const { return i == 0 && projected() ? Width::Output : Width::Hidden; }
-  constexpr bool sees(int s, int i) const { return state_width(i) == stage[s].width; }
-  constexpr bool writes(int s, int i) const { return sees(s, i) && s == (i == 0 ? stages - 1 : 0); }
-  constexpr bool keeps(int s, int i) const { return i < kept && (in_stage(s, i) || (s == 0 && i >= slots)); }
+  RNN_FN constexpr int room() const { return kept > slots ? kept : slots; }
+  RNN_FN constexpr bool projected() const { return stage[stages - 1].width == Width::Output; }
+  RNN_FN constexpr Width state_width(int i) const { return i == 0 && projected() ? Width::Output : Width::Hidden; }
+  RNN_FN constexpr bool sees(int s, int i) const { return state_width(i) == stage[s].width; }
+  RNN_FN constexpr bool writes(int s, int i) const { return sees(s, i) && s == (i == 0 ? stages - 1 : 0); }
+  RNN_FN constexpr bool keeps(int s, int i) const { return i < kept && (in_stage(s, i) || (s == 0 && i >= slots)); }
 };
 
 namespace detail {

@@ -25,7 +25,7 @@ struct Relu {
   }
   template <class V>
   RNN_FN static V slope(V f) {
-    return select(lt(V(0), f), V(1), V(0));
+    return select(lt(V(0), f), V(1), select(lt(f, V(1)), V(0), V(1)));  // NaN passes, as in torch
   }
 };
 

@@ -64,7 +64,7 @@ struct Schedule {
   int threads() const { return row_groups * unit_groups; }
 };
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+RNN_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 inline int tile_rows(const Machine& m, int vectors) {
   const int r = m.registers / vectors;
@@ -114,7 +114,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       s.row_groups = row_groups;
       s.unit_groups = unit_groups;
       const int64_t rows = ceil_div(p.batch, row_groups);
-      double step = 0, pack = 0;
+      double step = 0, pack = 0, input = 0;
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
         if (p.complete) product.depth = 0;
@@ -123,11 +123,19 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
           s.input_blocks[stage] /= 2;
         step += product_ns(m, product, s.blocks[stage], rows, unit_groups);
         if (product.depth && unit_groups > 1) step += m.barrier_ns + 50 * (unit_groups - 2);
+        if (!backward && !p.complete) {
+          const Product in = input_product(cell, p, stage);
+          input += product_ns(m, in, s.input_blocks[stage], rows * p.steps, unit_groups);
+          pack += double(in.units) * in.columns * in.depth / m.lanes * 2 * m.fma_ns / s.threads();
+        }
         pack += double(product.units) * product.columns * product.depth / m.lanes * 2 * m.fma_ns / s.threads();
       }
-      s.ns = step * double(p.steps) + pack + (s.threads() > 1 ? m.fork_ns : 0);
-      const int64_t gates = rows * cell.input_slots() * ceil_div(p.hidden, unit_groups) * m.number_bytes;
-      s.chunk = m.chunk_bytes / (gates > 0 ? gates : 1);
+      s.ns = step * double(p.steps) + input + pack + (s.threads() > 1 ? m.fork_ns : 0);
+      // What a step of a chunk takes of a thread's memory: its gates, and where storage is not the number type its input as numbers.
+      const bool convert = kStorageBytes[int(p.storage)] != m.number_bytes;
+      const int64_t bytes =
+          (rows * cell.input_slots() * ceil_div(p.hidden, unit_groups) + (convert ? p.batch * p.input : 0)) * m.number_bytes;
+      s.chunk = m.chunk_bytes / (bytes > 0 ? bytes : 1);
       s.chunk = s.chunk < 1 ? 1 : s.chunk > p.steps ? p.steps : s.chunk;
       if ((row_groups == 1 && unit_groups == 1) || s.ns < best.ns) best = s;
     }
@@ -137,7 +145,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
 
 // A row of numbers in the workspace: an odd number of cache lines, so that the rows of a tile do not fall into the same few sets of the
 // cache.
-inline int64_t padded(int64_t width, int64_t number_bytes) {
+RNN_FN int64_t padded(int64_t width, int64_t number_bytes) {
   const int64_t line = 64 / number_bytes;
   return (ceil_div(width, line) | 1) * line;
 }

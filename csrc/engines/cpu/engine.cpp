@@ -28,9 +28,10 @@ namespace {
 // The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody.
 class InputGates {
  public:
-  InputGates(const Walk& walk, const Forward& forward) : w(walk), f(forward) {
-    row = w.p.training || w.p.complete ? f.gates_row : w.cell.input_slots() * w.p.hidden;
-  }
+  InputGates(const Walk& walk, const Forward& forward)
+      : row(walk.p.training || walk.p.complete ? forward.gates_row : walk.cell.input_slots() * walk.p.hidden), w(walk), f(forward) {}
+
+  const int64_t row;  // elements from a token's gates to the next one's
 
   void pack(const Walk::Member& me) const {
     int64_t slots = 0;
@@ -101,9 +102,6 @@ class InputGates {
 
   const Walk& w;
   const Forward& f;
-
- public:
-  int64_t row;
 };
 
 }  // namespace
@@ -118,6 +116,7 @@ void forward(const Forward& f, const Page& page) {
 
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
+    w.start(me);
     for (int s = 0; s < w.cell.stages; ++s)
       w.pack(me, w.storage.pack, w.products[s], w.plan_.blocks[s], f.weights[s], at(f.workspace, w.memory.packed[s]));
     if (!p.complete) input.pack(me);
@@ -125,9 +124,7 @@ void forward(const Forward& f, const Page& page) {
       for (int side = 0; side < 2; ++side) w.load_or_zero(f.initial[0], b, w.width(0), at(h[side], b * hidden_bytes));
       for (int i = 1; i < w.cell.states; ++i) w.load_or_zero(f.initial[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
     });
-    if (members > 1) {
-#pragma omp barrier
-    }
+    meet(members);
     std::vector<int64_t> places;
     std::vector<const void*> operands;
     for (int64_t n = 0; n < p.steps; ++n) {
@@ -162,14 +159,10 @@ void forward(const Forward& f, const Page& page) {
         if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
       }
     }
-    if (members > 1) {
-#pragma omp barrier
-    }
+    meet(members);
     // A row's last state is on the side that its last step wrote: with rows that end early, each on its own.
     w.each_row(me, [&](int64_t b) {
-      int64_t taken = p.steps;
-      if (p.rows) taken = std::partition_point(p.rows, p.rows + p.steps, [&](int64_t r) { return r > b; }) - p.rows;
-      const int64_t visits = p.reverse ? p.steps : taken;
+      const int64_t visits = p.reverse ? p.steps : w.steps_of(b);
       w.storage.store(at(h[visits & 1], b * hidden_bytes), w.width(0), at(f.final[0], b * w.width(0) * w.storage_bytes));
       for (int i = 1; i < w.cell.states; ++i)
         w.storage.store(at(carried(i), b * w.row_bytes(w.width(i))), w.width(i), at(f.final[i], b * w.width(i) * w.storage_bytes));
@@ -192,6 +185,7 @@ void backward(const Backward& g, const Page& page) {
 
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
+    w.start(me);
     for (int s = 0; s < w.cell.stages; ++s)
       w.pack(me, w.storage.pack_transposed, w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0],
              at(g.workspace, w.memory.packed[s]));
@@ -204,9 +198,7 @@ void backward(const Backward& g, const Page& page) {
       for (int i = 0; i < w.cell.states; ++i) w.load_or_zero(g.grad_final[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
       for (int side = 0; side < 2; ++side) std::memset(at(gates[side], b * gates_bytes), 0, size_t(gates_bytes));
     });
-    if (members > 1) {
-#pragma omp barrier
-    }
+    meet(members);
     for (int64_t n = 0; n < p.steps; ++n) {
       const int64_t t = w.step(n, false), token = w.offsets[size_t(t)], active = w.rows(t);
       const int64_t before = p.reverse ? t + 1 : t - 1;
@@ -238,9 +230,7 @@ void backward(const Backward& g, const Page& page) {
         if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
       }
     }
-    if (members > 1) {
-#pragma omp barrier
-    }
+    meet(members);
     if (g.grad_initial[0]) {
       const int64_t units = w.width(0);
       auto finish = [&](int64_t row, int64_t unit, int64_t n, const void* sums) {

@@ -24,14 +24,10 @@ double measure_bandwidth(int64_t bytes, int threads) {
     const auto aligned = reinterpret_cast<const float*>((reinterpret_cast<uintptr_t>(panel.data()) + 63) / 64 * 64);
     auto pass = [&] { ops.product[vectors - 1][0](rows, aligned, depth, sums); };
     pass();
-    if (members > 1) {
-#pragma omp barrier
-    }
+    meet(members);
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < repeats; ++i) pass();
-    if (members > 1) {
-#pragma omp barrier
-    }
+    meet(members);
     if (id == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), team = members;
   });
   return double(depth * vectors * ops.lanes * 4) * double(repeats) * team / seconds * 1e-9;
@@ -43,9 +39,7 @@ double measure_barrier(int threads) {
   double seconds = 0;
   run_team(threads, [&](int id, int members) {
     if (id == 0) barrier.start(members);
-    if (members > 1) {
-#pragma omp barrier
-    }
+    meet(members);
     uint32_t round = 0;
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < repeats; ++i) barrier.wait(round);

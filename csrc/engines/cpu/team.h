@@ -71,4 +71,11 @@ void run_team(int wanted, const Work& work) {
   work(omp_get_thread_num(), omp_get_num_threads());
 }
 
+// For all members of a team, where waiting is rare.
+inline void meet(int members) {
+  if (members > 1) {
+#pragma omp barrier
+  }
+}
+
 }  // namespace rnnkernels::cpu

@@ -52,7 +52,6 @@ class Walk {
     }
     offsets.resize(size_t(p.steps) + 1, 0);
     for (int64_t t = 0; t < p.steps; ++t) offsets[size_t(t) + 1] = offsets[size_t(t)] + rows(t);
-    for (int g = 0; g < plan_.row_groups; ++g) barriers[size_t(g)].start(plan_.unit_groups);
   }
 
   int64_t rows(int64_t t) const { return p.rows ? p.rows[t] : p.batch; }
@@ -69,6 +68,11 @@ class Walk {
     // A team that came out smaller than planned shares the units; any cut gives the same bits.
     if (members != plan_.threads()) return {0, id, 1, members, id, members};
     return {id / plan_.unit_groups, id % plan_.unit_groups, plan_.row_groups, plan_.unit_groups, id, members};
+  }
+  // Once by the team, before its first wait: only then is it known how many came.
+  void start(const Member& me) const {
+    if (me.id == 0)
+      for (int g = 0; g < me.row_groups; ++g) barriers[size_t(g)].start(me.unit_groups);
   }
   void wait(Member& me) const {
     if (me.unit_groups > 1) barriers[size_t(me.row_group)].wait(me.round);
@@ -110,6 +114,11 @@ class Walk {
         pointwise(set, panel * blocks * m.lanes, multiply ? sums : nullptr);
       }
     }
+  }
+
+  // How many steps a row takes part in.
+  int64_t steps_of(int64_t row) const {
+    return p.rows ? std::partition_point(p.rows, p.rows + p.steps, [&](int64_t rows) { return rows > row; }) - p.rows : p.steps;
   }
 
   // Rows of a [B, width] matrix that are this member's to prepare or to finish.
