@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 MIN_SAMPLES, MAX_SAMPLES = 9, 101
-SAMPLE_SECONDS = 2e-3
+# Long enough that a sample shows how a run goes amid others of its kind, and not how it starts.
+SAMPLE_SECONDS = 20e-3
 WARMUP_SECONDS = 10e-3
 # OpenMP's idle threads spin for about 10 ms before they sleep, and would hold the cores of the next side's threads.
 SETTLE_SECONDS = 12e-3
@@ -75,8 +76,7 @@ def measure(sides: Mapping[str, Callable[[], object]], budget: float) -> dict[st
         while rounds < MIN_SAMPLES or (rounds < MAX_SAMPLES and time.perf_counter() < deadline):
             for name, run in sides.items():
                 time.sleep(SETTLE_SECONDS)
-                if repeats[name] > 1:
-                    run()  # wakes this side's threads; a long run need not be spared that
+                run()  # wakes this side's threads and fills the caches with its weights
                 samples[name].append(elapsed(run, repeats[name]))
             rounds += 1
     finally:
