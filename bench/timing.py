@@ -76,7 +76,8 @@ def measure(sides: Mapping[str, Callable[[], object]], budget: float) -> dict[st
         while rounds < MIN_SAMPLES or (rounds < MAX_SAMPLES and time.perf_counter() < deadline):
             for name, run in sides.items():
                 time.sleep(SETTLE_SECONDS)
-                run()  # wakes this side's threads and fills the caches with its weights
+                if repeats[name] > 1:
+                    run()  # wakes this side's threads and fills the caches with its weights; a long run need not be spared that
                 samples[name].append(elapsed(run, repeats[name]))
             rounds += 1
     finally:

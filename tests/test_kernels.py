@@ -149,7 +149,7 @@ def test_gradcheck_on_the_double_kernels(cell: str, isa: str, ragged: bool, reve
 
 
 def exact(tensors: list[Tensor | None]) -> list[Tensor | None]:
-    """The same with an input product that has one value in any order of summation: what is compared is the engine, not torch's product."""
+    """The same with an input product that has one value in any order of summation, since for one step it is torch's."""
     x, w_ih, *rest = tensors
     assert x is not None
     assert w_ih is not None

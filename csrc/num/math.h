@@ -30,36 +30,12 @@ struct Format<float> {
   static constexpr float log2e = 1.44269504f, ln2_hi = 0.693359375f, ln2_lo = -2.12194440e-4f;
   static constexpr float overflow = 89, underflow = -105, power_underflow = -88;
 
-  // 1 + r + r^2 P4(r), minimax for relative error on |r| <= ln(2)/2 (own Remez fit): 3.1e-9.
+  // P4 of e^r = 1 + (r + r^2 P4(r)), minimax for relative error of e^r on |r| <= ln(2)/2 (own Remez fit): 3.1e-9.
   template <class V>
-  RNN_FN static V exp_of_rest(V r) {
-    return horner(r, 1.f, 1.f, 0.49999993448458665f, 0.16666520629635382f, 0.041668387855390142f, 0.0083687170812417160f,
-                  0.0013814610145257281f);
-  }
-
-  // Below 5/8, x + x^3 P4(x^2), minimax for relative error of tanh (own fit by reweighted least squares): 4.1e-09.
-  template <class V>
-  RNN_FN static V tanh_over(V a, V z) {
-    return a * z * horner(z, -0.333332837f, 0.133314908f, -0.0537434965f, 0.0206505861f, -0.0057170447f);
-  }
-  template <class V>
-  RNN_FN static V tanh_under(V) {
-    return V(1.f);
+  RNN_FN static V rest(V r) {
+    return horner(r, 0.49999993448458665f, 0.16666520629635382f, 0.041668387855390142f, 0.0083687170812417160f, 0.0013814610145257281f);
   }
 };
-
-// e^x in two factors: p * power(t).
-template <class V>
-struct Split {
-  V t, p;
-};
-
-template <class V>
-RNN_FN Split<V> split(V x) {
-  using F = Format<typename V::element>;
-  const V t = fma(x, V(F::log2e), V(F::magic)), n = t - F::magic;
-  return {t, F::exp_of_rest(fma(n, V(-F::ln2_lo), fma(n, V(-F::ln2_hi), x)))};
-}
 
 template <>
 struct Format<double> {
@@ -67,24 +43,27 @@ struct Format<double> {
   static constexpr double log2e = 1.44269504088896340736, ln2_hi = 0.693145751953125, ln2_lo = 1.42860682030941723212e-6;
   static constexpr double overflow = 710, underflow = -746, power_underflow = -709;
 
-  // 1 + r + r^2 P9(r), minimax for relative error on |r| <= ln(2)/2 (own Remez fit): 3.6e-18.
+  // P9 of e^r = 1 + (r + r^2 P9(r)), minimax for relative error of e^r on |r| <= ln(2)/2 (own Remez fit): 3.6e-18.
   template <class V>
-  RNN_FN static V exp_of_rest(V r) {
-    return horner(r, 1., 1., 0.5000000000000010627, 0.16666666666666412519, 0.041666666666530159166, 0.0083333333334944646906,
+  RNN_FN static V rest(V r) {
+    return horner(r, 0.5000000000000010627, 0.16666666666666412519, 0.041666666666530159166, 0.0083333333334944646906,
                   0.0013888888943630048241, 1.984126950657132925e-4, 2.480149309892917966e-5, 2.7557586380882426294e-6,
                   2.7630248379742434988e-7, 2.5000059256054841584e-8);
   }
-
-  // Below 5/8, x + x^3 P2(x^2) / Q3(x^2), minimax for relative error of tanh (own Remez fit): 6.1e-19.
-  template <class V>
-  RNN_FN static V tanh_over(V a, V z) {
-    return a * z * horner(z, -0.33333333333333323362, -0.020496734832758733398, -1.9908663957613674936e-4);
-  }
-  template <class V>
-  RNN_FN static V tanh_under(V z) {
-    return horner(z, 1., 0.46149020449826088337, 0.023288579813533121429, 2.0643585112113797478e-4);
-  }
 };
+
+// e^x = power(t) (1 + m).
+template <class V>
+struct Split {
+  V t, m;
+};
+
+template <class V>
+RNN_FN Split<V> split(V x) {
+  using F = Format<typename V::element>;
+  const V t = fma(x, V(F::log2e), V(F::magic)), n = t - F::magic, r = fma(n, V(-F::ln2_lo), fma(n, V(-F::ln2_hi), x));
+  return {t, fma(r * r, F::rest(r), r)};
+}
 
 // 2^n in two halves, so that n may lie outside the exponents of normal numbers: right up to overflow, gradual in underflow.
 template <class V>
@@ -93,28 +72,24 @@ RNN_FN V exp(V x) {
   x = max(V(F::underflow), min(V(F::overflow), x));
   const Split<V> e = split(x);
   const V n = e.t - F::magic, half = fma(n, V(0.5f), V(F::magic)), rest = n - (half - F::magic);
-  return e.p * power(half) * power(rest + F::magic);
+  return (V(1.f) + e.m) * power(half) * power(rest + F::magic);
 }
 
 template <class V>
 RNN_FN V sigmoid(V x) {
   using F = Format<typename V::element>;
   const Split<V> e = split(-max(V(-F::overflow), min(V(-F::power_underflow), x)));
-  return V(1.f) / fma(power(e.t), e.p, V(1.f));
+  const V p = power(e.t);
+  return V(1.f) / (V(1.f) + fma(p, e.m, p));
 }
 
-// Above 5/8, 1 - 2 / (e^2x + 1), which would cancel near 0; below, a polynomial or a quotient of two. Both are base + over / under, so that
-// one division serves. A rational function over the whole range would be quicker and lose five units in the last place, which a recurrence
-// magnifies.
+// E / (E + 2) with E = e^2|x| - 1 = 2^n m + (2^n - 1), which loses nothing near 0, where n is 0.
 template <class V>
 RNN_FN V tanh(V x) {
-  using F = Format<typename V::element>;
-  const V a = abs(x), z = a * a;
+  const V a = abs(x);
   const Split<V> e = split(min(V(40.f), a + a));
-  const auto small = lt(a, V(0.625f));
-  const V base = select(small, a, V(1.f)), over = select(small, F::tanh_over(a, z), V(-2.f));
-  const V under = select(small, F::tanh_under(z), fma(power(e.t), e.p, V(1.f)));
-  return copysign(base + over / under, x);
+  const V p = power(e.t), E = fma(p, e.m, p - V(1.f));
+  return copysign(E / (E + V(2.f)), x);
 }
 
 template <class V>
