@@ -79,8 +79,7 @@ template <class V>
 RNN_FN V sigmoid(V x) {
   using F = Format<typename V::element>;
   const Split<V> e = split(-max(V(-F::overflow), min(V(-F::power_underflow), x)));
-  const V p = power(e.t);
-  return V(1.f) / (V(1.f) + fma(p, e.m, p));
+  return V(1.f) / fma(power(e.t), V(1.f) + e.m, V(1.f));  // power may be infinite, so m does not stand alone
 }
 
 // E / (E + 2) with E = e^2|x| - 1 = 2^n m + (2^n - 1), which loses nothing near 0, where n is 0.
