@@ -233,21 +233,22 @@ void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, c
   }
 }
 
+// Every tile that fits the registers, from `vectors` × `rows` on.
+template <class V, int registers, int vectors = 1, int rows = 1>
+constexpr void add_products(NumberOps& ops) {
+  if constexpr (rows == 1 || vectors * rows <= registers) ops.product[vectors - 1][rows - 1] = product<V, vectors, rows>;
+  if constexpr (rows < kMaxTileRows) {
+    add_products<V, registers, vectors, rows + 1>(ops);
+  } else if constexpr (vectors < kMaxVectorsPerPanel) {
+    add_products<V, registers, vectors + 1>(ops);
+  }
+}
+
 template <class V, int registers>
 constexpr NumberOps number_ops() {
   NumberOps ops{V::lanes, registers, {}, add<V>};
-#define RNN_ROWS(v, r) \
-  if constexpr (r == 1 || v * r <= registers) ops.product[v - 1][r - 1] = product<V, v, r>;
-#define RNN_VECTORS(v) \
-  RNN_ROWS(v, 1) RNN_ROWS(v, 2) RNN_ROWS(v, 3) RNN_ROWS(v, 4) RNN_ROWS(v, 5) RNN_ROWS(v, 6) RNN_ROWS(v, 7) RNN_ROWS(v, 8)
-  RNN_VECTORS(1)
-  RNN_VECTORS(2)
-  RNN_VECTORS(3)
-  RNN_VECTORS(4)
-  RNN_VECTORS(5) RNN_VECTORS(6) RNN_VECTORS(7) RNN_VECTORS(8)
-#undef RNN_VECTORS
-#undef RNN_ROWS
-      return ops;
+  add_products<V, registers>(ops);
+  return ops;
 }
 
 template <class V, class S>
