@@ -48,12 +48,11 @@ py::dict description(const CellInfo& cell) {
   py::list slots, stages, states, vectors;
   for (int i = 0; i < cell.slots; ++i)
     slots.append(py::make_tuple(cell.slot[i].name, bool(cell.slot[i].feeds & X), bool(cell.slot[i].feeds & H)));
-  for (int i = 0; i < cell.stages; ++i) stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count, cell.stage[i].operand));
+  for (int i = 0; i < cell.stages; ++i) stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count));
   for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
   for (int i = 0; i < cell.vectors; ++i) vectors.append(py::make_tuple(cell.vector[i].name, cell.vector[i].slot));
   return py::dict(py::arg("name") = cell.name, py::arg("slots") = slots, py::arg("stages") = stages, py::arg("states") = states,
-                  py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
-                  py::arg("projected") = cell.projected());
+                  py::arg("vectors") = vectors, py::arg("room") = cell.room(), py::arg("projected") = cell.projected());
 }
 
 py::dict build() {
@@ -86,7 +85,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("workspace_bytes", [](const Problem& p, bool backward) { return cpu::workspace_bytes(p, cpu::page_of(p), backward); });
   m.def("schedule", [](const Problem& p, bool backward) {
     const Schedule s = cpu::schedule(p, cpu::page_of(p), backward);
-    return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0], s.ns);
+    return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
   });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());

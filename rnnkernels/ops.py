@@ -41,7 +41,7 @@ class Cell:
 
 def _cell(index: int, d: dict[str, Any]) -> Cell:
     slots: list[tuple[str, bool, bool]] = d["slots"]
-    first, count, _ = d["stages"][0]
+    first, count = d["stages"][0]
     fed = [i for i in range(first, first + count) if slots[i][2]]
     runs, row = [], 0
     for _, group in itertools.groupby(enumerate(fed), lambda pair: pair[1] - pair[0]):
@@ -98,24 +98,11 @@ def plan(
         raise ValueError(
             f"plan: no such cell, dtype or size: {cell!r}, {dtype}, {steps}, {batch}, {input_size}, {hidden_size}, {output_size}"
         )
-    complete = steps == 1 and not CELLS[cell].projected
+    sizes = _Saved(CELLS[cell], False, steps, batch, hidden_size, output_size or hidden_size)
+    problem = _problem(sizes, dtype, input_size, None, training)
     threads = torch.get_num_threads()
-    problem = _C.Problem(
-        CELLS[cell].index,
-        _STORAGE[dtype],
-        steps,
-        batch,
-        input_size,
-        hidden_size,
-        output_size or hidden_size,
-        0,
-        False,
-        training,
-        complete,
-        threads,
-    )
-    rows, units, blocks, ns = _C.schedule(problem, training)
-    if complete:
+    rows, units, panel, ns = _C.schedule(problem, training)
+    if sizes.complete:
         reason = "one step: both products by torch, the rest in one pass"
     elif rows * units == 1:
         reason = "serial: a step is too short to share" if threads > 1 else "serial: one thread"
@@ -125,14 +112,13 @@ def plan(
         reason = "the units are split: each thread keeps its share of the weights, one barrier a step"
     else:
         reason = "batch and units are split"
-    lanes = {"avx512": 64, "avx2": 32, "scalar": 0}[_C.isa()] // (8 if dtype == torch.float64 else 4) or 1
     return {
         "engine": "cpu",
         "isa": _C.isa(),
         "threads": rows * units,
         "row_groups": rows,
         "unit_groups": units,
-        "units_per_panel": blocks * lanes,
+        "units_per_panel": panel,
         "bytes_workspace": _C.workspace_bytes(problem, training),
         "estimated_us": ns / 1e3,
         "reason": f"{reason} (torch.get_num_threads() = {threads})",
@@ -182,13 +168,13 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _problem(s: _Saved, input: Tensor, rows: Tensor | None, training: bool) -> _C.Problem:
+def _problem(s: _Saved, dtype: torch.dtype, input_size: int, rows: Tensor | None, training: bool) -> _C.Problem:
     return _C.Problem(
         s.cell.index,
-        _STORAGE[input.dtype],
+        _STORAGE[dtype],
         s.steps,
         s.batch,
-        input.shape[-1],
+        input_size,
         s.hidden,
         s.output,
         _address(rows),
@@ -238,9 +224,9 @@ def _forward(
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
     cell, H, P = s.cell, s.hidden, s.output
-    tokens = input.reshape(-1, input.shape[-1]).contiguous()
+    tokens = input.flatten(0, -2).contiguous()
     N = tokens.shape[0]
-    problem = _problem(s, input, rows, training)
+    problem = _problem(s, input.dtype, input.shape[-1], rows, training)
     room = cell.room * H
     gates = input.new_empty(N, room) if training or s.complete else None
     bias = _bias(cell, H, bias_ih, bias_hh)
@@ -358,11 +344,11 @@ def _backward(
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
     cell, H, P = s.cell, s.hidden, s.output
-    tokens = input.reshape(-1, input.shape[-1])
+    tokens = input.flatten(0, -2)
     if grad_output is not None:
         grad_output = grad_output.contiguous()
     finals = [None if g is None else g.contiguous() for g in grad_final]
-    problem = _problem(s, input, rows, True)
+    problem = _problem(s, input.dtype, input.shape[-1], rows, True)
     gates = kept if overwrite else torch.empty_like(kept)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
@@ -569,7 +555,7 @@ def _checked(
 
 
 def _autocast(t: Any, dtype: torch.dtype) -> Any:
-    return t if t is None or t.dtype == torch.float64 else t.to(dtype)
+    return t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
 
 
 def _refuse_transforms(*tensors: Tensor | None) -> None:
@@ -749,7 +735,7 @@ def _op_backward(
 ) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
     s = _checked(cell, input, states, weight_ih, weight_hh, None, bias_hh, weight_hr, batch_sizes, reverse, True)
-    N = input.numel() // max(input.shape[-1], 1) if input.shape[-1] else s.steps * s.batch
+    N = s.steps * s.batch if batch_sizes is None else input.shape[0]
     if len(needs) != 6 + len(states) or len(grad_final) != len(states) or len(history) != len(states) - 1:
         raise RuntimeError(f"needs, grad_final, history: expected {6 + len(states)}, {len(states)}, {len(states) - 1} of them")
     _expect("output", output, (*input.shape[:-1], s.output), input)

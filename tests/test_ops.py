@@ -10,7 +10,7 @@ from conftest import ISAS
 from test_kernels import arguments, run
 from torch import Tensor
 
-from rnnkernels import ops
+from rnnkernels import ops, reference
 
 
 def good(cell: str = "lstm") -> dict[str, Any]:
@@ -306,3 +306,17 @@ def test_the_backward_op_checks_its_arguments() -> None:
         call(output, kept[:5], needs)
     with pytest.raises(RuntimeError, match="needs"):
         call(output, kept, needs[:3])
+
+
+@pytest.mark.parametrize("steps", [1, 4])
+@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.usefixtures("poison")
+def test_an_input_of_no_features(cell: str, steps: int) -> None:
+    case = arguments(cell, steps, 3, 0, 6)
+    for a, b in zip(run(ops.sequence, cell, *case), run(reference.sequence, cell, *case), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_autocast_does_not_cast_integers() -> None:
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="input: expected dtype .* got torch.int64"):
+        ops.sequence(**{**good(), "input": torch.zeros(4, 3, 5, dtype=torch.int64)})

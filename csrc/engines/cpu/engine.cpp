@@ -16,6 +16,8 @@ std::string fits(const Problem& p, const Page& page) {
   return "";
 }
 
+int lanes(const Problem& p) { return machine(current(), p).lanes; }
+
 Schedule schedule(const Problem& p, const Page& page, bool backward) { return plan(machine(current(), p), page.cell, p, backward); }
 
 int64_t workspace_bytes(const Problem& p, const Page& page, bool backward) {
@@ -80,7 +82,7 @@ class InputGates {
   void make_stage(const Walk::Member& me, int s, int64_t first_slot, const std::vector<int64_t>& places,
                   const std::vector<const void*>& operands, void* gates) const {
     const Product& product = w.inputs[s];
-    if (!product.depth) return;
+    if (!product.columns) return;
     const int blocks = w.plan_.input_blocks[s], vectors = blocks * product.columns, finer = w.plan_.blocks[s] / blocks;
     const int64_t owned = panel_count(w.m, w.products[s], w.plan_.blocks[s]), all = panel_count(w.m, product, blocks);
     const int64_t begin = split(owned, me.unit_groups, me.unit_group) * finer;

@@ -21,6 +21,7 @@ const Page& page_of(const Problem&);
 
 // Empty if the engine can run it, otherwise the reason why not.
 std::string fits(const Problem&, const Page&);
+int lanes(const Problem&);  // of the chosen instruction set's numbers
 Schedule schedule(const Problem&, const Page&, bool backward);
 int64_t workspace_bytes(const Problem&, const Page&, bool backward);
 
