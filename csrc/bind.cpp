@@ -87,18 +87,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     const Schedule s = cpu::schedule(p, cpu::page_of(p), backward);
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
   });
+  m.def("prefer_large_pages", [](Address memory, int64_t bytes) { cpu::prefer_large_pages(pointer(memory), bytes); });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
-  m.def("forward", [](const Problem& p, Address input, Address weight_ih, Address bias, Address gates, int64_t gates_row,
-                      const Addresses& weights, const Addresses& vectors, const Addresses& initial, const Addresses& final, Address output,
-                      const Addresses& history, Address workspace, int64_t bytes) {
+  m.def("forward", [](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates,
+                      int64_t gates_row, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
+                      const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes) {
     need(p, false, bytes);
     Forward f{};
     f.problem = p;
     f.input = pointer(input);
     f.weight_ih = pointer(weight_ih);
-    f.bias = pointer(bias);
+    f.bias_ih = pointer(bias_ih);
+    f.bias_hh = pointer(bias_hh);
     f.gates = pointer(gates);
     f.gates_row = gates_row;
     fill(f.weights, weights);
@@ -111,24 +113,34 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     py::gil_scoped_release release;
     cpu::forward(f, cpu::page_of(p));
   });
-  m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
-                       const Addresses& initial, Address output, const Addresses& history, Address grad_output, const Addresses& grad_final,
-                       const Addresses& grad_initial, Address workspace, int64_t bytes) {
-    need(p, true, bytes);
-    Backward g{};
-    g.problem = p;
-    g.kept = pointer(kept);
-    g.grad_gates = pointer(grad_gates);
-    fill(g.weights, weights);
-    fill(g.vectors, vectors);
-    fill(g.initial, initial);
-    g.output = pointer(output);
-    fill(g.history, history);
-    g.grad_output = pointer(grad_output);
-    fill(g.grad_final, grad_final);
-    fill(g.grad_initial, grad_initial);
-    g.workspace = pointer(workspace);
-    py::gil_scoped_release release;
-    cpu::backward(g, cpu::page_of(p));
-  });
+  m.def("backward",
+        [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
+           Address output, const Addresses& history, Address grad_output, const Addresses& grad_final, const Addresses& grad_initial,
+           Address input, Address weight_ih, Address grad_input, Address grad_weight_ih, const Addresses& grad_weights,
+           Address grad_bias_ih, Address grad_bias_hh, const Addresses& grad_vectors, Address workspace, int64_t bytes) {
+          need(p, true, bytes);
+          Backward g{};
+          g.problem = p;
+          g.kept = pointer(kept);
+          g.grad_gates = pointer(grad_gates);
+          fill(g.weights, weights);
+          fill(g.vectors, vectors);
+          fill(g.initial, initial);
+          g.output = pointer(output);
+          fill(g.history, history);
+          g.grad_output = pointer(grad_output);
+          fill(g.grad_final, grad_final);
+          fill(g.grad_initial, grad_initial);
+          g.input = pointer(input);
+          g.weight_ih = pointer(weight_ih);
+          g.grad_input = pointer(grad_input);
+          g.grad_weight_ih = pointer(grad_weight_ih);
+          fill(g.grad_weights, grad_weights);
+          g.grad_bias_ih = pointer(grad_bias_ih);
+          g.grad_bias_hh = pointer(grad_bias_hh);
+          fill(g.grad_vectors, grad_vectors);
+          g.workspace = pointer(workspace);
+          py::gil_scoped_release release;
+          cpu::backward(g, cpu::page_of(p));
+        });
 }

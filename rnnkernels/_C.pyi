@@ -25,13 +25,15 @@ def isa() -> str: ...
 def set_isa(name: str) -> None: ...
 def workspace_bytes(problem: Problem, backward: bool) -> int: ...
 def schedule(problem: Problem, backward: bool) -> tuple[int, int, int, float]: ...
+def prefer_large_pages(memory: int, bytes: int) -> None: ...
 def measure_bandwidth(bytes: int, threads: int) -> float: ...
 def measure_barrier(threads: int) -> float: ...
 def forward(
     problem: Problem,
     input: int,
     weight_ih: int,
-    bias: int,
+    bias_ih: int,
+    bias_hh: int,
     gates: int,
     gates_row: int,
     weights: Sequence[int],
@@ -55,6 +57,14 @@ def backward(
     grad_output: int,
     grad_final: Sequence[int],
     grad_initial: Sequence[int],
+    input: int,
+    weight_ih: int,
+    grad_input: int,
+    grad_weight_ih: int,
+    grad_weights: Sequence[int],
+    grad_bias_ih: int,
+    grad_bias_hh: int,
+    grad_vectors: Sequence[int],
     workspace: int,
     bytes: int,
 ) -> None: ...

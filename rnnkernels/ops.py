@@ -144,6 +144,15 @@ class _Saved(NamedTuple):
         return self.steps == 1 and not self.cell.projected
 
 
+def _empty(like: Tensor, shape: Seq[int]) -> Tensor:
+    """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
+    t = like.new_empty(shape)
+    bytes = t.numel() * t.element_size()
+    if bytes >= 4 << 20:
+        _C.prefer_large_pages(t.data_ptr(), bytes)
+    return t
+
+
 class _Memory(threading.local):
     """One thread's workspace, kept from call to call: fresh pages cost as much as a short sequence."""
 
@@ -155,7 +164,7 @@ class _Memory(threading.local):
     def take(self, bytes: int) -> Tensor:
         if self.buffer.numel() >= bytes:
             return self.buffer
-        buffer = torch.empty(bytes, dtype=torch.uint8, device="cpu")
+        buffer = _empty(self.buffer, (bytes,))
         if bytes <= self.KEPT:
             self.buffer = buffer
         return buffer
@@ -228,23 +237,23 @@ def _forward(
     N = tokens.shape[0]
     problem = _problem(s, input.dtype, input.shape[-1], rows, training)
     room = cell.room * H
-    gates = input.new_empty(N, room) if training or s.complete else None
-    bias = _bias(cell, H, bias_ih, bias_hh)
+    gates = _empty(input, (N, room)) if training or s.complete else None
     if s.complete:
         assert gates is not None
-        _complete(cell, H, gates, tokens, states[0] if states else None, weight_ih, weight_hh, bias)
+        _complete(cell, H, gates, tokens, states[0] if states else None, weight_ih, weight_hh, _bias(cell, H, bias_ih, bias_hh))
     if cell.projected and gates is not None:
         gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
-    output = input.new_empty(*input.shape[:-1], P)
+    output = _empty(input, (*input.shape[:-1], P))
     final = [input.new_empty(s.batch, H if i else P) for i in range(len(cell.states))]
-    history = [input.new_empty(N, H) for _ in cell.states[1:]] if training else []
+    history = [_empty(input, (N, H)) for _ in cell.states[1:]] if training else []
     bytes = _C.workspace_bytes(problem, False)
     workspace = _memory.take(bytes)
     _C.forward(
         problem,
         tokens.data_ptr(),
         weight_ih.data_ptr(),
-        _address(bias),
+        _address(bias_ih),
+        _address(bias_hh),
         _address(gates),
         room,
         [weight_hh.data_ptr(), _address(weight_hr)],
@@ -281,50 +290,6 @@ def _complete(
             torch.mm(h, u[(both - first) * H :].t(), out=gates[:, both * H : end * H])
 
 
-def _previous_outputs(s: _Saved, output: Tensor, h0: Tensor | None, rows: Tensor) -> Tensor:
-    """State 0 before each token of a ragged batch."""
-    size = rows.tolist()
-    start = [0, *itertools.accumulate(size)]
-    N = start[-1]
-    parts = []
-    for t, active in enumerate(size):
-        before = t + 1 if s.reverse else t - 1
-        known = min(active, size[before]) if 0 <= before < s.steps else 0
-        if known:
-            parts.append(torch.arange(start[before], start[before] + known, device="cpu"))
-        if known < active:
-            parts.append(torch.arange(N + known, N + active, device="cpu"))
-    if h0 is None:
-        h0 = output.new_zeros(s.batch, s.output)
-    return torch.cat([output, h0]).index_select(0, torch.cat(parts))
-
-
-def _grad_weight_hh(s: _Saved, gates: Tensor, weight_hh: Tensor, output: Tensor, h0: Tensor | None, rows: Tensor | None) -> Tensor:
-    """Σ over tokens of gate gradients ⊗ state 0 before the token: one product, or two where copying the states together costs more."""
-    B, H = s.batch, s.hidden
-    y = output.view(-1, s.output)
-    gate, edge = gates, None
-    if rows is not None:
-        before = _previous_outputs(s, y, h0, rows)
-    elif h0 is not None and y.shape[0] <= weight_hh.shape[0]:
-        before = torch.cat([y[B:], h0] if s.reverse else [h0, y[:-B]]) if B else y
-    else:
-        # The state before a step is the output of the step before it: all steps but the first, and that one, if its state is not zero.
-        gate, edge, before = (gates[:-B], gates[-B:], y[B:]) if s.reverse else (gates[B:], gates[:B], y[:-B])
-        if B == 0:
-            gate, edge, before = gates, None, y
-    if s.cell.uniform:
-        grad = torch.mm(gate.t(), before)
-        return grad if edge is None or h0 is None else grad.addmm_(edge.t(), h0)
-    grad = torch.empty_like(weight_hh)
-    for row, first, end in s.cell.hidden_runs:
-        part, slots = grad[row * H : (row + end - first) * H], slice(first * H, end * H)
-        torch.mm(gate[:, slots].t(), before, out=part)
-        if edge is not None and h0 is not None:
-            part.addmm_(edge[:, slots].t(), h0)
-    return grad
-
-
 def _backward(
     s: _Saved,
     needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states
@@ -343,15 +308,20 @@ def _backward(
     overwrite: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
-    cell, H, P = s.cell, s.hidden, s.output
-    tokens = input.flatten(0, -2)
+    cell, H = s.cell, s.hidden
+    tokens = input.flatten(0, -2).contiguous()
     if grad_output is not None:
         grad_output = grad_output.contiguous()
     finals = [None if g is None else g.contiguous() for g in grad_final]
     problem = _problem(s, input.dtype, input.shape[-1], rows, True)
-    gates = kept if overwrite else torch.empty_like(kept)
+    gates = kept if overwrite else _empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
+    bias = (weight_ih.shape[:1], weight_hh.shape[:1])
+    projection = () if weight_hr is None else weight_hr.shape
+    shapes = (input.shape, weight_ih.shape, weight_hh.shape, *bias, projection)
+    grads = [_empty(input, shape) if need else None for shape, need in zip(shapes, needs[:6], strict=True)]
+    grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr = map(_address, grads)
     bytes = _C.workspace_bytes(problem, True)
     workspace = _memory.take(bytes)
     _C.backward(
@@ -366,30 +336,53 @@ def _backward(
         _address(grad_output),
         [_address(g) for g in finals],
         [_address(g) for g in initial],
+        tokens.data_ptr(),
+        weight_ih.data_ptr(),
+        grad_x,
+        grad_ih,
+        [grad_hh, grad_hr],
+        grad_bias_ih,
+        grad_bias_hh,
+        [],
         workspace.data_ptr(),
         bytes,
     )
-    grads: list[Tensor | None] = [None] * 6
-    x_gates = gates if cell.uniform else gates[:, : cell.input_gates * H]
-    if needs[0]:
-        grads[0] = torch.mm(x_gates, weight_ih).view(input.shape)
-    if needs[1]:
-        grads[1] = torch.mm(x_gates.t(), tokens)
-    if needs[2]:
-        grads[2] = _grad_weight_hh(s, gates, weight_hh, output, states[0] if states else None, rows)
-    if needs[3] or needs[4]:
-        total = gates.sum(0)
-        if needs[4]:
-            grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.hidden_runs])
-        if needs[3]:
-            grads[3] = total if cell.uniform else total[: cell.input_gates * H].clone()
-    if needs[5]:
-        slots = len(cell.slots)
-        grads[5] = torch.mm(gates[:, (slots - 1) * H : (slots - 1) * H + P].t(), kept[:, slots * H : (slots + 1) * H])
-    if s.complete and initial and initial[0] is not None:
-        for row, first, end in cell.hidden_runs:
-            initial[0].addmm_(gates[:, first * H : end * H], weight_hh[row * H : (row + end - first) * H])
+    if s.complete:
+        _complete_backward(s, grads, initial, gates, tokens, states[0] if states else None, weight_ih, weight_hh)
     return [*grads, *initial]
+
+
+def _complete_backward(
+    s: _Saved,
+    grads: list[Tensor | None],
+    initial: list[Tensor | None],
+    gates: Tensor,
+    x: Tensor,
+    h: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+) -> None:
+    """The products of a single step's gate gradients, by torch."""
+    cell, H = s.cell, s.hidden
+    grad_x, grad_ih, grad_hh, bias_ih, bias_hh, _ = grads
+    x_gates = gates[:, : cell.input_gates * H]
+    if grad_x is not None:
+        torch.mm(x_gates, weight_ih, out=grad_x.view(x.shape))
+    if grad_ih is not None:
+        torch.mm(x_gates.t(), x, out=grad_ih)
+    if bias_ih is not None:
+        torch.sum(x_gates, 0, out=bias_ih)
+    for row, first, end in cell.hidden_runs:
+        rows, run = slice(row * H, (row + end - first) * H), gates[:, first * H : end * H]
+        if grad_hh is not None:
+            if h is None:
+                grad_hh[rows].zero_()
+            else:
+                torch.mm(run.t(), h, out=grad_hh[rows])
+        if bias_hh is not None:
+            torch.sum(run, 0, out=bias_hh[rows])
+        if initial and initial[0] is not None:
+            initial[0].addmm_(run, weight_hh[rows])
 
 
 def _hooked() -> bool:

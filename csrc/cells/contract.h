@@ -56,7 +56,7 @@ struct Stage {
   Reduction reduction = Reduction::None;
 };
 
-// A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which is taken outside the loop.
+// A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which the engine takes.
 enum class Factor { One, OldState, NewState };
 struct PerUnit {
   const char* name;
@@ -152,6 +152,12 @@ struct InfoOf {
   static constexpr CellInfo value = describe<Cell>("");
   static_assert(value.slots <= kMaxSlots && value.stages <= kMaxStages && value.states <= kMaxStates && value.vectors <= kMaxVectors,
                 "the page is larger than the contract's tables");
+  static constexpr bool operands_survive() {
+    for (int s = 0; s < value.stages; ++s)
+      if (value.stage[s].operand != kPreviousState && value.stage[s].operand < value.slots) return false;
+    return true;
+  }
+  static_assert(operands_survive(), "a stage's operand must be kept beyond the slots, where no gradient is written over it");
 };
 
 }  // namespace rnnkernels

@@ -23,11 +23,14 @@ struct Product {
 
 inline int64_t width_of(const Problem& p, Width w) { return w == Width::Output ? p.output : p.hidden; }
 
+// How wide the vector is that a stage's matrix multiplies; 0: no matrix.
+inline int64_t operand_width(const CellInfo& cell, const Problem& p, int s) {
+  if (!cell.hidden_slots(s)) return 0;
+  return cell.stage[s].operand == kPreviousState ? p.output : p.hidden;
+}
+
 inline Product forward_product(const CellInfo& cell, const Problem& p, int s) {
-  const Stage& stage = cell.stage[s];
-  const int64_t depth = stage.operand == kPreviousState ? p.output : p.hidden;
-  const int columns = cell.hidden_slots(s);
-  return {width_of(p, stage.width), columns ? depth : 0, columns};
+  return {width_of(p, cell.stage[s].width), operand_width(cell, p, s), cell.hidden_slots(s)};
 }
 
 // The product that gives a stage's slots their x̂, taken for a chunk of steps at a time.
@@ -43,6 +46,11 @@ inline Product backward_product(const CellInfo& cell, const Problem& p, int s) {
   return {f.depth, f.units * f.columns, f.depth ? 1 : 0};
 }
 
+// The products over all tokens that backward leaves: dx from the gate gradients and W, and one a matrix from gate gradients and what the
+// matrix multiplied. They are taken for `tokens` tokens at a time.
+inline Product grad_input_product(const CellInfo& cell, const Problem& p) { return {p.input, cell.input_slots() * p.hidden, 1}; }
+inline Product grad_weight_product(int64_t operand_width, int64_t tokens) { return {operand_width, tokens, 1}; }
+
 struct Machine {
   int lanes;      // of the number type
   int registers;  // accumulators a tile may use
@@ -51,6 +59,7 @@ struct Machine {
   double latency = 4;    // multiply-adds in flight that reach it
   double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
   int64_t chunk_bytes = 256 << 10;  // of input gates a thread makes at a time: they are still in its L2 when the steps want them
+  int64_t grad_tokens = 256;        // of gate gradients between two rounds of products: long enough for their sums to be written seldom
   int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
   double barrier_ns = 250, fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
 };
@@ -60,7 +69,9 @@ struct Schedule {
   int blocks[kMaxStages] = {1, 1, 1};        // vectors of units a panel
   int input_blocks[kMaxStages] = {1, 1, 1};  // likewise for the input's product: a divisor, so that panels' owners own whole ones of these
   int64_t chunk = 1;                         // steps whose input gates are made at a time
-  double ns = 0;                             // the model's estimate
+  int64_t grad_chunk = 1;                    // steps between two rounds of backward's products; the same for any number of threads
+  int grad_input_blocks = 1, grad_weight_ih_blocks = 1, grad_weight_blocks[kMaxStages] = {1, 1, 1};
+  double ns = 0;  // the model's estimate
   int threads() const { return row_groups * unit_groups; }
 };
 
@@ -105,16 +116,37 @@ inline int best_blocks(const Machine& m, const Product& p, int64_t rows, int uni
   return best;
 }
 
+// The part of a backward schedule that is no choice among schedules.
+inline Schedule grad_schedule(const Machine& m, const CellInfo& cell, const Problem& p) {
+  Schedule s;
+  const int64_t batch = p.batch > 1 ? p.batch : 1, chunk = ceil_div(m.grad_tokens, batch);
+  s.grad_chunk = chunk < p.steps ? chunk : p.steps > 1 ? p.steps : 1;
+  const int64_t tokens = s.grad_chunk * batch;
+  s.grad_input_blocks = best_blocks(m, grad_input_product(cell, p), tokens, 1);
+  s.grad_weight_ih_blocks = best_blocks(m, grad_weight_product(p.input, tokens), p.hidden, 1);
+  for (int stage = 0; stage < cell.stages; ++stage)
+    s.grad_weight_blocks[stage] = best_blocks(m, grad_weight_product(operand_width(cell, p, stage), tokens), p.hidden, 1);
+  return s;
+}
+
 inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
+  const bool gradients = backward && !p.complete;
+  const Schedule base = gradients ? grad_schedule(m, cell, p) : Schedule();
+  double products = 0;  // multiply-adds a token of the products outside the recurrence
+  if (gradients) {
+    products = 2.0 * double(p.input) * double(cell.input_slots() * p.hidden);
+    for (int stage = 0; stage < cell.stages; ++stage)
+      products += double(operand_width(cell, p, stage)) * double(cell.hidden_slots(stage) * width_of(p, cell.stage[stage].width));
+  }
   Schedule best;
   const int64_t useful = p.threads < 1 ? 1 : p.threads;
   for (int row_groups = 1; row_groups <= useful && row_groups <= (p.batch > 1 ? p.batch : 1); ++row_groups) {
     for (int unit_groups = 1; row_groups * unit_groups <= useful; ++unit_groups) {
-      Schedule s;
+      Schedule s = base;
       s.row_groups = row_groups;
       s.unit_groups = unit_groups;
       const int64_t rows = ceil_div(p.batch, row_groups);
-      double step = 0, pack = 0, input = 0;
+      double step = 0, pack = 0, input = products * double(p.batch) * double(p.steps) / m.lanes * 1.15 * m.fma_ns / s.threads();
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
         if (p.complete) product.depth = 0;
@@ -164,7 +196,12 @@ struct Layout {
   int64_t between;              // forward, several stages: this step's kept values, [B][kept·H]
   int64_t operand[kMaxStages];  // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
   int64_t gates;                // inference: input gates of a chunk, storage type, [chunk][B][X slots · H]
+  int64_t bias;                 // forward: of the input's slots, as numbers
   int64_t numbers;              // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
+  // Backward's products, for K = grad_chunk · B tokens: gate gradients as numbers [K][slots·H] and turned [slots·H][K], panels of the
+  // input, of each stage's operand and of W; sums over the slots and vectors; for half types sums of the weights' gradients.
+  int64_t grad_numbers, grad_turned, grad_input, grad_operand[kMaxStages], grad_packed, grad_slots, grad_vectors, grad_weight_ih,
+      grad_weights[kMaxStages];
   int64_t bytes = 0;
 
   int64_t take(int64_t n) {
@@ -191,6 +228,23 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   const int64_t storage = kStorageBytes[int(p.storage)];
   const bool input = !backward && !p.complete;
   l.gates = l.take(input && !p.training ? s.chunk * p.batch * cell.input_slots() * p.hidden * storage : 0);
+  const bool gradients = backward && !p.complete;
+  const int64_t tokens = gradients ? s.grad_chunk * p.batch : 0, units = gradients ? cell.slots * p.hidden : 0;
+  const auto matrix = [&](int64_t n, int64_t width) { return n * padded(width, m.number_bytes) * m.number_bytes; };
+  const bool sums = gradients && storage != m.number_bytes;
+  l.grad_numbers = l.take(matrix(tokens, units));
+  l.grad_turned = l.take(matrix(units, tokens));
+  l.grad_input = l.take(gradients ? panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks) : 0);
+  l.grad_packed = l.take(gradients ? panels(grad_input_product(cell, p), s.grad_input_blocks) : 0);
+  l.grad_slots = l.take(units * m.number_bytes);
+  l.grad_vectors = l.take(gradients ? cell.vectors * p.hidden * m.number_bytes : 0);
+  l.grad_weight_ih = l.take(sums ? cell.input_slots() * p.hidden * p.input * m.number_bytes : 0);
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    const int64_t width = operand_width(cell, p, stage);
+    l.grad_operand[stage] = l.take(gradients ? panels(grad_weight_product(width, tokens), s.grad_weight_blocks[stage]) : 0);
+    l.grad_weights[stage] = l.take(sums ? cell.hidden_slots(stage) * width_of(p, cell.stage[stage].width) * width * m.number_bytes : 0);
+  }
+  l.bias = l.take(input ? cell.input_slots() * p.hidden * m.number_bytes : 0);
   l.numbers = l.take(input && storage != m.number_bytes ? s.threads() * s.chunk * p.batch * p.input * m.number_bytes : 0);
   return l;
 }

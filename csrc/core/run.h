@@ -31,7 +31,8 @@ struct Forward {
   Problem problem;
   const void* input;      // [N, I]; not for a complete run
   const void* weight_ih;  // [X slots · H, I]
-  const void* bias;       // [X slots · H], or null for zero
+  const void* bias_ih;    // [X slots · H], or null for zero
+  const void* bias_hh;    // [H slots of stage 0 · H], or null; added where the slot has X too, the others have vectors
   void* gates;            // [N, gates_row]: a complete run's pre-activations, slot i at i·H; for training the kept values come to lie here,
   int64_t gates_row;      // and gates_row is G·H; null for inference that is not complete
   const void* weights[kMaxStages];   // of each stage with a matrix: [its H slots · its width, its operand's width]
@@ -55,6 +56,15 @@ struct Backward {
   const void* grad_output;             // [N, P], or null for zero
   const void* grad_final[kMaxStates];  // [B, width], or null for zero
   void* grad_initial[kMaxStates];      // [B, width], or null where nobody asks; of a complete run without U's part
+  // Sums over all tokens, each null where nobody asks; a complete run leaves them to its caller.
+  const void* input;               // [N, I]
+  const void* weight_ih;           // [X slots · H, I]
+  void* grad_input;                // [N, I]
+  void* grad_weight_ih;            // [X slots · H, I]
+  void* grad_weights[kMaxStages];  // as weights
+  void* grad_bias_ih;              // [X slots · H]
+  void* grad_bias_hh;              // [H slots of stage 0 · H]
+  void* grad_vectors[kMaxVectors];
   void* workspace;
 };
 

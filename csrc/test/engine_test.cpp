@@ -123,12 +123,17 @@ void test(const Case& c) {
   const Result r = run(c, in), expected = plain(c, in);
   const double outputs = std::fmax(distance(r.y, expected.y), distance(r.last, expected.last));
 
-  std::vector<double> dx(r.kept.size(), NAN), dh0(size_t(B * H), NAN);
+  const int64_t N = c.tokens(), G = 4 * H;
+  auto unknown = [](int64_t n) { return std::vector<double>(size_t(n), NAN); };
+  std::vector<double> gates(r.kept.size(), NAN), dh0 = unknown(B * H), dx = unknown(N * G), dw = unknown(G * G), du0 = unknown(2 * H * H),
+                                                 du1 = unknown(H * H), db = unknown(G), db_hh = unknown(2 * H), dp = unknown(H);
+  std::vector<double> unit(size_t(G * G), 0.0);
+  for (int64_t i = 0; i < G; ++i) unit[size_t(i * G + i)] = 1;
   Backward g{};
   g.problem = c.problem();
   std::vector<char> workspace(size_t(cpu::workspace_bytes(g.problem, page, true)), char(0xff));
   g.kept = r.kept.data();
-  g.grad_gates = dx.data();
+  g.grad_gates = gates.data();
   g.weights[0] = in.u0.data();
   g.weights[1] = in.u1.data();
   g.vectors[0] = in.p.data();
@@ -137,6 +142,15 @@ void test(const Case& c) {
   g.grad_output = dy.data();
   g.grad_final[0] = dlast.data();
   g.grad_initial[0] = dh0.data();
+  g.input = in.x.data();
+  g.weight_ih = unit.data();
+  g.grad_input = dx.data();
+  g.grad_weight_ih = dw.data();
+  g.grad_weights[0] = du0.data();
+  g.grad_weights[1] = du1.data();
+  g.grad_bias_ih = db.data();
+  g.grad_bias_hh = db_hh.data();
+  g.grad_vectors[0] = dp.data();
   g.workspace = workspace.data();
   cpu::backward(g, page);
 
@@ -157,14 +171,31 @@ void test(const Case& c) {
     return (above - below) / (2 * step);
   };
   double gradients = 0;
-  for (int64_t n = 0; n < c.tokens(); ++n)
-    for (int64_t i = 0; i < 4 * H; ++i)
-      gradients = std::fmax(gradients, std::fabs(slope(in.x[size_t(n * 4 * H + i)]) - dx[size_t(n * page.cell.room() * H + i)]));
-  for (int64_t i = 0; i < B * H; ++i) gradients = std::fmax(gradients, std::fabs(slope(in.h0[size_t(i)]) - dh0[size_t(i)]));
+  auto compare = [&](std::vector<double>& of, const std::vector<double>& found) {
+    for (size_t i = 0; i < of.size(); ++i) {
+      const double error = std::fabs(slope(of[i]) - found[i]);
+      gradients = std::isnan(error) ? INFINITY : std::fmax(gradients, error);
+    }
+  };
+  compare(in.x, dx);
+  compare(in.u0, du0);
+  compare(in.u1, du1);
+  compare(in.p, dp);
+  compare(in.h0, dh0);
+  // With the unit matrix for W the input's gradient is that of the gates, and W's and the biases' are plain sums of it.
+  std::vector<double> sum_w(size_t(G * G), 0.0), sum_b(size_t(G), 0.0);
+  for (int64_t n = 0; n < N; ++n)
+    for (int64_t i = 0; i < G; ++i) {
+      sum_b[size_t(i)] += dx[size_t(n * G + i)];
+      for (int64_t j = 0; j < G; ++j) sum_w[size_t(i * G + j)] += dx[size_t(n * G + i)] * in.x[size_t(n * G + j)];
+    }
+  const double sums =
+      std::fmax(std::fmax(distance(dw, sum_w), distance(db, sum_b)), distance(db_hh, {sum_b.begin(), sum_b.begin() + 2 * H}));
 
-  std::printf("two stages, %s, %s, %d threads: outputs %.1e, gradients %.1e\n", c.ragged ? "ragged" : "padded",
-              c.reverse ? "reverse" : "forward", c.threads, outputs, gradients);
+  std::printf("two stages, %s, %s, %d threads: outputs %.1e, gradients %.1e, sums %.1e\n", c.ragged ? "ragged" : "padded",
+              c.reverse ? "reverse" : "forward", c.threads, outputs, gradients, sums);
   check(outputs < 1e-13, "outputs differ from the plain loop by %g", outputs);
+  check(sums < 1e-12, "gradients of W and the biases differ from plain sums by %g", sums);
   check(gradients < 1e-8, "gradients differ from central differences by %g", gradients);
 }
 

@@ -1,7 +1,8 @@
 // The walk over time, forward and backward, for any page.
 #include "engines/cpu/engine.h"
 
-#include "engines/cpu/walk.h"
+#include "engines/cpu/gradients.h"
+#include "engines/cpu/input_gates.h"
 
 namespace rnnkernels::cpu {
 
@@ -25,89 +26,6 @@ int64_t workspace_bytes(const Problem& p, const Page& page, bool backward) {
   return layout(m, page.cell, p, plan(m, page.cell, p, backward), backward).bytes;
 }
 
-namespace {
-
-// The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody.
-class InputGates {
- public:
-  InputGates(const Walk& walk, const Forward& forward)
-      : row(walk.p.training || walk.p.complete ? forward.gates_row : walk.cell.input_slots() * walk.p.hidden), w(walk), f(forward) {}
-
-  const int64_t row;  // elements from a token's gates to the next one's
-
-  void pack(const Walk::Member& me) const {
-    int64_t slots = 0;
-    for (int s = 0; s < w.cell.stages; ++s) {
-      const void* weights = at(f.weight_ih, slots * w.p.hidden * w.p.input * w.storage_bytes);
-      w.pack(me, w.storage.pack, w.inputs[s], w.plan_.input_blocks[s], weights, at(f.workspace, w.memory.packed_input[s]));
-      slots += w.cell.input_slots(s);
-    }
-  }
-
-  // Where the gates of the walk's n-th step lie. For inference a chunk's steps are B rows apart, ragged or not: members may be in different
-  // chunks.
-  void* of(int64_t n) const {
-    if (w.p.training || w.p.complete) return at(f.gates, w.offsets[size_t(w.step(n, true))] * row * w.storage_bytes);
-    return at(f.workspace, w.memory.gates + n % w.plan_.chunk * w.p.batch * row * w.storage_bytes);
-  }
-
-  void make(const Walk::Member& me, int64_t n0, std::vector<int64_t>& places, std::vector<const void*>& operands) const {
-    places.clear();
-    operands.clear();
-    const int64_t input_bytes = w.p.input * w.storage_bytes;
-    const bool convert = w.storage_bytes != w.number_bytes;
-    char* numbers = static_cast<char*>(f.workspace) + w.memory.numbers + me.id * w.plan_.chunk * w.p.batch * w.p.input * w.number_bytes;
-    for (int64_t n = n0; n < std::min(n0 + w.plan_.chunk, w.p.steps); ++n) {
-      const int64_t t = w.step(n, true), token = w.offsets[size_t(t)];
-      for (int64_t b = me.row_group; b < w.rows(t); b += me.row_groups) {
-        places.push_back(w.p.training ? token + b : (n - n0) * w.p.batch + b);
-        const void* x = at(f.input, (token + b) * input_bytes);
-        if (convert) {
-          w.storage.load(x, w.p.input, numbers);
-          x = numbers;
-          numbers += w.p.input * w.number_bytes;
-        }
-        operands.push_back(x);
-      }
-    }
-    void* const gates = w.p.training ? f.gates : at(f.workspace, w.memory.gates);
-    int64_t first_slot = 0;
-    for (int s = 0; s < w.cell.stages; ++s) {
-      make_stage(me, s, first_slot, places, operands, gates);
-      first_slot += w.cell.input_slots(s);
-    }
-  }
-
- private:
-  void make_stage(const Walk::Member& me, int s, int64_t first_slot, const std::vector<int64_t>& places,
-                  const std::vector<const void*>& operands, void* gates) const {
-    const Product& product = w.inputs[s];
-    if (!product.columns) return;
-    const int blocks = w.plan_.input_blocks[s], vectors = blocks * product.columns, finer = w.plan_.blocks[s] / blocks;
-    const int64_t owned = panel_count(w.m, w.products[s], w.plan_.blocks[s]), all = panel_count(w.m, product, blocks);
-    const int64_t begin = split(owned, me.unit_groups, me.unit_group) * finer;
-    const int64_t end = std::min(split(owned, me.unit_groups, me.unit_group + 1) * finer, all);
-    const int64_t panel_bytes = panel_elements(w.m, product, blocks) * w.number_bytes;
-    const int64_t count = int64_t(places.size()), tiles = ceil_div(count, tile_rows(w.m, vectors));
-    const int64_t slot_bytes = first_slot * w.p.hidden * w.storage_bytes;
-    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
-    for (int64_t panel = begin; panel < end; ++panel)
-      for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = split(count, tiles, tile);
-        const int n = int(split(count, tiles, tile + 1) - first);
-        w.ops.product[vectors - 1][n - 1](&operands[size_t(first)], at(f.workspace, w.memory.packed_input[s] + panel * panel_bytes),
-                                          product.depth, sums);
-        w.storage.put(sums, &places[size_t(first)], n, panel * blocks * w.m.lanes, blocks, product.columns, w.p.hidden,
-                      at(f.bias, slot_bytes), at(gates, slot_bytes), row);
-      }
-  }
-
-  const Walk& w;
-  const Forward& f;
-};
-
-}  // namespace
-
 void forward(const Forward& f, const Page& page) {
   Walk w(f.problem, page, false);
   const Problem& p = w.p;
@@ -119,9 +37,8 @@ void forward(const Forward& f, const Page& page) {
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
     w.start(me);
-    for (int s = 0; s < w.cell.stages; ++s)
-      w.pack(me, w.storage.pack, w.products[s], w.plan_.blocks[s], f.weights[s], at(f.workspace, w.memory.packed[s]));
-    if (!p.complete) input.pack(me);
+    for (int s = 0; s < w.cell.stages; ++s) w.pack(me, w.products[s], w.plan_.blocks[s], f.weights[s], at(f.workspace, w.memory.packed[s]));
+    if (!p.complete) input.start(me);
     w.each_row(me, [&](int64_t b) {
       for (int side = 0; side < 2; ++side) w.load_or_zero(f.initial[0], b, w.width(0), at(h[side], b * hidden_bytes));
       for (int i = 1; i < w.cell.states; ++i) w.load_or_zero(f.initial[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
@@ -185,12 +102,13 @@ void backward(const Backward& g, const Page& page) {
   const bool copy = w.cell.stages > 1 && g.kept != g.grad_gates;
   const void* const kept = copy ? g.grad_gates : g.kept;
 
+  Gradients products(w, g);
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
     w.start(me);
     for (int s = 0; s < w.cell.stages; ++s)
-      w.pack(me, w.storage.pack_transposed, w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0],
-             at(g.workspace, w.memory.packed[s]));
+      w.pack_transposed(me, w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0], at(g.workspace, w.memory.packed[s]));
+    products.start(me);
     if (copy) {
       const int64_t begin = split(w.offsets.back(), members, id) * token_bytes,
                     end = split(w.offsets.back(), members, id + 1) * token_bytes;
@@ -231,8 +149,10 @@ void backward(const Backward& g, const Page& page) {
             [&](RowSet rows, int64_t unit, const void* sums) { w.page.backward[s](step, rows, unit, w.plan_.blocks[s], sums); });
         if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
       }
+      products.add(me, n);
     }
     meet(members);
+    products.finish(me);
     if (g.grad_initial[0]) {
       const int64_t units = w.width(0);
       auto finish = [&](int64_t row, int64_t unit, int64_t n, const void* sums) {

@@ -28,6 +28,10 @@ int64_t workspace_bytes(const Problem&, const Page&, bool backward);
 void forward(const Forward&, const Page&);
 void backward(const Backward&, const Page&);
 
+// Asks the system to back memory that nobody has touched yet with large pages: a fresh page costs a fault, and a large one no more than a
+// small one.
+void prefer_large_pages(void* memory, int64_t bytes);
+
 // For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over; a
 // barrier's time.
 double measure_bandwidth(int64_t bytes, int threads);

@@ -38,12 +38,12 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
 }
 
 template <class V>
-void add(const void* from, int64_t n, void* to) {
+void multiply_add(const void* a, const void* b, int64_t n, void* to) {
   using T = typename V::element;
   for (int64_t i = 0; i < n; i += V::lanes) {
     const int m = int(n - i < V::lanes ? n - i : V::lanes);
     T* t = static_cast<T*>(to) + i;
-    (V::load(t, m) + V::load(static_cast<const T*>(from) + i, m)).store(t, m);
+    fma(V::load(static_cast<const T*>(a) + i, m), V::load(static_cast<const T*>(b) + i, m), V::load(t, m)).store(t, m);
   }
 }
 
@@ -56,27 +56,20 @@ void load(const void* storage, int64_t n, void* numbers) {
 }
 
 template <class V, class S>
-void store(const void* numbers, int64_t n, void* storage) {
+void add(const void* storage, int64_t n, void* numbers) {
+  using T = typename V::element;
   for (int64_t i = 0; i < n; i += V::lanes) {
     const int m = int(n - i < V::lanes ? n - i : V::lanes);
-    V::load(static_cast<const typename V::element*>(numbers) + i, m).store(static_cast<S*>(storage) + i, m);
+    T* t = static_cast<T*>(numbers) + i;
+    (V::load(t, m) + V::load(static_cast<const S*>(storage) + i, m)).store(t, m);
   }
 }
 
 template <class V, class S>
-void pack_transposed(const void* weights, const Product& p, int blocks, int64_t begin, int64_t end, void* packed) {
-  using T = typename V::element;
-  const int64_t width = int64_t(blocks) * V::lanes;
-  const S* w = static_cast<const S*>(weights);
-  for (int64_t panel = begin; panel < end; ++panel) {
-    T* out = static_cast<T*>(packed) + panel * p.depth * width;
-    const int64_t unit = panel * width;
-    for (int64_t k = 0; k < p.depth; ++k, out += width)
-      for (int b = 0; b < blocks; ++b) {
-        const int64_t u = unit + b * V::lanes;
-        const int64_t left = p.units - u;
-        V::load(w + k * p.units + (left > 0 ? u : 0), int(left < 0 ? 0 : left < V::lanes ? left : V::lanes)).store(out + b * V::lanes);
-      }
+void store(const void* numbers, int64_t n, void* storage) {
+  for (int64_t i = 0; i < n; i += V::lanes) {
+    const int m = int(n - i < V::lanes ? n - i : V::lanes);
+    V::load(static_cast<const typename V::element*>(numbers) + i, m).store(static_cast<S*>(storage) + i, m);
   }
 }
 
@@ -123,6 +116,48 @@ void pack(const void* weights, const Product& p, int blocks, int64_t begin, int6
 }
 
 template <class V, class S>
+void spread(const void* const* rows, const Product& p, int blocks, int64_t begin, int64_t end, int64_t first, int64_t last, void* packed) {
+  using T = typename V::element;
+  const int64_t width = int64_t(blocks) * V::lanes;
+  for (int64_t panel = begin; panel < end; ++panel) {
+    T* out = static_cast<T*>(packed) + (panel * p.depth + first) * width;
+    for (int64_t k = first; k < last; ++k, out += width)
+      for (int b = 0; b < blocks; ++b) {
+        const int64_t unit = panel * width + b * V::lanes, left = rows[k] ? p.units - unit : 0;
+        const V x = left > 0 ? V::load(static_cast<const S*>(rows[k]) + unit, int(left < V::lanes ? left : V::lanes)) : V(0);
+        x.store(out + b * V::lanes);
+      }
+  }
+}
+
+template <class V>
+void turn(const void* numbers, int64_t row, int64_t width, int64_t first, int64_t last, void* turned, int64_t turned_row) {
+  using T = typename V::element;
+  constexpr int L = V::lanes;
+  for (int64_t k = first; k < last; k += L)
+    for (int64_t c = 0; c < width; c += L) {
+      const int rows = int(last - k < L ? last - k : L), columns = int(width - c < L ? width - c : L);
+      V square[L];
+      for (int i = 0; i < L; ++i) square[i] = i < rows ? V::load(static_cast<const T*>(numbers) + (k + i) * row + c, columns) : V(0);
+      transpose(square);
+      for (int i = 0; i < columns; ++i) square[i].store(static_cast<T*>(turned) + (c + i) * turned_row + k, rows);
+    }
+}
+
+template <class V>
+void merge(const void* sums, void* const* rows, int count, int64_t unit, int blocks, int64_t width, bool onto) {
+  using T = typename V::element;
+  constexpr int L = V::lanes;
+  for (int r = 0; r < count; ++r)
+    for (int b = 0; b < blocks && unit + b * L < width; ++b) {
+      const int n = int(width - unit - b * L < L ? width - unit - b * L : L);
+      T* const to = static_cast<T*>(rows[r]) + unit + b * L;
+      const V x = V::load(static_cast<const T*>(sums) + (r * blocks + b) * L);
+      (onto ? V::load(to, n) + x : x).store(to, n);
+    }
+}
+
+template <class V, class S>
 void put(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
          void* gates, int64_t gates_row) {
   using T = typename V::element;
@@ -134,7 +169,7 @@ void put(const void* sums, const int64_t* tokens, int count, int64_t unit, int b
         const int64_t at = c * hidden + unit + b * L;
         const int n = int(hidden - unit - b * L < L ? hidden - unit - b * L : L);
         V x = V::load(sum + ((r * blocks + b) * columns + c) * L);
-        if (bias) x = x + V::load(static_cast<const S*>(bias) + at, n);
+        if (bias) x = x + V::load(static_cast<const T*>(bias) + at, n);
         x.store(static_cast<S*>(gates) + tokens[r] * gates_row + at, n);
       }
 }
@@ -246,14 +281,14 @@ constexpr void add_products(NumberOps& ops) {
 
 template <class V, int registers>
 constexpr NumberOps number_ops() {
-  NumberOps ops{V::lanes, registers, {}, add<V>};
+  NumberOps ops{V::lanes, registers, {}, add<V, typename V::element>, multiply_add<V>, turn<V>, merge<V>};
   add_products<V, registers>(ops);
   return ops;
 }
 
 template <class V, class S>
 constexpr StorageOps storage_ops() {
-  return {pack<V, S>, pack_transposed<V, S>, put<V, S>, load<V, S>, store<V, S>};
+  return {pack<V, S>, spread<V, S>, put<V, S>, load<V, S>, add<V, S>, store<V, S>};
 }
 
 template <class Cell, class V, class S>

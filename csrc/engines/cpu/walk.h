@@ -56,13 +56,14 @@ class Walk {
 
   int64_t rows(int64_t t) const { return p.rows ? p.rows[t] : p.batch; }
   int64_t width(int state) const { return width_of(p, cell.state_width(state)); }
+  int64_t width_of_stage(int s) const { return width_of(p, cell.stage[s].width); }
   // The step that a walk from the sequence's start (in its own direction of time), or from its end, visits as its n-th.
   int64_t step(int64_t n, bool from_start) const { return p.reverse != from_start ? n : p.steps - 1 - n; }
 
   struct Member {
     int row_group, unit_group, row_groups, unit_groups;
     int id, members;
-    uint32_t round = 0;
+    uint32_t round = 0, team_round = 0;
   };
   Member member(int id, int members) const {
     // A team that came out smaller than planned shares the units; any cut gives the same bits.
@@ -70,21 +71,51 @@ class Walk {
     return {id / plan_.unit_groups, id % plan_.unit_groups, plan_.row_groups, plan_.unit_groups, id, members};
   }
   // Once by the team, before its first wait: only then is it known how many came.
-  void start(const Member& me) const {
-    if (me.id == 0)
-      for (int g = 0; g < me.row_groups; ++g) barriers[size_t(g)].start(me.unit_groups);
+  void start(const Member& me) {
+    if (me.id != 0) return;
+    for (int g = 0; g < me.row_groups; ++g) barriers[size_t(g)].start(me.unit_groups);
+    team.start(me.members);
   }
   void wait(Member& me) const {
     if (me.unit_groups > 1) barriers[size_t(me.row_group)].wait(me.round);
   }
+  void wait_all(Member& me) const { team.wait(me.team_round); }
 
   // Bytes of a row of numbers in the workspace.
   int64_t row_bytes(int64_t width) const { return padded(width, number_bytes) * number_bytes; }
 
-  void pack(const Member& me, StorageOps::Pack how, const Product& product, int blocks, const void* weights, void* packed) const {
+  // This member's share of the panels of weights [columns·units, depth], or of [depth, units].
+  void pack(const Member& me, const Product& product, int blocks, const void* weights, void* packed) const {
     if (!product.depth || p.complete) return;
     const int64_t panels = panel_count(m, product, blocks);
-    how(weights, product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), packed);
+    storage.pack(weights, product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), packed);
+  }
+  void pack_transposed(const Member& me, const Product& product, int blocks, const void* weights, void* packed) const {
+    if (!product.depth || p.complete) return;
+    const int64_t panels = panel_count(m, product, blocks);
+    std::vector<const void*> rows(static_cast<size_t>(product.depth));
+    for (int64_t k = 0; k < product.depth; ++k) rows[size_t(k)] = at(weights, k * product.units * storage_bytes);
+    storage.spread(rows.data(), product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), 0, product.depth,
+                   packed);
+  }
+
+  // Rows [first, last), each where operand(row) says, times panels [begin, end); take(row, rows, unit, sums) gets each tile.
+  template <class Operand, class Take>
+  void multiply(const Product& product, int blocks, const void* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                const Operand& operand, const Take& take) const {
+    const int vectors = blocks * product.columns;
+    const int64_t count = last - first, tiles = ceil_div(count, tile_rows(m, vectors));
+    const int64_t panel_bytes = panel_elements(m, product, blocks) * number_bytes;
+    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    for (int64_t panel = begin; panel < end; ++panel)
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t row = first + split(count, tiles, tile);
+        const int n = int(first + split(count, tiles, tile + 1) - row);
+        const void* operands[kMaxTileRows];
+        for (int r = 0; r < n; ++r) operands[r] = operand(row + r);
+        ops.product[vectors - 1][n - 1](operands, at(packed, panel * panel_bytes), product.depth, sums);
+        take(row, n, panel * blocks * m.lanes, sums);
+      }
   }
 
   // This member's tiles of one stage: operand(row) times every panel of its own, each tile handed to pointwise(rows, unit, sums).
@@ -121,6 +152,15 @@ class Walk {
     return p.rows ? std::partition_point(p.rows, p.rows + p.steps, [&](int64_t rows) { return rows > row; }) - p.rows : p.steps;
   }
 
+  // This member's share of n things that lie side by side, cut at whole vectors.
+  template <class Range>
+  void each_vector(const Member& me, int64_t n, const Range& range) const {
+    const int64_t vectors = ceil_div(n, m.lanes);
+    const int64_t begin = std::min(n, split(vectors, me.members, me.id) * m.lanes);
+    const int64_t end = std::min(n, split(vectors, me.members, me.id + 1) * m.lanes);
+    if (begin < end) range(begin, end - begin);
+  }
+
   // Rows of a [B, width] matrix that are this member's to prepare or to finish.
   template <class Row>
   void each_row(const Member& me, const Row& row) const {
@@ -144,8 +184,9 @@ class Walk {
   const Layout memory;
   const int64_t storage_bytes, number_bytes;
   Product products[kMaxStages], inputs[kMaxStages];
-  std::vector<int64_t> offsets;  // [T + 1]: token of each step's row 0
-  std::unique_ptr<Barrier[]> barriers;
+  std::vector<int64_t> offsets;               // [T + 1]: token of each step's row 0
+  const std::unique_ptr<Barrier[]> barriers;  // one a row group
+  mutable Barrier team;
 };
 
 }  // namespace rnnkernels::cpu

@@ -1,0 +1,215 @@
+// What backward owes besides the recurrence: the sums over all tokens that are the gradients of the weights, biases and vectors, and the
+// gradient of the input. Taken in rounds, while a round's gate gradients are still in the cache. Rounds are cut the same for any number of
+// threads, and each sum is added up in the order of the rounds.
+#pragma once
+
+#include "engines/cpu/walk.h"
+
+namespace rnnkernels::cpu {
+
+class Gradients {
+ public:
+  Gradients(const Walk& walk, const Backward& backward)
+      : w(walk),
+        g(backward),
+        slots(w.cell.slots * w.p.hidden),
+        x_slots(w.cell.input_slots() * w.p.hidden),
+        numbers(at(g.workspace, w.memory.grad_numbers)),
+        numbers_row(w.row_bytes(slots)),
+        turned(at(g.workspace, w.memory.grad_turned)),
+        turned_row(w.row_bytes(w.plan_.grad_chunk * w.p.batch)),
+        sums_slots(g.grad_bias_ih || g.grad_bias_hh || any_vector()),
+        sums_weights(g.grad_weight_ih || any_weight()),
+        wanted(!w.p.complete && (g.grad_input || sums_slots || sums_weights)) {}
+
+  void start(const Walk::Member& me) const {
+    if (!wanted) return;
+    if (g.grad_input)
+      w.pack_transposed(me, grad_input_product(w.cell, w.p), w.plan_.grad_input_blocks, g.weight_ih, at(g.workspace, w.memory.grad_packed));
+    w.each_vector(me, slots, [&](int64_t begin, int64_t n) { std::memset(slot_sums(begin), 0, size_t(n * w.number_bytes)); });
+    w.each_vector(me, w.cell.vectors * w.p.hidden,
+                  [&](int64_t begin, int64_t n) { std::memset(vector_sums(begin), 0, size_t(n * w.number_bytes)); });
+  }
+
+  // After the walk's n-th step.
+  void add(Walk::Member& me, int64_t n) {
+    if (wanted && ((n + 1) % w.plan_.grad_chunk == 0 || n + 1 == w.p.steps)) round(me, n / w.plan_.grad_chunk * w.plan_.grad_chunk, n + 1);
+  }
+
+  // After the last round and a meeting of all members.
+  void finish(const Walk::Member& me) const {
+    if (!wanted) return;
+    w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
+      auto store = [&](const void* sums, void* to, int64_t block) {
+        if (to) w.storage.store(sums, n, at(to, (block * w.p.hidden + begin) * w.storage_bytes));
+      };
+      for (int i = 0, x = 0, h = 0; i < w.cell.slots; ++i) {
+        const void* sums = slot_sums(i * w.p.hidden + begin);
+        if (w.cell.slot[i].feeds & X) store(sums, g.grad_bias_ih, x++);
+        if (w.cell.in_stage(0, i) && (w.cell.slot[i].feeds & H)) store(sums, g.grad_bias_hh, h++);
+      }
+      for (int i = 0; i < w.cell.vectors; ++i) {
+        const PerUnit& vector = w.cell.vector[i];
+        store(vector.factor == Factor::One ? slot_sums(vector.slot * w.p.hidden + begin) : vector_sums(i * w.p.hidden + begin),
+              g.grad_vectors[i], 0);
+      }
+    });
+    if (w.storage_bytes == w.number_bytes) return;
+    auto convert = [&](const Matrix& matrix, void* to) {
+      const int64_t begin = split(matrix.rows, me.members, me.id), end = split(matrix.rows, me.members, me.id + 1);
+      if (to)
+        w.storage.store(at(matrix.sums, begin * matrix.width * w.number_bytes), (end - begin) * matrix.width,
+                        at(to, begin * matrix.width * w.storage_bytes));
+    };
+    convert(weight_ih(), g.grad_weight_ih);
+    for (int s = 0; s < w.cell.stages; ++s) convert(weight(s), g.grad_weights[s]);
+  }
+
+ private:
+  // The gradient of a matrix: where its sums are added up, and the panels of what it multiplied.
+  struct Matrix {
+    int64_t rows, width;
+    int blocks;
+    void *sums, *panels;
+  };
+  Matrix weight_ih() const {
+    void* sums = w.storage_bytes == w.number_bytes ? g.grad_weight_ih : at(g.workspace, w.memory.grad_weight_ih);
+    return {x_slots, w.p.input, w.plan_.grad_weight_ih_blocks, sums, at(g.workspace, w.memory.grad_input)};
+  }
+  Matrix weight(int s) const {
+    void* sums = w.storage_bytes == w.number_bytes ? g.grad_weights[s] : at(g.workspace, w.memory.grad_weights[s]);
+    return {w.cell.hidden_slots(s) * w.width_of_stage(s), operand_width(w.cell, w.p, s), w.plan_.grad_weight_blocks[s], sums,
+            at(g.workspace, w.memory.grad_operand[s])};
+  }
+  void* slot_sums(int64_t at_) const { return at(g.workspace, w.memory.grad_slots + at_ * w.number_bytes); }
+  void* vector_sums(int64_t at_) const { return at(g.workspace, w.memory.grad_vectors + at_ * w.number_bytes); }
+  const void* numbers_of(int64_t k) const { return at(static_cast<const void*>(numbers), k * numbers_row); }
+
+  bool any_vector() const {
+    return std::any_of(g.grad_vectors, g.grad_vectors + w.cell.vectors, [](void* to) { return to != nullptr; });
+  }
+  bool any_weight() const {
+    return std::any_of(g.grad_weights, g.grad_weights + w.cell.stages, [](void* to) { return to != nullptr; });
+  }
+
+  // State i before row b of step t; null for zero.
+  const void* before(int i, int64_t t, int64_t b) const {
+    const int64_t step = w.p.reverse ? t + 1 : t - 1, row_bytes = w.width(i) * w.storage_bytes;
+    if (step < 0 || step >= w.p.steps || b >= w.rows(step)) return at(g.initial[i], b * row_bytes);
+    return at(i == 0 ? g.output : g.history[i], (w.offsets[size_t(step)] + b) * row_bytes);
+  }
+  // What stage s's matrix multiplied in that row.
+  const void* operand(int s, int64_t t, int64_t b) const {
+    const int kept = w.cell.stage[s].operand;
+    if (kept == kPreviousState) return before(0, t, b);
+    return at(g.kept, ((w.offsets[size_t(t)] + b) * w.cell.room() + kept) * w.p.hidden * w.storage_bytes);
+  }
+
+  void round(Walk::Member& me, int64_t n0, int64_t n1) {
+    const int64_t t0 = std::min(w.step(n0, false), w.step(n1 - 1, false)), t1 = t0 + n1 - n0;
+    const int64_t token = w.offsets[size_t(t0)], count = w.offsets[size_t(t1)] - token;
+    w.wait_all(me);  // until the gate gradients are there and nobody multiplies with the last round's panels
+    prepare(me, t0, t1, token, count);
+    w.wait_all(me);
+    if (sums_slots) add_slots(me, t0, t1, count);
+    if (g.grad_weight_ih) add_weight(me, weight_ih(), count, n0 > 0, [](int64_t row) { return row; });
+    for (int s = 0; s < w.cell.stages; ++s) {
+      if (!g.grad_weights[s]) continue;
+      int slot_of[kMaxSlots];
+      for (int i = 0, n = 0; i < w.cell.slots; ++i)
+        if (w.cell.in_stage(s, i) && (w.cell.slot[i].feeds & H)) slot_of[n++] = i;
+      const int64_t width = w.width_of_stage(s);
+      add_weight(me, weight(s), count, n0 > 0, [&](int64_t row) { return slot_of[row / width] * w.p.hidden + row % width; });
+    }
+    if (g.grad_input) {
+      int64_t places[kMaxTileRows];
+      w.multiply(
+          grad_input_product(w.cell, w.p), w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0,
+          panel_count(w.m, grad_input_product(w.cell, w.p), w.plan_.grad_input_blocks), split(count, me.members, me.id),
+          split(count, me.members, me.id + 1), [&](int64_t k) { return numbers_of(k); },
+          [&](int64_t first, int n, int64_t unit, const void* sums) {
+            for (int r = 0; r < n; ++r) places[r] = token + first + r;
+            w.storage.put(sums, places, n, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input);
+          });
+    }
+  }
+
+  // This member's tokens, as numbers, turned, and laid into panels.
+  void prepare(const Walk::Member& me, int64_t t0, int64_t t1, int64_t token, int64_t count) const {
+    w.each_vector(me, count, [&](int64_t begin, int64_t n) {
+      const int64_t end = begin + n;
+      for (int64_t k = begin; k < end; ++k)
+        w.storage.load(at(g.grad_gates, (token + k) * w.cell.room() * w.p.hidden * w.storage_bytes), slots, at(numbers, k * numbers_row));
+      if (!sums_weights) return;
+      w.ops.turn(numbers, numbers_row / w.number_bytes, slots, begin, end, turned, turned_row / w.number_bytes);
+      std::vector<const void*> rows(static_cast<size_t>(count));
+      auto lay = [&](const Matrix& matrix) {
+        const Product product = grad_weight_product(matrix.width, count);
+        w.storage.spread(rows.data(), product, matrix.blocks, 0, panel_count(w.m, product, matrix.blocks), begin, end, matrix.panels);
+      };
+      if (g.grad_weight_ih) {
+        for (int64_t k = begin; k < end; ++k) rows[size_t(k)] = at(g.input, (token + k) * w.p.input * w.storage_bytes);
+        lay(weight_ih());
+      }
+      for (int s = 0; s < w.cell.stages; ++s) {
+        if (!g.grad_weights[s]) continue;
+        int64_t k = 0;
+        for (int64_t t = t0; t < t1; ++t)
+          for (int64_t b = 0; b < w.rows(t); ++b, ++k)
+            if (k >= begin && k < end) rows[size_t(k)] = operand(s, t, b);
+        lay(weight(s));
+      }
+    });
+  }
+
+  void add_slots(const Walk::Member& me, int64_t t0, int64_t t1, int64_t count) const {
+    w.each_vector(me, slots, [&](int64_t begin, int64_t n) {
+      for (int64_t k = 0; k < count; ++k) w.ops.add(at(numbers_of(k), begin * w.number_bytes), n, slot_sums(begin));
+    });
+    w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
+      std::vector<double> factor(static_cast<size_t>(n));  // room for n numbers of either kind
+      for (int i = 0; i < w.cell.vectors; ++i) {
+        const PerUnit& vector = w.cell.vector[i];
+        if (!g.grad_vectors[i] || vector.factor == Factor::One) continue;
+        int64_t k = 0;
+        for (int64_t t = t0; t < t1; ++t)
+          for (int64_t b = 0; b < w.rows(t); ++b, ++k) {
+            const void* states = vector.state == 0 ? g.output : g.history[vector.state];
+            const void* state = vector.factor == Factor::OldState
+                                    ? before(vector.state, t, b)
+                                    : at(states, (w.offsets[size_t(t)] + b) * w.width(vector.state) * w.storage_bytes);
+            if (!state) continue;
+            w.storage.load(at(state, begin * w.storage_bytes), n, factor.data());
+            w.ops.multiply_add(factor.data(), at(numbers_of(k), (vector.slot * w.p.hidden + begin) * w.number_bytes), n,
+                               vector_sums(i * w.p.hidden + begin));
+          }
+      }
+    });
+  }
+
+  // row_of(row of the matrix): the unit of all slots whose gate gradients it sums up.
+  template <class RowOf>
+  void add_weight(const Walk::Member& me, const Matrix& matrix, int64_t count, bool onto, const RowOf& row_of) const {
+    const Product product = grad_weight_product(matrix.width, count);
+    w.multiply(
+        product, matrix.blocks, matrix.panels, 0, panel_count(w.m, product, matrix.blocks), split(matrix.rows, me.members, me.id),
+        split(matrix.rows, me.members, me.id + 1),
+        [&](int64_t row) { return at(static_cast<const void*>(turned), row_of(row) * turned_row); },
+        [&](int64_t first, int n, int64_t unit, const void* sums) {
+          void* rows[kMaxTileRows];
+          for (int r = 0; r < n; ++r) rows[r] = at(matrix.sums, (first + r) * matrix.width * w.number_bytes);
+          w.ops.merge(sums, rows, n, unit, matrix.blocks, matrix.width, onto);
+        });
+  }
+
+  const Walk& w;
+  const Backward& g;
+  const int64_t slots, x_slots;  // units of all slots, and of those that the input feeds, which come first
+  void* const numbers;
+  const int64_t numbers_row;  // bytes
+  void* const turned;
+  const int64_t turned_row;
+  const bool sums_slots, sums_weights, wanted;
+};
+
+}  // namespace rnnkernels::cpu
