@@ -52,10 +52,8 @@ void forward(const Forward& f, const Page& page) {
       ForwardStep step{};
       step.hidden = p.hidden;
       step.output = p.output;
-      step.gates = input.of(n);
-      step.gates_row = input.row;
       step.complete = p.complete;
-      step.kept = p.training ? at(f.gates, token * input.row * w.storage_bytes) : nullptr;
+      step.kept = p.training ? at(f.gates, token * f.gates_row * w.storage_bytes) : nullptr;
       step.between = at(f.workspace, w.memory.between);
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = f.vectors[i];
       step.previous[0] = h[n & 1];
@@ -66,6 +64,10 @@ void forward(const Forward& f, const Page& page) {
         step.history[i] = at(f.history[i], token * w.width(i) * w.storage_bytes);
       }
       for (int s = 0; s < w.cell.stages; ++s) {
+        const InputGates::Place gates = input.of(me, n, s);
+        step.gates = gates.gates;
+        step.gates_row = gates.row;
+        step.gates_slot = gates.slot;
         const int operand = w.cell.stage[s].operand;
         const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden);
         w.tiles(

@@ -129,7 +129,7 @@ class Gradients {
           split(count, me.members, me.id + 1), [&](int64_t k) { return numbers_of(k); },
           [&](int64_t first, int n, int64_t unit, const void* sums) {
             for (int r = 0; r < n; ++r) places[r] = token + first + r;
-            w.storage.put(sums, places, n, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input);
+            w.storage.put(sums, places, n, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
           });
     }
   }

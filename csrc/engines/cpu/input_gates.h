@@ -8,13 +8,7 @@ namespace rnnkernels::cpu {
 // The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody.
 class InputGates {
  public:
-  InputGates(const Walk& walk, const Forward& forward)
-      : row(walk.p.training || walk.p.complete ? forward.gates_row : walk.cell.input_slots() * walk.p.hidden),
-        w(walk),
-        f(forward),
-        bias(at(f.workspace, w.memory.bias)) {}
-
-  const int64_t row;  // elements from a token's gates to the next one's
+  InputGates(const Walk& walk, const Forward& forward) : w(walk), f(forward), bias(at(f.workspace, w.memory.bias)) {}
 
   void start(const Walk::Member& me) const {
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
@@ -26,19 +20,24 @@ class InputGates {
         h += u;
       }
     });
-    int64_t slots = 0;
     for (int s = 0; s < w.cell.stages; ++s) {
-      const void* weights = at(f.weight_ih, slots * w.p.hidden * w.p.input * w.storage_bytes);
+      const void* weights = at(f.weight_ih, w.first_input_slot(s) * w.p.hidden * w.p.input * w.storage_bytes);
       w.pack(me, w.inputs[s], w.plan_.input_blocks[s], weights, at(f.workspace, w.memory.packed_input[s]));
-      slots += w.cell.input_slots(s);
     }
   }
 
-  // Where the gates of the walk's n-th step lie. For inference a chunk's steps are B rows apart, ragged or not: members may be in different
-  // chunks.
-  void* of(int64_t n) const {
-    if (w.p.training || w.p.complete) return at(f.gates, w.offsets[size_t(w.step(n, true))] * row * w.storage_bytes);
-    return at(f.workspace, w.memory.gates + n % w.plan_.chunk * w.p.batch * row * w.storage_bytes);
+  // Where stage s finds the gates of the walk's n-th step: `gates` is row 0, slot 0, unit 0. For inference each member has a region of its
+  // own, a chunk of its rows and units: what one core writes next to another's memory, prefetchers carry back and forth.
+  struct Place {
+    void* gates;
+    int64_t row, slot;  // elements from a row, from a slot to the next
+  };
+  Place of(const Walk::Member& me, int64_t n, int s) const {
+    if (w.p.training || w.p.complete)
+      return {at(f.gates, w.offsets[size_t(w.step(n, true))] * f.gates_row * w.storage_bytes), f.gates_row, w.p.hidden};
+    Place place = region(me, s);
+    place.gates = at(place.gates, row_in_chunk(me, n % w.plan_.chunk) * place.row * w.storage_bytes);
+    return place;
   }
 
   void make(const Walk::Member& me, int64_t n0, std::vector<int64_t>& places, std::vector<const void*>& operands) const {
@@ -49,8 +48,10 @@ class InputGates {
     char* numbers = static_cast<char*>(f.workspace) + w.memory.numbers + me.id * w.plan_.chunk * w.p.batch * w.p.input * w.number_bytes;
     for (int64_t n = n0; n < std::min(n0 + w.plan_.chunk, w.p.steps); ++n) {
       const int64_t t = w.step(n, true), token = w.offsets[size_t(t)];
-      for (int64_t b = me.row_group; b < w.rows(t); b += me.row_groups) {
-        places.push_back(w.p.training ? token + b : (n - n0) * w.p.batch + b);
+      const Walk::Rows mine = w.rows_of(me, w.rows(t));
+      for (int64_t i = 0; i < mine.count; ++i) {
+        const int64_t b = mine[i];
+        places.push_back(w.p.training ? token + b : row_in_chunk(me, n - n0) + b);
         const void* x = at(f.input, (token + b) * input_bytes);
         if (convert) {
           w.storage.load(x, w.p.input, numbers);
@@ -60,11 +61,9 @@ class InputGates {
         operands.push_back(x);
       }
     }
-    void* const gates = w.p.training ? f.gates : at(f.workspace, w.memory.gates);
-    int64_t first_slot = 0;
     for (int s = 0; s < w.cell.stages; ++s) {
-      make_stage(me, s, first_slot, places, operands, gates);
-      first_slot += w.cell.input_slots(s);
+      const Place to = w.p.training ? Place{f.gates, f.gates_row, w.p.hidden} : region(me, s);
+      make_stage(me, s, places, operands, to);
     }
   }
 
@@ -76,21 +75,37 @@ class InputGates {
       std::memset(to, 0, size_t(n * w.number_bytes));
   }
 
-  void make_stage(const Walk::Member& me, int s, int64_t first_slot, const std::vector<int64_t>& places,
-                  const std::vector<const void*>& operands, void* gates) const {
+  // A chunk's rows lie row group by row group, except that a ragged batch's groups take turns.
+  int64_t row_in_chunk(const Walk::Member& me, int64_t k) const {
+    if (w.p.rows) return k * w.p.batch;
+    const Walk::Rows mine = w.rows_of(me, w.p.batch);
+    return (w.plan_.chunk - 1) * mine.first + k * mine.count;
+  }
+
+  // Rows count from the chunk's first.
+  Place region(const Walk::Member& me, int s) const {
+    const Walk::Units own = w.units_of(me, s);
+    const int64_t first = w.first_input_slot(s), slots = w.cell.input_slots(s), width = own.end - own.begin;
+    const int64_t begin = w.plan_.chunk * w.p.batch * (first * w.p.hidden + slots * own.begin);
+    return {at(f.workspace, w.memory.gates + (begin - first * width - own.begin) * w.storage_bytes), slots * width, width};
+  }
+
+  void make_stage(const Walk::Member& me, int s, const std::vector<int64_t>& places, const std::vector<const void*>& operands,
+                  const Place& to) const {
     const Product& product = w.inputs[s];
     if (!product.columns) return;
     const int blocks = w.plan_.input_blocks[s], finer = w.plan_.blocks[s] / blocks;
     const int64_t owned = panel_count(w.m, w.products[s], w.plan_.blocks[s]), all = panel_count(w.m, product, blocks);
     const int64_t begin = split(owned, me.unit_groups, me.unit_group) * finer;
     const int64_t end = std::min(split(owned, me.unit_groups, me.unit_group + 1) * finer, all);
-    const int64_t slot_bytes = first_slot * w.p.hidden * w.storage_bytes;
+    const int64_t first_slot = w.first_input_slot(s);
     w.multiply(
         product, blocks, at(f.workspace, w.memory.packed_input[s]), begin, end, 0, int64_t(places.size()),
         [&](int64_t row) { return operands[size_t(row)]; },
         [&](int64_t first, int n, int64_t unit, const void* sums) {
           w.storage.put(sums, &places[size_t(first)], n, unit, blocks, product.columns, w.p.hidden,
-                        at(bias, first_slot * w.p.hidden * w.number_bytes), at(gates, slot_bytes), row);
+                        at(bias, first_slot * w.p.hidden * w.number_bytes), at(to.gates, first_slot * to.slot * w.storage_bytes), to.row,
+                        to.slot);
         });
   }
 

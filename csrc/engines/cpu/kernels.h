@@ -159,18 +159,18 @@ void merge(const void* sums, void* const* rows, int count, int64_t unit, int blo
 
 template <class V, class S>
 void put(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
-         void* gates, int64_t gates_row) {
+         void* gates, int64_t gates_row, int64_t gates_slot) {
   using T = typename V::element;
   constexpr int L = V::lanes;
   const T* sum = static_cast<const T*>(sums);
   for (int r = 0; r < count; ++r)
     for (int b = 0; b < blocks && unit + b * L < hidden; ++b)
       for (int c = 0; c < columns; ++c) {
-        const int64_t at = c * hidden + unit + b * L;
+        const int64_t u = unit + b * L;
         const int n = int(hidden - unit - b * L < L ? hidden - unit - b * L : L);
         V x = V::load(sum + ((r * blocks + b) * columns + c) * L);
-        if (bias) x = x + V::load(static_cast<const T*>(bias) + at, n);
-        x.store(static_cast<S*>(gates) + tokens[r] * gates_row + at, n);
+        if (bias) x = x + V::load(static_cast<const T*>(bias) + c * hidden + u, n);
+        x.store(static_cast<S*>(gates) + tokens[r] * gates_row + c * gates_slot + u, n);
       }
 }
 
@@ -194,7 +194,7 @@ void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, con
       V a[cell.slots], s[cell.states], s1[cell.states], k[cell.kept];
       for (int i = 0; i < cell.slots; ++i) {
         if (!cell.in_stage(stage, i)) continue;
-        a[i] = (cell.slot[i].feeds & X) || step.complete ? V::load(gates + i * step.hidden, n) : V(0);
+        a[i] = (cell.slot[i].feeds & X) || step.complete ? V::load(gates + i * step.gates_slot, n) : V(0);
         if ((cell.slot[i].feeds & H) && sum) a[i] = a[i] + V::load(sum + cell.hidden_slots(stage, i) * L);
       }
       for (int i = 0; i < cell.states; ++i)

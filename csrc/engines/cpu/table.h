@@ -19,7 +19,7 @@ struct RowSet {
 struct ForwardStep {
   int64_t hidden, output;
   const void* gates;  // storage
-  int64_t gates_row;
+  int64_t gates_row, gates_slot;
   bool complete;                     // the gates hold every slot, with U's part
   void* kept;                        // storage, rows of room()·H
   void* between;                     // numbers, rows of kept·H; null for cells of one stage
@@ -63,9 +63,9 @@ struct StorageOps {
   // Rows [first, last) of panels [begin, end) of a matrix [depth, units] given by the addresses of its rows, null for zeros.
   void (*spread)(const void* const* rows, const Product&, int blocks, int64_t begin, int64_t end, int64_t first, int64_t last,
                  void* packed);
-  // gates[token][column·H + unit…] = sums + bias, for the tokens of a tile; the bias as numbers, null for zero.
+  // gates[token][column][unit…] = sums + bias, for the tokens of a tile; the bias as numbers, null for zero.
   void (*put)(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
-              void* gates, int64_t gates_row);
+              void* gates, int64_t gates_row, int64_t gates_slot);
   void (*load)(const void* storage, int64_t n, void* numbers);
   void (*add)(const void* storage, int64_t n, void* numbers);
   void (*store)(const void* numbers, int64_t n, void* storage);

@@ -81,6 +81,35 @@ class Walk {
   }
   void wait_all(Member& me) const { team.wait(me.team_round); }
 
+  // A row group's rows of a step. They lie side by side, since what one core writes another's prefetcher would fetch; but in a ragged batch
+  // the groups take turns, so that all stay busy to the end.
+  struct Rows {
+    int64_t first, count;
+    int stride;
+    int64_t operator[](int64_t i) const { return first + i * stride; }
+  };
+  Rows rows_of(const Member& me, int64_t active) const {
+    if (p.rows) return {me.row_group, active > me.row_group ? ceil_div(active - me.row_group, me.row_groups) : 0, me.row_groups};
+    const int64_t first = split(active, me.row_groups, me.row_group);
+    return {first, split(active, me.row_groups, me.row_group + 1) - first, 1};
+  }
+
+  // The units of stage s that a unit group owns: whole panels.
+  struct Units {
+    int64_t begin, end;
+  };
+  Units units_of(const Member& me, int s) const {
+    const int64_t panels = panel_count(m, products[s], plan_.blocks[s]), panel_units = plan_.blocks[s] * m.lanes;
+    return {std::min(products[s].units, split(panels, me.unit_groups, me.unit_group) * panel_units),
+            std::min(products[s].units, split(panels, me.unit_groups, me.unit_group + 1) * panel_units)};
+  }
+  // The input's slots come first, stage by stage.
+  int64_t first_input_slot(int s) const {
+    int64_t first = 0;
+    for (int i = 0; i < s; ++i) first += cell.input_slots(i);
+    return first;
+  }
+
   // Bytes of a row of numbers in the workspace.
   int64_t row_bytes(int64_t width) const { return padded(width, number_bytes) * number_bytes; }
 
@@ -127,16 +156,16 @@ class Walk {
     const int blocks = plan_.blocks[s], vectors = blocks * std::max(product.columns, 1);
     const int64_t panels = panel_count(m, product, blocks);
     const int64_t begin = split(panels, me.unit_groups, me.unit_group), end = split(panels, me.unit_groups, me.unit_group + 1);
-    const int64_t mine = active > me.row_group ? ceil_div(active - me.row_group, me.row_groups) : 0;
-    const int64_t tile_count = ceil_div(mine, tile_rows(m, vectors));
+    const Rows mine = rows_of(me, active);
+    const int64_t tile_count = ceil_div(mine.count, tile_rows(m, vectors));
     const int64_t panel_bytes = panel_elements(m, product, blocks) * number_bytes;
     multiply = multiply && product.depth;
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
     for (int64_t i = begin; i < end; ++i) {
       const int64_t panel = backwards ? end - 1 - (i - begin) : i;
       for (int64_t tile = 0; tile < tile_count; ++tile) {
-        const int64_t first = split(mine, tile_count, tile), last = split(mine, tile_count, tile + 1);
-        const RowSet set{me.row_group + first * me.row_groups, int(last - first), me.row_groups};
+        const int64_t first = split(mine.count, tile_count, tile), last = split(mine.count, tile_count, tile + 1);
+        const RowSet set{mine[first], int(last - first), mine.stride};
         if (multiply) {
           const void* operands[kMaxTileRows];
           for (int r = 0; r < set.count; ++r) operands[r] = operand(set[r]);
