@@ -62,6 +62,7 @@ struct Machine {
   int64_t grad_tokens = 256;        // of gate gradients between two rounds of products: long enough for their sums to be written seldom
   int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
   double barrier_ns = 250, fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
+  double line_ns = 5;                                          // a cache line that another core has written
 };
 
 struct Schedule {
@@ -154,7 +155,10 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
         while (s.input_blocks[stage] > 1 && s.input_blocks[stage] * cell.input_slots(stage) > kMaxVectorsPerPanel)
           s.input_blocks[stage] /= 2;
         step += product_ns(m, product, s.blocks[stage], rows, unit_groups);
-        if (product.depth && unit_groups > 1) step += m.barrier_ns + 50 * (unit_groups - 2);
+        if (product.depth && unit_groups > 1) {
+          const double theirs = double(product.depth) * (unit_groups - 1) / unit_groups;
+          step += m.barrier_ns + 50 * (unit_groups - 2) + double(rows) * theirs * m.number_bytes / 64 * m.line_ns;
+        }
         if (!backward && !p.complete) {
           const Product in = input_product(cell, p, stage);
           input += product_ns(m, in, s.input_blocks[stage], rows * p.steps, unit_groups);
@@ -198,7 +202,7 @@ struct Layout {
   int64_t gates;                // inference: input gates of a chunk, storage type, [chunk][B][X slots · H]
   int64_t bias;                 // forward: of the input's slots, as numbers
   int64_t numbers;              // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
-  // Backward's products, for K = grad_chunk · B tokens: gate gradients as numbers [K][slots·H] and turned [slots·H][K], panels of the
+  // Backward's products, for K = grad_chunk · B tokens: gate gradients as numbers [K][X slots·H] and turned [slots·H][K], panels of the
   // input, of each stage's operand and of W; sums over the slots and vectors; for half types sums of the weights' gradients.
   int64_t grad_numbers, grad_turned, grad_input, grad_operand[kMaxStages], grad_packed, grad_slots, grad_vectors, grad_weight_ih,
       grad_weights[kMaxStages];
@@ -232,7 +236,7 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   const int64_t tokens = gradients ? s.grad_chunk * p.batch : 0, units = gradients ? cell.slots * p.hidden : 0;
   const auto matrix = [&](int64_t n, int64_t width) { return n * padded(width, m.number_bytes) * m.number_bytes; };
   const bool sums = gradients && storage != m.number_bytes;
-  l.grad_numbers = l.take(matrix(tokens, units));
+  l.grad_numbers = l.take(gradients ? matrix(tokens, cell.input_slots() * p.hidden) : 0);
   l.grad_turned = l.take(matrix(units, tokens));
   l.grad_input = l.take(gradients ? panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks) : 0);
   l.grad_packed = l.take(gradients ? panels(grad_input_product(cell, p), s.grad_input_blocks) : 0);

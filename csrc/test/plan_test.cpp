@@ -73,7 +73,7 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
       if (panel_count(m, q, blocks) * blocks * m.lanes < q.units) where("gradients without a panel");
       return panel_count(m, q, blocks) * panel_elements(m, q, blocks) * number;
     };
-    parts.push_back({l.grad_numbers, tokens * padded(slots, number) * number});
+    parts.push_back({l.grad_numbers, tokens * padded(cell.input_slots() * p.hidden, number) * number});
     parts.push_back({l.grad_turned, slots * padded(tokens, number) * number});
     parts.push_back({l.grad_input, panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks)});
     parts.push_back({l.grad_packed, panels(grad_input_product(cell, p), s.grad_input_blocks)});

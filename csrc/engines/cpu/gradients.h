@@ -15,7 +15,7 @@ class Gradients {
         slots(w.cell.slots * w.p.hidden),
         x_slots(w.cell.input_slots() * w.p.hidden),
         numbers(at(g.workspace, w.memory.grad_numbers)),
-        numbers_row(w.row_bytes(slots)),
+        numbers_row(w.row_bytes(x_slots)),
         turned(at(g.workspace, w.memory.grad_turned)),
         turned_row(w.row_bytes(w.plan_.grad_chunk * w.p.batch)),
         sums_slots(g.grad_bias_ih || g.grad_bias_hh || any_vector()),
@@ -83,7 +83,6 @@ class Gradients {
   }
   void* slot_sums(int64_t at_) const { return at(g.workspace, w.memory.grad_slots + at_ * w.number_bytes); }
   void* vector_sums(int64_t at_) const { return at(g.workspace, w.memory.grad_vectors + at_ * w.number_bytes); }
-  const void* numbers_of(int64_t k) const { return at(static_cast<const void*>(numbers), k * numbers_row); }
 
   bool any_vector() const {
     return std::any_of(g.grad_vectors, g.grad_vectors + w.cell.vectors, [](void* to) { return to != nullptr; });
@@ -109,39 +108,32 @@ class Gradients {
     const int64_t t0 = std::min(w.step(n0, false), w.step(n1 - 1, false)), t1 = t0 + n1 - n0;
     const int64_t token = w.offsets[size_t(t0)], count = w.offsets[size_t(t1)] - token;
     w.wait_all(me);  // until the gate gradients are there and nobody multiplies with the last round's panels
-    prepare(me, t0, t1, token, count);
+    lay_panels(me, t0, t1, token, count);
+    if (sums_weights) turn(me, token, count);
+    if (g.grad_input) load_numbers(me, token, count);
+    if (sums_slots) add_slots(me, t0, t1, token, count);
     w.wait_all(me);
-    if (sums_slots) add_slots(me, t0, t1, count);
-    if (g.grad_weight_ih) add_weight(me, weight_ih(), count, n0 > 0, [](int64_t row) { return row; });
+    if (g.grad_weight_ih) {
+      int slot_of[kMaxSlots];
+      for (int i = 0, n = 0; i < w.cell.slots; ++i)
+        if (w.cell.slot[i].feeds & X) slot_of[n++] = i;
+      add_weight(me, weight_ih(), w.p.hidden, slot_of, count, n0 > 0);
+    }
     for (int s = 0; s < w.cell.stages; ++s) {
       if (!g.grad_weights[s]) continue;
       int slot_of[kMaxSlots];
       for (int i = 0, n = 0; i < w.cell.slots; ++i)
         if (w.cell.in_stage(s, i) && (w.cell.slot[i].feeds & H)) slot_of[n++] = i;
-      const int64_t width = w.width_of_stage(s);
-      add_weight(me, weight(s), count, n0 > 0, [&](int64_t row) { return slot_of[row / width] * w.p.hidden + row % width; });
+      add_weight(me, weight(s), w.width_of_stage(s), slot_of, count, n0 > 0);
     }
-    if (g.grad_input) {
-      int64_t places[kMaxTileRows];
-      w.multiply(
-          grad_input_product(w.cell, w.p), w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0,
-          panel_count(w.m, grad_input_product(w.cell, w.p), w.plan_.grad_input_blocks), split(count, me.members, me.id),
-          split(count, me.members, me.id + 1), [&](int64_t k) { return numbers_of(k); },
-          [&](int64_t first, int n, int64_t unit, const void* sums) {
-            for (int r = 0; r < n; ++r) places[r] = token + first + r;
-            w.storage.put(sums, places, n, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
-          });
-    }
+    if (g.grad_input) add_input(me, token, count);
   }
 
-  // This member's tokens, as numbers, turned, and laid into panels.
-  void prepare(const Walk::Member& me, int64_t t0, int64_t t1, int64_t token, int64_t count) const {
+  // The operands of the weights' gradients, this member's tokens of them, for all.
+  void lay_panels(const Walk::Member& me, int64_t t0, int64_t t1, int64_t token, int64_t count) const {
+    if (!sums_weights) return;
     w.each_vector(me, count, [&](int64_t begin, int64_t n) {
       const int64_t end = begin + n;
-      for (int64_t k = begin; k < end; ++k)
-        w.storage.load(at(g.grad_gates, (token + k) * w.cell.room() * w.p.hidden * w.storage_bytes), slots, at(numbers, k * numbers_row));
-      if (!sums_weights) return;
-      w.ops.turn(numbers, numbers_row / w.number_bytes, slots, begin, end, turned, turned_row / w.number_bytes);
       std::vector<const void*> rows(static_cast<size_t>(count));
       auto lay = [&](const Matrix& matrix) {
         const Product product = grad_weight_product(matrix.width, count);
@@ -162,43 +154,75 @@ class Gradients {
     });
   }
 
-  void add_slots(const Walk::Member& me, int64_t t0, int64_t t1, int64_t count) const {
+  // What follows is private to a member until the sums are done: the gate gradients of its units, turned, and of its tokens, as numbers.
+  const void* gates_of(int64_t token) const { return at(g.grad_gates, token * w.cell.room() * w.p.hidden * w.storage_bytes); }
+
+  void turn(const Walk::Member& me, int64_t token, int64_t count) const {
+    w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
+      for (int i = 0; i < w.cell.slots; ++i) {
+        const int64_t unit = i * w.p.hidden + begin;
+        w.storage.turn(at(gates_of(token), unit * w.storage_bytes), w.cell.room() * w.p.hidden, n, count, at(turned, unit * turned_row),
+                       turned_row / w.number_bytes);
+      }
+    });
+  }
+
+  void load_numbers(const Walk::Member& me, int64_t token, int64_t count) const {
+    for (int64_t k = split(count, me.members, me.id); k < split(count, me.members, me.id + 1); ++k)
+      w.storage.load(gates_of(token + k), x_slots, at(numbers, k * numbers_row));
+  }
+
+  void add_slots(const Walk::Member& me, int64_t t0, int64_t t1, int64_t token, int64_t count) const {
     w.each_vector(me, slots, [&](int64_t begin, int64_t n) {
-      for (int64_t k = 0; k < count; ++k) w.ops.add(at(numbers_of(k), begin * w.number_bytes), n, slot_sums(begin));
+      for (int64_t k = 0; k < count; ++k) w.storage.add(at(gates_of(token + k), begin * w.storage_bytes), n, slot_sums(begin));
     });
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
-      std::vector<double> factor(static_cast<size_t>(n));  // room for n numbers of either kind
+      std::vector<double> gate(static_cast<size_t>(n)), factor(static_cast<size_t>(n));  // room for n numbers of either kind
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
         if (!g.grad_vectors[i] || vector.factor == Factor::One) continue;
-        int64_t k = 0;
         for (int64_t t = t0; t < t1; ++t)
-          for (int64_t b = 0; b < w.rows(t); ++b, ++k) {
+          for (int64_t b = 0; b < w.rows(t); ++b) {
+            const int64_t place = w.offsets[size_t(t)] + b;
             const void* states = vector.state == 0 ? g.output : g.history[vector.state];
-            const void* state = vector.factor == Factor::OldState
-                                    ? before(vector.state, t, b)
-                                    : at(states, (w.offsets[size_t(t)] + b) * w.width(vector.state) * w.storage_bytes);
+            const void* state = vector.factor == Factor::OldState ? before(vector.state, t, b)
+                                                                  : at(states, place * w.width(vector.state) * w.storage_bytes);
             if (!state) continue;
             w.storage.load(at(state, begin * w.storage_bytes), n, factor.data());
-            w.ops.multiply_add(factor.data(), at(numbers_of(k), (vector.slot * w.p.hidden + begin) * w.number_bytes), n,
-                               vector_sums(i * w.p.hidden + begin));
+            w.storage.load(at(gates_of(place), (vector.slot * w.p.hidden + begin) * w.storage_bytes), n, gate.data());
+            w.ops.multiply_add(factor.data(), gate.data(), n, vector_sums(i * w.p.hidden + begin));
           }
       }
     });
   }
 
-  // row_of(row of the matrix): the unit of all slots whose gate gradients it sums up.
-  template <class RowOf>
-  void add_weight(const Walk::Member& me, const Matrix& matrix, int64_t count, bool onto, const RowOf& row_of) const {
+  // `width` rows a slot, of which a member has those of its units.
+  void add_weight(const Walk::Member& me, const Matrix& matrix, int64_t width, const int* slot_of, int64_t count, bool onto) const {
     const Product product = grad_weight_product(matrix.width, count);
+    w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
+      const int64_t end = std::min(begin + n, width);
+      for (int64_t slot = 0; slot < matrix.rows / width && begin < end; ++slot)
+        w.multiply(
+            product, matrix.blocks, matrix.panels, 0, panel_count(w.m, product, matrix.blocks), begin, end,
+            [&](int64_t unit) { return at(static_cast<const void*>(turned), (slot_of[slot] * w.p.hidden + unit) * turned_row); },
+            [&](int64_t first, int rows, int64_t unit, const void* sums) {
+              void* to[kMaxTileRows];
+              for (int r = 0; r < rows; ++r) to[r] = at(matrix.sums, (slot * width + first + r) * matrix.width * w.number_bytes);
+              w.ops.merge(sums, to, rows, unit, matrix.blocks, matrix.width, onto);
+            });
+    });
+  }
+
+  void add_input(const Walk::Member& me, int64_t token, int64_t count) const {
+    const Product product = grad_input_product(w.cell, w.p);
+    int64_t places[kMaxTileRows];
     w.multiply(
-        product, matrix.blocks, matrix.panels, 0, panel_count(w.m, product, matrix.blocks), split(matrix.rows, me.members, me.id),
-        split(matrix.rows, me.members, me.id + 1),
-        [&](int64_t row) { return at(static_cast<const void*>(turned), row_of(row) * turned_row); },
-        [&](int64_t first, int n, int64_t unit, const void* sums) {
-          void* rows[kMaxTileRows];
-          for (int r = 0; r < n; ++r) rows[r] = at(matrix.sums, (first + r) * matrix.width * w.number_bytes);
-          w.ops.merge(sums, rows, n, unit, matrix.blocks, matrix.width, onto);
+        product, w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0, panel_count(w.m, product, w.plan_.grad_input_blocks),
+        split(count, me.members, me.id), split(count, me.members, me.id + 1),
+        [&](int64_t k) { return at(static_cast<const void*>(numbers), k * numbers_row); },
+        [&](int64_t first, int rows, int64_t unit, const void* sums) {
+          for (int r = 0; r < rows; ++r) places[r] = token + first + r;
+          w.storage.put(sums, places, rows, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
         });
   }
 

@@ -130,15 +130,15 @@ void spread(const void* const* rows, const Product& p, int blocks, int64_t begin
   }
 }
 
-template <class V>
-void turn(const void* numbers, int64_t row, int64_t width, int64_t first, int64_t last, void* turned, int64_t turned_row) {
+template <class V, class S>
+void turn(const void* storage, int64_t row, int64_t width, int64_t count, void* turned, int64_t turned_row) {
   using T = typename V::element;
   constexpr int L = V::lanes;
-  for (int64_t k = first; k < last; k += L)
+  for (int64_t k = 0; k < count; k += L)
     for (int64_t c = 0; c < width; c += L) {
-      const int rows = int(last - k < L ? last - k : L), columns = int(width - c < L ? width - c : L);
+      const int rows = int(count - k < L ? count - k : L), columns = int(width - c < L ? width - c : L);
       V square[L];
-      for (int i = 0; i < L; ++i) square[i] = i < rows ? V::load(static_cast<const T*>(numbers) + (k + i) * row + c, columns) : V(0);
+      for (int i = 0; i < L; ++i) square[i] = i < rows ? V::load(static_cast<const S*>(storage) + (k + i) * row + c, columns) : V(0);
       transpose(square);
       for (int i = 0; i < columns; ++i) square[i].store(static_cast<T*>(turned) + (c + i) * turned_row + k, rows);
     }
@@ -281,14 +281,14 @@ constexpr void add_products(NumberOps& ops) {
 
 template <class V, int registers>
 constexpr NumberOps number_ops() {
-  NumberOps ops{V::lanes, registers, {}, add<V, typename V::element>, multiply_add<V>, turn<V>, merge<V>};
+  NumberOps ops{V::lanes, registers, {}, add<V, typename V::element>, multiply_add<V>, merge<V>};
   add_products<V, registers>(ops);
   return ops;
 }
 
 template <class V, class S>
 constexpr StorageOps storage_ops() {
-  return {pack<V, S>, spread<V, S>, put<V, S>, load<V, S>, add<V, S>, store<V, S>};
+  return {pack<V, S>, spread<V, S>, turn<V, S>, put<V, S>, load<V, S>, add<V, S>, store<V, S>};
 }
 
 template <class Cell, class V, class S>

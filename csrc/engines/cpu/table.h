@@ -51,8 +51,6 @@ struct NumberOps {
   Product product[kMaxVectorsPerPanel][kMaxTileRows];
   void (*add)(const void* from, int64_t n, void* to);
   void (*multiply_add)(const void* a, const void* b, int64_t n, void* to);  // to += a b
-  // Rows [first, last) of numbers become columns: turned[column][k] = numbers[k][column].
-  void (*turn)(const void* numbers, int64_t row, int64_t width, int64_t first, int64_t last, void* turned, int64_t turned_row);
   // A tile's sums into rows of numbers, or onto what is there.
   void (*merge)(const void* sums, void* const* rows, int count, int64_t unit, int blocks, int64_t width, bool onto);
 };
@@ -63,6 +61,8 @@ struct StorageOps {
   // Rows [first, last) of panels [begin, end) of a matrix [depth, units] given by the addresses of its rows, null for zeros.
   void (*spread)(const void* const* rows, const Product&, int blocks, int64_t begin, int64_t end, int64_t first, int64_t last,
                  void* packed);
+  // Rows become columns: turned[column][k] = storage[k][column].
+  void (*turn)(const void* storage, int64_t row, int64_t width, int64_t count, void* turned, int64_t turned_row);
   // gates[token][column][unit…] = sums + bias, for the tokens of a tile; the bias as numbers, null for zero.
   void (*put)(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
               void* gates, int64_t gates_row, int64_t gates_slot);

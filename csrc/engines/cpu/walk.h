@@ -169,11 +169,18 @@ class Walk {
         if (multiply) {
           const void* operands[kMaxTileRows];
           for (int r = 0; r < set.count; ++r) operands[r] = operand(set[r]);
+          if (i == begin && me.unit_groups > 1) fetch(operands, set.count, product.depth);
           ops.product[vectors - 1][set.count - 1](operands, at(workspace, memory.packed[s] + panel * panel_bytes), product.depth, sums);
         }
         pointwise(set, panel * blocks * m.lanes, multiply ? sums : nullptr);
       }
     }
+  }
+
+  // Rows that other cores have just written: asked for all at once, they arrive together.
+  void fetch(const void* const* rows, int count, int64_t numbers) const {
+    for (int r = 0; r < count; ++r)
+      for (int64_t i = 0; i < numbers * number_bytes; i += 64) __builtin_prefetch(at(rows[r], i));
   }
 
   // How many steps a row takes part in.
