@@ -139,6 +139,9 @@ void turn(const void* storage, int64_t row, int64_t width, int64_t count, void* 
       const int rows = int(count - k < L ? count - k : L), columns = int(width - c < L ? width - c : L);
       V square[L];
       for (int i = 0; i < L; ++i) square[i] = i < rows ? V::load(static_cast<const S*>(storage) + (k + i) * row + c, columns) : V(0);
+      // Half of these rows are another core's, and no stream that hardware would foresee.
+      if (k + L < count)
+        for (int i = 0; i < L; ++i) __builtin_prefetch(static_cast<const S*>(storage) + (k + L + i) * row + c);
       transpose(square);
       for (int i = 0; i < columns; ++i) square[i].store(static_cast<T*>(turned) + (c + i) * turned_row + k, rows);
     }
