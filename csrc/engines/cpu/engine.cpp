@@ -55,7 +55,10 @@ void forward(const Forward& f, const Page& page) {
       step.complete = p.complete;
       step.kept = p.training ? at(f.gates, token * f.gates_row * w.storage_bytes) : nullptr;
       step.between = at(f.workspace, w.memory.between);
+      step.between_row = w.row_bytes(w.cell.kept * p.hidden) / w.number_bytes;
+      step.between_slot = p.hidden;
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = f.vectors[i];
+      for (int i = 0; i < w.cell.states; ++i) step.state_row[i] = w.row_bytes(w.width(i)) / w.number_bytes;
       step.previous[0] = h[n & 1];
       step.next[0] = h[~n & 1];
       step.history[0] = at(f.output, token * w.width(0) * w.storage_bytes);
@@ -140,9 +143,14 @@ void backward(const Backward& g, const Page& page) {
         step.previous[i] = has_before ? at(states, w.offsets[size_t(before)] * w.width(i) * w.storage_bytes) : nullptr;
         step.initial[i] = g.initial[i];
         step.carried[i] = carried(i);
+        step.carried_row[i] = w.row_bytes(w.width(i)) / w.number_bytes;
       }
       step.operand[0] = gates[n & 1];
       for (int s = 1; s < w.cell.stages; ++s) step.operand[s] = at(g.workspace, w.memory.operand[s]);
+      for (int s = 0; s < w.cell.stages; ++s) {
+        step.operand_slot[s] = w.width_of_stage(s);
+        step.operand_row[s] = w.row_bytes(w.cell.hidden_slots(s) * w.width_of_stage(s)) / w.number_bytes;
+      }
       for (int s = last; s >= 0; --s) {
         const void* read = s < last ? step.operand[s + 1] : gates[~n & 1];
         const int64_t row_bytes = w.row_bytes(w.products[s].depth);

@@ -179,95 +179,31 @@ void put(const void* sums, const int64_t* tokens, int count, int64_t unit, int b
 
 template <class Cell, int stage, class V, class S>
 void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, const void* sums) {
-  using T = typename V::element;
-  constexpr CellInfo cell = InfoOf<Cell>::value;
-  constexpr int columns = cell.hidden_slots(stage);
-  constexpr int L = V::lanes;
-  const int64_t width = cell.stage[stage].width == Width::Output ? step.output : step.hidden;
-  const int64_t number_row = padded(width, sizeof(T));
+  constexpr int L = V::lanes, columns = InfoOf<Cell>::value.hidden_slots(stage), vectors = InfoOf<Cell>::value.vectors;
+  const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
   for (int b = 0; b < blocks && unit + b * L < width; ++b) {
     const int64_t u = unit + b * L;
     const int n = int(width - u < L ? width - u : L);
-    V w[cell.vectors ? cell.vectors : 1];
-    for (int i = 0; i < cell.vectors; ++i) w[i] = step.vectors[i] ? V::load(static_cast<const S*>(step.vectors[i]) + u, n) : V(0);
-    for (int r = 0; r < rows.count; ++r) {
-      const int64_t row = rows[r];
-      const T* sum = sums ? static_cast<const T*>(sums) + (r * blocks + b) * columns * L : nullptr;
-      const S* gates = static_cast<const S*>(step.gates) + row * step.gates_row + u;
-      V a[cell.slots], s[cell.states], s1[cell.states], k[cell.kept];
-      for (int i = 0; i < cell.slots; ++i) {
-        if (!cell.in_stage(stage, i)) continue;
-        a[i] = (cell.slot[i].feeds & X) || step.complete ? V::load(gates + i * step.gates_slot, n) : V(0);
-        if ((cell.slot[i].feeds & H) && sum) a[i] = a[i] + V::load(sum + cell.hidden_slots(stage, i) * L);
-      }
-      for (int i = 0; i < cell.states; ++i)
-        if (cell.sees(stage, i)) s[i] = V::load(static_cast<const T*>(step.previous[i]) + row * number_row + u, n);
-      T* between = static_cast<T*>(step.between) + row * padded(cell.kept * step.hidden, sizeof(T)) + u;
-      if (stage > 0)
-        for (int i = 0; i < cell.kept; ++i) k[i] = V::load(between + i * step.hidden, n);
-
-      Cell::template forward<stage>(a, w, s, s1, k);
-
-      for (int i = 0; i < cell.states; ++i) {
-        if (!cell.writes(stage, i)) continue;
-        s1[i].store(static_cast<T*>(step.next[i]) + row * number_row + u, n);
-        if (step.history[i]) s1[i].store(static_cast<S*>(step.history[i]) + row * width + u, n);
-      }
-      for (int i = 0; i < cell.kept; ++i) {
-        if (!cell.keeps(stage, i)) continue;
-        if (cell.stages > 1) k[i].store(between + i * step.hidden, n);
-        if (step.kept) k[i].store(static_cast<S*>(step.kept) + (row * cell.room() + i) * step.hidden + u, n);
-      }
-    }
+    V w[vectors ? vectors : 1];
+    load_vectors<Cell, V, S>(step.vectors, u, n, w);
+    for (int r = 0; r < rows.count; ++r)
+      forward_units<Cell, stage, V, S>(step, w, rows[r], u, n,
+                                       sums ? static_cast<const typename V::element*>(sums) + (r * blocks + b) * columns * L : nullptr, L);
   }
 }
 
 template <class Cell, int stage, class V, class S>
 void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, const void* sums) {
-  using T = typename V::element;
-  constexpr CellInfo cell = InfoOf<Cell>::value;
-  constexpr bool last = stage == cell.stages - 1;
-  constexpr int columns = cell.hidden_slots(stage);
-  constexpr int L = V::lanes;
-  const int64_t width = cell.stage[stage].width == Width::Output ? step.output : step.hidden;
-  const int64_t number_row = padded(width, sizeof(T)), operand_row = padded(columns * width, sizeof(T));
+  constexpr int L = V::lanes, vectors = InfoOf<Cell>::value.vectors;
+  const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
   for (int b = 0; b < blocks && unit + b * L < width; ++b) {
     const int64_t u = unit + b * L;
     const int n = int(width - u < L ? width - u : L);
-    V w[cell.vectors ? cell.vectors : 1];
-    for (int i = 0; i < cell.vectors; ++i) w[i] = step.vectors[i] ? V::load(static_cast<const S*>(step.vectors[i]) + u, n) : V(0);
-    for (int r = 0; r < rows.count; ++r) {
-      const int64_t row = rows[r], token = row * cell.room() * step.hidden + u, at = row * width + u;
-      V s[cell.states], s1[cell.states], k[cell.room()], d[cell.states];
-      for (int i = 0; i < cell.states; ++i) {
-        if (!cell.sees(stage, i)) continue;
-        const void* before = row < step.previous_rows ? step.previous[i] : step.initial[i];
-        s[i] = before ? V::load(static_cast<const S*>(before) + at, n) : V(0);
-        s1[i] = V::load(static_cast<const S*>(step.states[i]) + at, n);
-        d[i] = V::load(static_cast<const T*>(step.carried[i]) + row * number_row + u, n);
-      }
-      for (int i = 0; i < cell.kept; ++i) k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
-      V d1 = sums ? V::load(static_cast<const T*>(sums) + (r * blocks + b) * L) : V(0);
-      if (stage == 0) {
-        for (int i = 0; i < cell.kept; ++i)
-          __builtin_prefetch(static_cast<const S*>(step.kept) + token + step.ahead * cell.room() * step.hidden + i * step.hidden);
-        if (step.grad_output) __builtin_prefetch(static_cast<const S*>(step.grad_output) + at + step.ahead * width);
-      }
-      if (last) {
-        d1 = d1 + d[0];
-        if (step.grad_output) d1 = d1 + V::load(static_cast<const S*>(step.grad_output) + at, n);
-        d[0] = V(0);
-      }
-
-      Cell::template backward<stage>(d1, w, s, s1, k, d);
-
-      for (int i = 0; i < cell.slots; ++i) k[i].store(static_cast<S*>(step.grad_gates) + token + i * step.hidden, n);
-      for (int i = 0; i < cell.slots; ++i)
-        if (cell.in_stage(stage, i) && (cell.slot[i].feeds & H))
-          k[i].store(static_cast<T*>(step.operand[stage]) + row * operand_row + cell.hidden_slots(stage, i) * width + u, n);
-      for (int i = 0; i < cell.states; ++i)
-        if (cell.sees(stage, i)) d[i].store(static_cast<T*>(step.carried[i]) + row * number_row + u, n);
-    }
+    V w[vectors ? vectors : 1];
+    load_vectors<Cell, V, S>(step.vectors, u, n, w);
+    for (int r = 0; r < rows.count; ++r)
+      backward_units<Cell, stage, V, S>(step, w, rows[r], u, n,
+                                        sums ? static_cast<const typename V::element*>(sums) + (r * blocks + b) * L : nullptr);
   }
 }
 

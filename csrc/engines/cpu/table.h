@@ -5,6 +5,7 @@
 
 #include "cells/list.h"
 #include "core/plan.h"
+#include "core/step.h"
 
 namespace rnnkernels::cpu {
 
@@ -13,35 +14,6 @@ struct RowSet {
   int64_t first;
   int count, stride;
   int64_t operator[](int i) const { return first + int64_t(i) * stride; }
-};
-
-// One step, each pointer at its row 0. `null` means zero for what is read and "nobody asks" for what is written.
-struct ForwardStep {
-  int64_t hidden, output;
-  const void* gates;  // storage
-  int64_t gates_row, gates_slot;
-  bool complete;                     // the gates hold every slot, with U's part
-  void* kept;                        // storage, rows of room()·H
-  void* between;                     // numbers, rows of kept·H; null for cells of one stage
-  const void* vectors[kMaxVectors];  // storage
-  const void* previous[kMaxStates];  // numbers
-  void* next[kMaxStates];            // numbers
-  void* history[kMaxStates];         // storage; [0] is the output
-};
-
-struct BackwardStep {
-  int64_t hidden, output;
-  const void* kept;  // storage, rows of room()·H
-  void* grad_gates;  // storage, likewise
-  const void* vectors[kMaxVectors];
-  int64_t ahead;                     // tokens from this step's row 0 to that of the step to come, to fetch it early
-  int64_t previous_rows;             // rows below it have a step before this one; for the others that is the initial state
-  const void* previous[kMaxStates];  // storage
-  const void* initial[kMaxStates];   // storage
-  const void* states[kMaxStates];    // storage: after the step
-  const void* grad_output;           // storage
-  void* carried[kMaxStates];         // numbers: gradients of the states, on their way back
-  void* operand[kMaxStages];         // numbers, rows of H slots · width
 };
 
 struct NumberOps {

@@ -1,0 +1,150 @@
+// A page between memory and registers: one vector of units of one row of one step, loaded, run and stored. Every engine comes through here;
+// they differ in where the memory is and how many lanes a number has.
+#pragma once
+
+#include <stdint.h>
+
+#include "core/run.h"
+
+#ifdef __CUDA_ARCH__
+#define RNN_UNROLL _Pragma("unroll")
+#else
+#define RNN_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+namespace rnnkernels {
+
+// Each pointer is at row 0 and unit 0, null for zero in what is read and for "nobody asks" in what is written. Storage and numbers as in
+// run.h; strides count elements.
+struct ForwardStep {
+  int64_t hidden, output;
+  const void* gates;  // storage
+  int64_t gates_row, gates_slot;
+  bool complete;  // the gates hold every slot, with U's part
+  void* kept;     // storage, rows of room()·H
+  void* between;  // numbers: kept values that a later stage of this step reads; null for cells of one stage
+  int64_t between_row, between_slot;
+  const void* vectors[kMaxVectors];  // storage
+  const void* previous[kMaxStates];  // numbers
+  void* next[kMaxStates];            // numbers
+  int64_t state_row[kMaxStates];     // of previous and next
+  void* history[kMaxStates];         // storage; [0] is the output
+};
+
+struct BackwardStep {
+  int64_t hidden, output;
+  const void* kept;                  // storage, rows of room()·H
+  void* grad_gates;                  // storage, likewise
+  const void* vectors[kMaxVectors];  // storage
+  int64_t ahead;                     // tokens from this step's row 0 to that of the step to come, to fetch it early
+  int64_t previous_rows;             // rows below it have a step before this one; for the others that is the initial state
+  const void* previous[kMaxStates];  // storage
+  const void* initial[kMaxStates];   // storage
+  const void* states[kMaxStates];    // storage: after the step
+  const void* grad_output;           // storage
+  void* carried[kMaxStates];         // numbers: gradients of the states, on their way back
+  int64_t carried_row[kMaxStates];
+  void* operand[kMaxStages];  // numbers: gate gradients for the product of the step to come, or of the stage before
+  int64_t operand_row[kMaxStages], operand_slot[kMaxStages];
+};
+
+template <class Cell, int stage>
+RNN_FN int64_t stage_width(int64_t hidden, int64_t output) {
+  return InfoOf<Cell>::value.stage[stage].width == Width::Output ? output : hidden;
+}
+
+template <class Cell, class V, class S>
+RNN_FN void load_vectors(const void* const* vectors, int64_t unit, int n, V* w) {
+  constexpr int count = InfoOf<Cell>::value.vectors;
+  RNN_UNROLL
+  for (int i = 0; i < count; ++i) w[i] = vectors[i] ? V::load(static_cast<const S*>(vectors[i]) + unit, n) : V(0);
+}
+
+// n lanes of units from `unit` on. sum: the product's part of the stage's slots, one after the other by sum_slot numbers; null for zero.
+template <class Cell, int stage, class V, class S>
+RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum,
+                          int64_t sum_slot) {
+  using T = typename V::element;
+  constexpr CellInfo cell = InfoOf<Cell>::value;
+  const S* gates = static_cast<const S*>(step.gates) + row * step.gates_row + unit;
+  V a[cell.slots], s[cell.states], s1[cell.states], k[cell.kept];
+  RNN_UNROLL
+  for (int i = 0; i < cell.slots; ++i) {
+    if (!cell.in_stage(stage, i)) continue;
+    a[i] = (cell.slot[i].feeds & X) || step.complete ? V::load(gates + i * step.gates_slot, n) : V(0);
+    if ((cell.slot[i].feeds & H) && sum) a[i] = a[i] + V::load(sum + cell.hidden_slots(stage, i) * sum_slot);
+  }
+  RNN_UNROLL
+  for (int i = 0; i < cell.states; ++i)
+    if (cell.sees(stage, i)) s[i] = V::load(static_cast<const T*>(step.previous[i]) + row * step.state_row[i] + unit, n);
+  T* between = cell.stages > 1 ? static_cast<T*>(step.between) + row * step.between_row + unit : nullptr;
+  if (stage > 0) {
+    RNN_UNROLL
+    for (int i = 0; i < cell.kept; ++i) k[i] = V::load(between + i * step.between_slot, n);
+  }
+
+  Cell::template forward<stage>(a, w, s, s1, k);
+
+  const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
+  RNN_UNROLL
+  for (int i = 0; i < cell.states; ++i) {
+    if (!cell.writes(stage, i)) continue;
+    s1[i].store(static_cast<T*>(step.next[i]) + row * step.state_row[i] + unit, n);
+    if (step.history[i]) s1[i].store(static_cast<S*>(step.history[i]) + row * width + unit, n);
+  }
+  RNN_UNROLL
+  for (int i = 0; i < cell.kept; ++i) {
+    if (!cell.keeps(stage, i)) continue;
+    if (cell.stages > 1) k[i].store(between + i * step.between_slot, n);
+    if (step.kept) k[i].store(static_cast<S*>(step.kept) + (row * cell.room() + i) * step.hidden + unit, n);
+  }
+}
+
+// sum: the gradient of what the stage gave, as far as a matrix has read it; null for zero.
+template <class Cell, int stage, class V, class S>
+RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum) {
+  using T = typename V::element;
+  constexpr CellInfo cell = InfoOf<Cell>::value;
+  const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
+  const int64_t token = row * cell.room() * step.hidden + unit, at = row * width + unit;
+  V s[cell.states], s1[cell.states], k[cell.room()], d[cell.states];
+  RNN_UNROLL
+  for (int i = 0; i < cell.states; ++i) {
+    if (!cell.sees(stage, i)) continue;
+    const void* before = row < step.previous_rows ? step.previous[i] : step.initial[i];
+    s[i] = before ? V::load(static_cast<const S*>(before) + at, n) : V(0);
+    s1[i] = V::load(static_cast<const S*>(step.states[i]) + at, n);
+    d[i] = V::load(static_cast<const T*>(step.carried[i]) + row * step.carried_row[i] + unit, n);
+  }
+  RNN_UNROLL
+  for (int i = 0; i < cell.kept; ++i) k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
+  V d1 = sum ? V::load(sum) : V(0);
+#ifndef __CUDA_ARCH__
+  if (stage == 0) {
+    for (int i = 0; i < cell.kept; ++i)
+      __builtin_prefetch(static_cast<const S*>(step.kept) + token + step.ahead * cell.room() * step.hidden + i * step.hidden);
+    if (step.grad_output) __builtin_prefetch(static_cast<const S*>(step.grad_output) + at + step.ahead * width);
+  }
+#endif
+  if (stage == cell.stages - 1) {
+    d1 = d1 + d[0];
+    if (step.grad_output) d1 = d1 + V::load(static_cast<const S*>(step.grad_output) + at, n);
+    d[0] = V(0);
+  }
+
+  Cell::template backward<stage>(d1, w, s, s1, k, d);
+
+  RNN_UNROLL
+  for (int i = 0; i < cell.slots; ++i) k[i].store(static_cast<S*>(step.grad_gates) + token + i * step.hidden, n);
+  RNN_UNROLL
+  for (int i = 0; i < cell.slots; ++i)
+    if (cell.in_stage(stage, i) && (cell.slot[i].feeds & H))
+      k[i].store(static_cast<T*>(step.operand[stage]) + row * step.operand_row[stage] +
+                     cell.hidden_slots(stage, i) * step.operand_slot[stage] + unit,
+                 n);
+  RNN_UNROLL
+  for (int i = 0; i < cell.states; ++i)
+    if (cell.sees(stage, i)) d[i].store(static_cast<T*>(step.carried[i]) + row * step.carried_row[i] + unit, n);
+}
+
+}  // namespace rnnkernels
