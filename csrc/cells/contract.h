@@ -36,8 +36,8 @@ namespace rnnkernels {
 enum Feed : unsigned { X = 1, H = 2 };
 
 struct Slot {
-  const char* name;
-  unsigned feeds;
+  const char* name = nullptr;
+  unsigned feeds = 0;
 };
 
 // How many units a stage has: the hidden size, or the size of state 0 where a projection makes it smaller.
@@ -49,7 +49,7 @@ enum class Reduction { None, LayerNorm };
 constexpr int kPreviousState = -1;
 
 struct Stage {
-  int first, count;  // its slots
+  int first = 0, count = 0;  // its slots
   int operand =
       kPreviousState;  // what its matrix multiplies: state 0 before the step, or the kept value of this index, from an earlier stage
   Width width = Width::Hidden;
@@ -59,8 +59,8 @@ struct Stage {
 // A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which the engine takes.
 enum class Factor { One, OldState, NewState };
 struct PerUnit {
-  const char* name;
-  int slot;
+  const char* name = nullptr;
+  int slot = 0;
   Factor factor = Factor::One;
   int state = 0;
 };
@@ -77,6 +77,11 @@ struct CellInfo {
   PerUnit vector[kMaxVectors];
 
   RNN_FN constexpr bool in_stage(int s, int i) const { return stage[s].first <= i && i < stage[s].first + stage[s].count; }
+  RNN_FN constexpr int stage_of(int i) const {
+    int s = 0;
+    while (!in_stage(s, i)) ++s;
+    return s;
+  }
   // How many of a stage's slots before `end` its matrix feeds; with the default, all of them.
   RNN_FN constexpr int hidden_slots(int s, int end = kMaxSlots) const {
     int n = 0;

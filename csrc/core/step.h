@@ -6,12 +6,6 @@
 
 #include "core/run.h"
 
-#ifdef __CUDA_ARCH__
-#define RNN_UNROLL _Pragma("unroll")
-#else
-#define RNN_UNROLL _Pragma("GCC unroll 8")
-#endif
-
 namespace rnnkernels {
 
 // Each pointer is at row 0 and unit 0, null for zero in what is read and for "nobody asks" in what is written. Storage and numbers as in
@@ -55,9 +49,10 @@ RNN_FN int64_t stage_width(int64_t hidden, int64_t output) {
 
 template <class Cell, class V, class S>
 RNN_FN void load_vectors(const void* const* vectors, int64_t unit, int n, V* w) {
-  constexpr int count = InfoOf<Cell>::value.vectors;
-  RNN_UNROLL
-  for (int i = 0; i < count; ++i) w[i] = vectors[i] ? V::load(static_cast<const S*>(vectors[i]) + unit, n) : V(0);
+  each<InfoOf<Cell>::value.vectors>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    w[i] = vectors[i] ? V::load(static_cast<const S*>(vectors[i]) + unit, n) : V(0);
+  });
 }
 
 // n lanes of units from `unit` on. sum: the product's part of the stage's slots, one after the other by sum_slot numbers; null for zero.
@@ -65,68 +60,80 @@ template <class Cell, int stage, class V, class S>
 RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum,
                           int64_t sum_slot) {
   using T = typename V::element;
-  constexpr CellInfo cell = InfoOf<Cell>::value;
+  using Info = InfoOf<Cell>;
+  constexpr int slots = Info::value.slots, states = Info::value.states, kept = Info::value.kept;
+  constexpr bool hands_on = Info::value.stages > 1;
   const S* gates = static_cast<const S*>(step.gates) + row * step.gates_row + unit;
-  V a[cell.slots], s[cell.states], s1[cell.states], k[cell.kept];
-  RNN_UNROLL
-  for (int i = 0; i < cell.slots; ++i) {
-    if (!cell.in_stage(stage, i)) continue;
-    a[i] = (cell.slot[i].feeds & X) || step.complete ? V::load(gates + i * step.gates_slot, n) : V(0);
-    if ((cell.slot[i].feeds & H) && sum) a[i] = a[i] + V::load(sum + cell.hidden_slots(stage, i) * sum_slot);
-  }
-  RNN_UNROLL
-  for (int i = 0; i < cell.states; ++i)
-    if (cell.sees(stage, i)) s[i] = V::load(static_cast<const T*>(step.previous[i]) + row * step.state_row[i] + unit, n);
-  T* between = cell.stages > 1 ? static_cast<T*>(step.between) + row * step.between_row + unit : nullptr;
-  if (stage > 0) {
-    RNN_UNROLL
-    for (int i = 0; i < cell.kept; ++i) k[i] = V::load(between + i * step.between_slot, n);
-  }
+  V a[slots], s[states], s1[states], k[kept];
+  each<slots>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    constexpr unsigned feeds = Info::value.slot[i].feeds;
+    constexpr int column = Info::value.hidden_slots(stage, i);
+    if constexpr (Info::value.in_stage(stage, i)) {
+      a[i] = (feeds & X) || step.complete ? V::load(gates + i * step.gates_slot, n) : V(0);
+      if ((feeds & H) && sum) a[i] = a[i] + V::load(sum + column * sum_slot);
+    }
+  });
+  each<states>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    if constexpr (Info::value.sees(stage, i)) s[i] = V::load(static_cast<const T*>(step.previous[i]) + row * step.state_row[i] + unit, n);
+  });
+  T* between = hands_on ? static_cast<T*>(step.between) + row * step.between_row + unit : nullptr;
+  each<(stage > 0 ? kept : 0)>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    k[i] = V::load(between + i * step.between_slot, n);
+  });
 
   Cell::template forward<stage>(a, w, s, s1, k);
 
   const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
-  RNN_UNROLL
-  for (int i = 0; i < cell.states; ++i) {
-    if (!cell.writes(stage, i)) continue;
-    s1[i].store(static_cast<T*>(step.next[i]) + row * step.state_row[i] + unit, n);
-    if (step.history[i]) s1[i].store(static_cast<S*>(step.history[i]) + row * width + unit, n);
-  }
-  RNN_UNROLL
-  for (int i = 0; i < cell.kept; ++i) {
-    if (!cell.keeps(stage, i)) continue;
-    if (cell.stages > 1) k[i].store(between + i * step.between_slot, n);
-    if (step.kept) k[i].store(static_cast<S*>(step.kept) + (row * cell.room() + i) * step.hidden + unit, n);
-  }
+  each<states>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    if constexpr (Info::value.writes(stage, i)) {
+      s1[i].store(static_cast<T*>(step.next[i]) + row * step.state_row[i] + unit, n);
+      if (step.history[i]) s1[i].store(static_cast<S*>(step.history[i]) + row * width + unit, n);
+    }
+  });
+  each<kept>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    if constexpr (Info::value.keeps(stage, i)) {
+      if (hands_on) k[i].store(between + i * step.between_slot, n);
+      if (step.kept) k[i].store(static_cast<S*>(step.kept) + (row * Info::value.room() + i) * step.hidden + unit, n);
+    }
+  });
 }
 
 // sum: the gradient of what the stage gave, as far as a matrix has read it; null for zero.
 template <class Cell, int stage, class V, class S>
 RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum) {
   using T = typename V::element;
-  constexpr CellInfo cell = InfoOf<Cell>::value;
+  using Info = InfoOf<Cell>;
+  constexpr int slots = Info::value.slots, states = Info::value.states, kept = Info::value.kept, room = Info::value.room();
   const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
-  const int64_t token = row * cell.room() * step.hidden + unit, at = row * width + unit;
-  V s[cell.states], s1[cell.states], k[cell.room()], d[cell.states];
-  RNN_UNROLL
-  for (int i = 0; i < cell.states; ++i) {
-    if (!cell.sees(stage, i)) continue;
-    const void* before = row < step.previous_rows ? step.previous[i] : step.initial[i];
-    s[i] = before ? V::load(static_cast<const S*>(before) + at, n) : V(0);
-    s1[i] = V::load(static_cast<const S*>(step.states[i]) + at, n);
-    d[i] = V::load(static_cast<const T*>(step.carried[i]) + row * step.carried_row[i] + unit, n);
-  }
-  RNN_UNROLL
-  for (int i = 0; i < cell.kept; ++i) k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
+  const int64_t token = row * room * step.hidden + unit, at = row * width + unit;
+  V s[states], s1[states], k[room], d[states];
+  each<states>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    if constexpr (Info::value.sees(stage, i)) {
+      const void* before = row < step.previous_rows ? step.previous[i] : step.initial[i];
+      s[i] = before ? V::load(static_cast<const S*>(before) + at, n) : V(0);
+      s1[i] = V::load(static_cast<const S*>(step.states[i]) + at, n);
+      d[i] = V::load(static_cast<const T*>(step.carried[i]) + row * step.carried_row[i] + unit, n);
+    }
+  });
+  each<kept>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
+  });
   V d1 = sum ? V::load(sum) : V(0);
 #ifndef __CUDA_ARCH__
   if (stage == 0) {
-    for (int i = 0; i < cell.kept; ++i)
-      __builtin_prefetch(static_cast<const S*>(step.kept) + token + step.ahead * cell.room() * step.hidden + i * step.hidden);
+    for (int i = 0; i < kept; ++i)
+      __builtin_prefetch(static_cast<const S*>(step.kept) + token + step.ahead * room * step.hidden + i * step.hidden);
     if (step.grad_output) __builtin_prefetch(static_cast<const S*>(step.grad_output) + at + step.ahead * width);
   }
 #endif
-  if (stage == cell.stages - 1) {
+  if constexpr (stage == Info::value.stages - 1) {
     d1 = d1 + d[0];
     if (step.grad_output) d1 = d1 + V::load(static_cast<const S*>(step.grad_output) + at, n);
     d[0] = V(0);
@@ -134,17 +141,19 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
 
   Cell::template backward<stage>(d1, w, s, s1, k, d);
 
-  RNN_UNROLL
-  for (int i = 0; i < cell.slots; ++i) k[i].store(static_cast<S*>(step.grad_gates) + token + i * step.hidden, n);
-  RNN_UNROLL
-  for (int i = 0; i < cell.slots; ++i)
-    if (cell.in_stage(stage, i) && (cell.slot[i].feeds & H))
-      k[i].store(static_cast<T*>(step.operand[stage]) + row * step.operand_row[stage] +
-                     cell.hidden_slots(stage, i) * step.operand_slot[stage] + unit,
-                 n);
-  RNN_UNROLL
-  for (int i = 0; i < cell.states; ++i)
-    if (cell.sees(stage, i)) d[i].store(static_cast<T*>(step.carried[i]) + row * step.carried_row[i] + unit, n);
+  each<slots>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    constexpr int column = Info::value.hidden_slots(stage, i);
+    // A stage may also have changed the slots of others of its width.
+    if constexpr (Info::value.stage[Info::value.stage_of(i)].width == Info::value.stage[stage].width)
+      k[i].store(static_cast<S*>(step.grad_gates) + token + i * step.hidden, n);
+    if constexpr (Info::value.in_stage(stage, i) && (Info::value.slot[i].feeds & H))
+      k[i].store(static_cast<T*>(step.operand[stage]) + row * step.operand_row[stage] + column * step.operand_slot[stage] + unit, n);
+  });
+  each<states>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    if constexpr (Info::value.sees(stage, i)) d[i].store(static_cast<T*>(step.carried[i]) + row * step.carried_row[i] + unit, n);
+  });
 }
 
 }  // namespace rnnkernels

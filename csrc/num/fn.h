@@ -7,3 +7,29 @@
 #else
 #define RNN_FN inline __attribute__((always_inline))
 #endif
+
+// Before a loop whose count the compiler knows and whose arrays belong in registers.
+#ifdef __CUDACC__
+#define RNN_UNROLL _Pragma("unroll")
+#else
+#define RNN_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+namespace rnnkernels {
+
+// each<n>(f) calls f(Index<0>()) … f(Index<n - 1>()): a loop whose counter is a constant, so that what depends on it is decided by the
+// compiler.
+template <int i>
+struct Index {
+  static constexpr int value = i;
+};
+
+template <int n, int i = 0, class Function>
+RNN_FN void each(const Function& f) {
+  if constexpr (i < n) {
+    f(Index<i>());
+    each<n, i + 1>(f);
+  }
+}
+
+}  // namespace rnnkernels
