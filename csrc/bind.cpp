@@ -7,6 +7,7 @@
 #include "cells/list.h"
 #include "engines/cpu/engine.h"
 #if RNNKERNELS_CUDA
+#include "engines/cuda/engine.h"
 #include "engines/cuda/probe.h"
 #endif
 
@@ -48,11 +49,24 @@ py::dict description(const CellInfo& cell) {
   py::list slots, stages, states, vectors;
   for (int i = 0; i < cell.slots; ++i)
     slots.append(py::make_tuple(cell.slot[i].name, bool(cell.slot[i].feeds & X), bool(cell.slot[i].feeds & H)));
-  for (int i = 0; i < cell.stages; ++i) stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count));
+  for (int i = 0; i < cell.stages; ++i)
+    stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count, cell.stage[i].operand, cell.stage[i].width == Width::Output));
   for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
   for (int i = 0; i < cell.vectors; ++i) vectors.append(py::make_tuple(cell.vector[i].name, cell.vector[i].slot));
   return py::dict(py::arg("name") = cell.name, py::arg("slots") = slots, py::arg("stages") = stages, py::arg("states") = states,
-                  py::arg("vectors") = vectors, py::arg("room") = cell.room(), py::arg("projected") = cell.projected());
+                  py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
+                  py::arg("projected") = cell.projected());
+}
+
+template <size_t n>
+void fill(int64_t (&to)[n], const CellInfo& cell, const Problem& p) {
+  for (int i = 0; i < cell.states; ++i) to[i] = width_of(p, cell.state_width(i));
+}
+
+void need_cuda() {
+#if !RNNKERNELS_CUDA
+  throw std::invalid_argument("this build has no CUDA part");
+#endif
 }
 
 py::dict build() {
@@ -143,4 +157,103 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           py::gil_scoped_release release;
           cpu::backward(g, cpu::page_of(p));
         });
+
+  // One stage of one step, where the tensors are: on the CPU (device -1) or a CUDA device.
+  m.def("forward_step",
+        [](const Problem& p, int stage, Address gates, int64_t gates_row, Address kept, Address between, const Addresses& vectors,
+           const Addresses& states, const Addresses& history, int64_t rows, Address sums, int device, Address stream) {
+          const CellInfo& cell = kCells[p.cell];
+          ForwardStep step{};
+          step.hidden = p.hidden;
+          step.output = p.output;
+          step.gates = pointer(gates);
+          step.gates_row = gates_row;
+          step.gates_slot = p.hidden;
+          step.kept = pointer(kept);
+          step.between = pointer(between);
+          step.between_row = cell.kept * p.hidden;
+          step.between_slot = p.hidden;
+          fill(step.vectors, vectors);
+          fill(step.previous, states);
+          fill(step.next, states);
+          fill(step.state_row, cell, p);
+          fill(step.history, history);
+          py::gil_scoped_release release;
+          if (device < 0) return cpu::forward_step(p, stage, step, rows, pointer(sums));
+          need_cuda();
+#if RNNKERNELS_CUDA
+          cuda::forward_step(p, stage, step, rows, pointer(sums), device, pointer(stream));
+#endif
+        });
+  m.def("backward_step",
+        [](const Problem& p, int stage, Address kept, Address grad_gates, const Addresses& vectors, int64_t previous_rows,
+           const Addresses& previous, const Addresses& initial, const Addresses& states, Address grad_output, const Addresses& carried,
+           Address operand, int64_t rows, int64_t summed_rows, Address sums, int device, Address stream) {
+          const CellInfo& cell = kCells[p.cell];
+          BackwardStep step{};
+          step.hidden = p.hidden;
+          step.output = p.output;
+          step.kept = pointer(kept);
+          step.grad_gates = pointer(grad_gates);
+          fill(step.vectors, vectors);
+          step.previous_rows = previous_rows;
+          fill(step.previous, previous);
+          fill(step.initial, initial);
+          fill(step.states, states);
+          step.grad_output = pointer(grad_output);
+          fill(step.carried, carried);
+          fill(step.carried_row, cell, p);
+          step.operand[stage] = pointer(operand);
+          step.operand_slot[stage] = width_of(p, cell.stage[stage].width);
+          step.operand_row[stage] = cell.hidden_slots(stage) * step.operand_slot[stage];
+          py::gil_scoped_release release;
+          if (device < 0) return cpu::backward_step(p, stage, step, rows, summed_rows, pointer(sums));
+          need_cuda();
+#if RNNKERNELS_CUDA
+          cuda::backward_step(p, stage, step, rows, summed_rows, pointer(sums), device, pointer(stream));
+#endif
+        });
+
+#if RNNKERNELS_CUDA
+  m.def("cuda_why_not", [](const Problem& p, bool backward, int device) { return cuda::fits(p, backward, cuda::device(device)); });
+  m.def("cuda_workspace_bytes",
+        [](const Problem& p, bool backward, int device) { return cuda::workspace_bytes(p, backward, cuda::device(device)); });
+  m.def("cuda_forward", [](const Problem& p, Address gates, int64_t gates_row, const Addresses& weights, const Addresses& vectors,
+                           const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace,
+                           Address offsets, int device, Address stream) {
+    Forward f{};
+    f.problem = p;
+    f.gates = pointer(gates);
+    f.gates_row = gates_row;
+    fill(f.weights, weights);
+    fill(f.vectors, vectors);
+    fill(f.initial, initial);
+    fill(f.final, final);
+    f.output = pointer(output);
+    fill(f.history, history);
+    f.workspace = pointer(workspace);
+    py::gil_scoped_release release;
+    cuda::forward(f, pointer<const int64_t>(offsets), device, pointer(stream));
+  });
+  m.def("cuda_backward",
+        [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
+           Address output, const Addresses& history, Address grad_output, const Addresses& grad_final, const Addresses& grad_initial,
+           Address workspace, Address offsets, int device, Address stream) {
+          Backward g{};
+          g.problem = p;
+          g.kept = pointer(kept);
+          g.grad_gates = pointer(grad_gates);
+          fill(g.weights, weights);
+          fill(g.vectors, vectors);
+          fill(g.initial, initial);
+          g.output = pointer(output);
+          fill(g.history, history);
+          g.grad_output = pointer(grad_output);
+          fill(g.grad_final, grad_final);
+          fill(g.grad_initial, grad_initial);
+          g.workspace = pointer(workspace);
+          py::gil_scoped_release release;
+          cuda::backward(g, pointer<const int64_t>(offsets), device, pointer(stream));
+        });
+#endif
 }

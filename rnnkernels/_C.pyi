@@ -68,3 +68,73 @@ def backward(
     workspace: int,
     bytes: int,
 ) -> None: ...
+def forward_step(
+    problem: Problem,
+    stage: int,
+    gates: int,
+    gates_row: int,
+    kept: int,
+    between: int,
+    vectors: Sequence[int],
+    states: Sequence[int],
+    history: Sequence[int],
+    rows: int,
+    sums: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def backward_step(
+    problem: Problem,
+    stage: int,
+    kept: int,
+    grad_gates: int,
+    vectors: Sequence[int],
+    previous_rows: int,
+    previous: Sequence[int],
+    initial: Sequence[int],
+    states: Sequence[int],
+    grad_output: int,
+    carried: Sequence[int],
+    operand: int,
+    rows: int,
+    summed_rows: int,
+    sums: int,
+    device: int,
+    stream: int,
+) -> None: ...
+
+# Only in a build with CUDA.
+def cuda_why_not(problem: Problem, backward: bool, device: int) -> str: ...
+def cuda_workspace_bytes(problem: Problem, backward: bool, device: int) -> int: ...
+def cuda_forward(
+    problem: Problem,
+    gates: int,
+    gates_row: int,
+    weights: Sequence[int],
+    vectors: Sequence[int],
+    initial: Sequence[int],
+    final: Sequence[int],
+    output: int,
+    history: Sequence[int],
+    workspace: int,
+    offsets: int,
+    device: int,
+    stream: int,
+) -> None: ...
+def cuda_backward(
+    problem: Problem,
+    kept: int,
+    grad_gates: int,
+    weights: Sequence[int],
+    vectors: Sequence[int],
+    initial: Sequence[int],
+    output: int,
+    history: Sequence[int],
+    grad_output: int,
+    grad_final: Sequence[int],
+    grad_initial: Sequence[int],
+    workspace: int,
+    offsets: int,
+    device: int,
+    stream: int,
+) -> None: ...

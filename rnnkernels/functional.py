@@ -21,6 +21,7 @@ def stack(
     dropout: float = 0.0,
     training: bool = False,
     batch_sizes: Tensor | None = None,
+    engine: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Run layers × directions of ``cell`` and return ``(output, *final_states)``.
 
@@ -32,7 +33,8 @@ def stack(
       forward direction comes before its reverse one.
     * output ``[T, B, D · P]`` or ``[N, D · P]``; final states as ``states``.
 
-    ``dropout`` falls on the outputs of every layer but the last, while ``training``. Dtypes and errors are those of ``ops.sequence``.
+    ``dropout`` falls on the outputs of every layer but the last, while ``training``. Dtypes, engines and errors are those of
+    ``ops.sequence``.
     """
     slots = None if states is None else [state.unbind() for state in states]
     directions = 2 if bidirectional else 1
@@ -43,7 +45,7 @@ def stack(
         outputs = []
         for k in range(start, start + directions):
             initial = None if slots is None else [slot[k] for slot in slots]
-            output, *final = ops.sequence(cell, input, initial, *weights[k], batch_sizes=batch_sizes, reverse=k > start)
+            output, *final = ops.sequence(cell, input, initial, *weights[k], batch_sizes=batch_sizes, reverse=k > start, engine=engine)
             outputs.append(output)
             finals.append(final)
         input = torch.cat(outputs, dim=-1) if bidirectional else output

@@ -16,14 +16,13 @@ from . import functional, ops
 
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "GRUCell", "LSTMCell", "Plan", "RNNCell", "explain"]
 
-_ENGINES = ("auto", "cpu")
 _SRNS = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID", "identity": "RNN_IDENTITY"}
 _CELLS = {mode: f"srn_{name}" for name, mode in _SRNS.items()} | {"GRU": "gru", "LSTM": "lstm"}
 
 
 def _checked_engine(engine: str) -> str:
-    if engine not in _ENGINES:
-        raise ValueError(f"engine must be one of {', '.join(map(repr, _ENGINES))}, got {engine!r}")
+    if engine not in ops.ENGINES:
+        raise ValueError(f"engine must be one of {', '.join(map(repr, ops.ENGINES))}, got {engine!r}")
     return engine
 
 
@@ -106,6 +105,7 @@ class _Layer(nn.RNNBase):
             dropout=self.dropout,
             training=self.training,
             batch_sizes=batch_sizes,
+            engine=self.engine,
         )
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
@@ -167,7 +167,7 @@ class RNN(_Layer):
     Args:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN, in
             this order. ``nonlinearity`` is also "sigmoid" or "identity", besides "tanh" and "relu".
-        engine: "auto" or "cpu" (keyword only).
+        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
 
     Shape, with D = 2 if bidirectional else 1 and L = num_layers:
         * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
@@ -218,7 +218,7 @@ class GRU(_Layer):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
-        engine: "auto" or "cpu" (keyword only).
+        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
 
     Shapes, dtypes and errors: as :class:`RNN`.
 
@@ -249,7 +249,7 @@ class LSTM(_Layer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
             this order.
-        engine: "auto" or "cpu" (keyword only).
+        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
 
     Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
     proj_size or else hidden_size, the output is D · P wide, h ``(L · D, B, P)`` and c ``(L · D, B, H)``.
@@ -346,7 +346,7 @@ class _Cell(nn.RNNCellBase):
 
     def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:
         data, states, weights = self._prepare(input, hx)
-        _, *finals = ops.sequence(self._cell, data.unsqueeze(0), states, *weights)
+        _, *finals = ops.sequence(self._cell, data.unsqueeze(0), states, *weights, engine=self.engine)
         return [state.squeeze(0) for state in finals] if input.dim() == 1 else finals
 
 
@@ -357,7 +357,7 @@ class RNNCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, nonlinearity, device, dtype: as torch.nn.RNNCell. ``nonlinearity`` is also "sigmoid" or "identity".
-        engine: "auto" or "cpu" (keyword only).
+        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
 
     Shape:
         * input: ``(B, I)``, or ``(I)`` unbatched. hx: ``(B, H)`` or ``(H)``; zeros if None. Returns h', as hx.
@@ -412,7 +412,7 @@ class GRUCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as torch.nn.GRUCell.
-        engine: "auto" or "cpu" (keyword only).
+        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
 
     Shapes, dtypes and errors: as :class:`RNNCell`.
 
@@ -448,7 +448,7 @@ class LSTMCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as torch.nn.LSTMCell.
-        engine: "auto" or "cpu" (keyword only).
+        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
 
     Shapes, dtypes and errors: as :class:`RNNCell`, but hx is a pair (h, c) and so is what the cell returns.
 

@@ -1,5 +1,6 @@
 """The kernels against the float64 reference: every cell × instruction set × dtype × shape, outputs, final states and all gradients."""
 
+import functools
 import itertools
 from typing import Any
 
@@ -92,6 +93,32 @@ def test_float64(cell: str, isa: str, shape: str) -> None:
         case = arguments(cell, *SHAPES[shape], ragged=ragged, bias=bias)
         found, expected = run(ops.sequence, cell, *case, reverse), run(reference.sequence, cell, *case, reverse)
         assert error(found, expected) < 1e-12, f"{ragged=} {reverse=} {bias=}"
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.usefixtures("poison")
+def test_stepwise_float64(cell: str, shape: str) -> None:
+    stepwise = functools.partial(ops.sequence, engine="stepwise")
+    for ragged, reverse, bias in itertools.product((False, True), (False, True), (False, True)):
+        if ragged and shape == "empty":
+            continue
+        case = arguments(cell, *SHAPES[shape], ragged=ragged, bias=bias)
+        found, expected = run(stepwise, cell, *case, reverse), run(reference.sequence, cell, *case, reverse)
+        assert error(found, expected) < 1e-12, f"{ragged=} {reverse=} {bias=}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c != "srn_relu"])
+@pytest.mark.usefixtures("poison")
+def test_stepwise_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: str, dtype: torch.dtype) -> None:
+    stepwise = functools.partial(ops.sequence, engine="stepwise")
+    for shape, ragged, reverse in itertools.product(("row", "odd"), (False, True), (False, True)):
+        tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype)
+        truth = run(reference.sequence, cell, tensors, sizes, upstream, reverse, torch.float64)
+        ours = error(run(stepwise, cell, tensors, sizes, upstream, reverse), truth)
+        theirs = error(run(reference.sequence, cell, tensors, sizes, upstream, reverse), truth)
+        assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -182,13 +182,14 @@ def test_inside_dataloader_workers() -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("engine", ["auto", "stepwise"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("cell", ops.CELLS)
-def test_opcheck(cell: str, ragged: bool) -> None:
+def test_opcheck(cell: str, ragged: bool, engine: str) -> None:
     (x, w_ih, w_hh, b_ih, b_hh, w_hr, *states), sizes, _ = arguments(cell, 3, 2, 4, 5, ragged=ragged)
     leaves = [None if t is None else t.requires_grad_() for t in (w_ih, w_hh, b_ih, b_hh, w_hr)]
     op = torch.ops.rnnkernels.sequence.default
-    torch.library.opcheck(op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, True))
+    torch.library.opcheck(op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, engine, True))
 
 
 @pytest.mark.parametrize("cell", ops.CELLS)
@@ -198,6 +199,15 @@ def test_compiled_is_eager(cell: str) -> None:
     compiled = torch.compile(ops.sequence, fullgraph=True, backend="aot_eager", dynamic=True)
     for a, b in zip(run(compiled, cell, *case), run(ops.sequence, cell, *case), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_an_engine_that_cannot_run_it_is_refused() -> None:
+    tensors, _, _ = arguments("gru", 4, 3, 5, 6)
+    x, w_ih, w_hh, *_ = tensors
+    with pytest.raises(ValueError, match="engine: expected one of auto, cpu, stepwise, persistent, got 'warp'"):
+        ops.sequence("gru", x, None, w_ih, w_hh, engine="warp")
+    with pytest.raises(RuntimeError, match="'persistent' runs on a CUDA device, and input is on the CPU"):
+        ops.sequence("gru", x, None, w_ih, w_hh, engine="persistent")
 
 
 def test_meta_tensors_have_shapes() -> None:
@@ -242,7 +252,7 @@ def test_batch_sizes_of_any_stride() -> None:
 def test_the_default_device_does_not_matter() -> None:
     case = arguments("lstm", 4, 3, 5, 6, ragged=True)
     expected = run(ops.sequence, "lstm", *case)
-    ops._memory.buffer = torch.empty(0, dtype=torch.uint8)
+    ops.cpu.memory.buffer = torch.empty(0, dtype=torch.uint8)
     torch.set_default_device("meta")
     try:
         found = run(ops.sequence, "lstm", *case)
@@ -296,7 +306,7 @@ def test_the_backward_op_checks_its_arguments() -> None:
 
     def call(output: Tensor, kept: Tensor, needs: list[bool]) -> Any:
         return torch.ops.rnnkernels.sequence_backward(
-            "gru", needs, output, [None], x, [h], w_ih, w_hh, b_hh, None, None, False, output, kept, []
+            "gru", needs, output, [None], x, [h], w_ih, w_hh, b_hh, None, None, False, "auto", output, kept, []
         )
 
     call(output, kept, needs)

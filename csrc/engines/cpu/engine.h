@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "core/plan.h"
+#include "core/step.h"
 
 namespace rnnkernels::cpu {
 
@@ -27,6 +28,11 @@ int64_t workspace_bytes(const Problem&, const Page&, bool backward);
 
 void forward(const Forward&, const Page&);
 void backward(const Backward&, const Page&);
+
+// The yardstick: one stage of one step by plain loops, for rows whose products somebody else has formed: sums [rows][H slots · width] in
+// storage type, null for zero; backward has them for summed_rows rows.
+void forward_step(const Problem&, int stage, const ForwardStep&, int64_t rows, const void* sums);
+void backward_step(const Problem&, int stage, const BackwardStep&, int64_t rows, int64_t summed_rows, const void* sums);
 
 // Asks the system to back memory that nobody has touched yet with large pages: a fresh page costs a fault, and a large one no more than a
 // small one.

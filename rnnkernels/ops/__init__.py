@@ -8,63 +8,21 @@
 from __future__ import annotations
 
 import itertools
-import threading
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import _C
+from .. import _C
+from . import cpu, steps
+from .cells import CELLS, STORAGE, Sizes, problem
 
-_STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+__all__ = ["CELLS", "ENGINES", "Sequence", "build_info", "plan", "sequence", "set_isa"]
 
-
-@dataclass(frozen=True)
-class Cell:
-    """What Python needs to know of a page of cells.def."""
-
-    index: int
-    name: str
-    states: tuple[str, ...]
-    slots: tuple[tuple[str, bool, bool], ...]  # name, fed by the input, fed by the state
-    vectors: tuple[tuple[str, int], ...]
-    room: int  # values of a token between forward and backward
-    projected: bool
-    input_gates: int
-    hidden_gates: int
-    hidden_runs: tuple[tuple[int, int, int], ...]  # consecutive slots that U feeds: first row block of weight_hh, first slot, last slot + 1
-    uniform: bool  # the input and U feed all slots, and a token has room for nothing else
-
-
-def _cell(index: int, d: dict[str, Any]) -> Cell:
-    slots: list[tuple[str, bool, bool]] = d["slots"]
-    first, count = d["stages"][0]
-    fed = [i for i in range(first, first + count) if slots[i][2]]
-    runs, row = [], 0
-    for _, group in itertools.groupby(enumerate(fed), lambda pair: pair[1] - pair[0]):
-        members = [slot for _, slot in group]
-        runs.append((row, members[0], members[-1] + 1))
-        row += len(members)
-    inputs = sum(x for _, x, _ in slots)
-    return Cell(
-        index,
-        d["name"],
-        tuple(d["states"]),
-        tuple(slots),
-        tuple(d["vectors"]),
-        d["room"],
-        d["projected"],
-        inputs,
-        len(fed),
-        tuple(runs),
-        runs == [(0, 0, inputs)] and d["room"] == inputs,
-    )
-
-
-CELLS: dict[str, Cell] = {d["name"]: _cell(i, d) for i, d in enumerate(_C.cells())}
+ENGINES = ("auto", "cpu", "stepwise", "persistent")
+_RUNS: dict[str, Any] = {"cpu": cpu, "stepwise": steps, "persistent": steps}
 
 
 def build_info() -> dict[str, Any]:
@@ -94,14 +52,14 @@ def plan(
 
     With ``training`` it tells of the backward pass. Raises ``ValueError`` for an unknown cell, an unsupported dtype or a negative size.
     """
-    if cell not in CELLS or dtype not in _STORAGE or min(steps, batch, input_size, hidden_size, output_size or 0) < 0:
+    if cell not in CELLS or dtype not in STORAGE or min(steps, batch, input_size, hidden_size, output_size or 0) < 0:
         raise ValueError(
             f"plan: no such cell, dtype or size: {cell!r}, {dtype}, {steps}, {batch}, {input_size}, {hidden_size}, {output_size}"
         )
-    sizes = _Saved(CELLS[cell], False, steps, batch, hidden_size, output_size or hidden_size)
-    problem = _problem(sizes, dtype, input_size, None, training)
+    sizes = Sizes(CELLS[cell], False, steps, batch, hidden_size, output_size or hidden_size)
+    task = problem(sizes, dtype, input_size, None, training)
     threads = torch.get_num_threads()
-    rows, units, panel, ns = _C.schedule(problem, training)
+    rows, units, panel, ns = _C.schedule(task, training)
     if sizes.complete:
         reason = "one step: both products by torch, the rest in one pass"
     elif rows * units == 1:
@@ -119,270 +77,10 @@ def plan(
         "row_groups": rows,
         "unit_groups": units,
         "units_per_panel": panel,
-        "bytes_workspace": _C.workspace_bytes(problem, training),
+        "bytes_workspace": _C.workspace_bytes(task, training),
         "estimated_us": ns / 1e3,
         "reason": f"{reason} (torch.get_num_threads() = {threads})",
     }
-
-
-# ---- one direction of one layer
-
-
-class _Saved(NamedTuple):
-    """What backward needs beyond the arguments: sizes, not tensors."""
-
-    cell: Cell
-    reverse: bool
-    steps: int
-    batch: int
-    hidden: int
-    output: int
-
-    @property
-    def complete(self) -> bool:
-        """One step: torch forms both products, since packing weights costs more than using them once."""
-        return self.steps == 1 and not self.cell.projected
-
-
-def _empty(like: Tensor, shape: Seq[int]) -> Tensor:
-    """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
-    t = like.new_empty(shape)
-    bytes = t.numel() * t.element_size()
-    if bytes >= 4 << 20:
-        _C.prefer_large_pages(t.data_ptr(), bytes)
-    return t
-
-
-class _Memory(threading.local):
-    """One thread's workspace, kept from call to call: fresh pages cost as much as a short sequence."""
-
-    KEPT = 64 << 20
-
-    def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
-
-    def take(self, bytes: int) -> Tensor:
-        if self.buffer.numel() >= bytes:
-            return self.buffer
-        buffer = _empty(self.buffer, (bytes,))
-        if bytes <= self.KEPT:
-            self.buffer = buffer
-        return buffer
-
-
-_memory = _Memory()
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
-def _problem(s: _Saved, dtype: torch.dtype, input_size: int, rows: Tensor | None, training: bool) -> _C.Problem:
-    return _C.Problem(
-        s.cell.index,
-        _STORAGE[dtype],
-        s.steps,
-        s.batch,
-        input_size,
-        s.hidden,
-        s.output,
-        _address(rows),
-        s.reverse,
-        training,
-        s.complete,
-        torch.get_num_threads(),
-    )
-
-
-def _vectors(cell: Cell, hidden: int, bias_hh: Tensor | None) -> list[int]:
-    """The per-unit vectors that stand for biases of slots which U alone feeds (b_hn of GRU): blocks of bias_hh."""
-    if bias_hh is None or not cell.vectors:
-        return []
-    block = {slot: row + slot - first for row, first, end in cell.hidden_runs for slot in range(first, end)}
-    return [bias_hh.data_ptr() + block[slot] * hidden * bias_hh.element_size() for _, slot in cell.vectors]
-
-
-def _bias(cell: Cell, hidden: int, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
-    """The sum of both biases for the slots that the input feeds."""
-    if bias_hh is None:
-        return bias_ih
-    if bias_ih is None:
-        bias = torch.zeros(cell.input_gates * hidden, dtype=bias_hh.dtype, device=bias_hh.device)
-    elif len(cell.hidden_runs) == 1 and cell.hidden_runs[0][1:] == (0, cell.input_gates):
-        return bias_ih + bias_hh
-    else:
-        bias = bias_ih.clone()
-    for row, first, end in cell.hidden_runs:
-        end = min(end, cell.input_gates)
-        if first < end:
-            bias[first * hidden : end * hidden] += bias_hh[row * hidden : (row + end - first) * hidden]
-    return bias
-
-
-def _forward(
-    s: _Saved,
-    training: bool,
-    input: Tensor,
-    states: Seq[Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    rows: Tensor | None,
-) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
-    """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
-    cell, H, P = s.cell, s.hidden, s.output
-    tokens = input.flatten(0, -2).contiguous()
-    N = tokens.shape[0]
-    problem = _problem(s, input.dtype, input.shape[-1], rows, training)
-    room = cell.room * H
-    gates = _empty(input, (N, room)) if training or s.complete else None
-    if s.complete:
-        assert gates is not None
-        _complete(cell, H, gates, tokens, states[0] if states else None, weight_ih, weight_hh, _bias(cell, H, bias_ih, bias_hh))
-    if cell.projected and gates is not None:
-        gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
-    output = _empty(input, (*input.shape[:-1], P))
-    final = [input.new_empty(s.batch, H if i else P) for i in range(len(cell.states))]
-    history = [_empty(input, (N, H)) for _ in cell.states[1:]] if training else []
-    bytes = _C.workspace_bytes(problem, False)
-    workspace = _memory.take(bytes)
-    _C.forward(
-        problem,
-        tokens.data_ptr(),
-        weight_ih.data_ptr(),
-        _address(bias_ih),
-        _address(bias_hh),
-        _address(gates),
-        room,
-        [weight_hh.data_ptr(), _address(weight_hr)],
-        _vectors(cell, H, bias_hh),
-        [state.data_ptr() for state in states],
-        [state.data_ptr() for state in final],
-        output.data_ptr(),
-        [0, *[h.data_ptr() for h in history]],
-        workspace.data_ptr(),
-        bytes,
-    )
-    return output, final, gates if training else None, history
-
-
-def _complete(
-    cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None
-) -> None:
-    """Both products of a single step, by torch: W x over the slots that the input feeds, U h added to these or alone."""
-    inputs = cell.input_gates
-    x_gates = gates if cell.uniform else gates[:, : inputs * H]
-    if bias is None:
-        torch.mm(x, weight_ih.t(), out=x_gates)
-    else:
-        torch.addmm(bias, x, weight_ih.t(), out=x_gates)
-    if h is None:
-        gates[:, inputs * H :].zero_()
-        return
-    for row, first, end in cell.hidden_runs:
-        both = max(min(end, inputs), first)  # slots [first, both) have W's part, [both, end) do not
-        u = weight_hh[row * H : (row + end - first) * H]
-        if first < both:
-            gates[:, first * H : both * H].addmm_(h, u[: (both - first) * H].t())
-        if both < end:
-            torch.mm(h, u[(both - first) * H :].t(), out=gates[:, both * H : end * H])
-
-
-def _backward(
-    s: _Saved,
-    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states
-    grad_output: Tensor | None,
-    grad_final: Seq[Tensor | None],
-    input: Tensor,
-    states: Seq[Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    rows: Tensor | None,
-    output: Tensor,
-    kept: Tensor,
-    history: Seq[Tensor],
-    overwrite: bool,
-) -> list[Tensor | None]:
-    """Gradients in the order of `needs`."""
-    cell, H = s.cell, s.hidden
-    tokens = input.flatten(0, -2).contiguous()
-    if grad_output is not None:
-        grad_output = grad_output.contiguous()
-    finals = [None if g is None else g.contiguous() for g in grad_final]
-    problem = _problem(s, input.dtype, input.shape[-1], rows, True)
-    gates = kept if overwrite else _empty(kept, kept.shape)
-    # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
-    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
-    bias = (weight_ih.shape[:1], weight_hh.shape[:1])
-    projection = () if weight_hr is None else weight_hr.shape
-    shapes = (input.shape, weight_ih.shape, weight_hh.shape, *bias, projection)
-    grads = [_empty(input, shape) if need else None for shape, need in zip(shapes, needs[:6], strict=True)]
-    grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr = map(_address, grads)
-    bytes = _C.workspace_bytes(problem, True)
-    workspace = _memory.take(bytes)
-    _C.backward(
-        problem,
-        kept.data_ptr(),
-        gates.data_ptr(),
-        [weight_hh.data_ptr(), _address(weight_hr)],
-        _vectors(cell, H, bias_hh),
-        [state.data_ptr() for state in states],
-        output.data_ptr(),
-        [0, *[h.data_ptr() for h in history]],
-        _address(grad_output),
-        [_address(g) for g in finals],
-        [_address(g) for g in initial],
-        tokens.data_ptr(),
-        weight_ih.data_ptr(),
-        grad_x,
-        grad_ih,
-        [grad_hh, grad_hr],
-        grad_bias_ih,
-        grad_bias_hh,
-        [],
-        workspace.data_ptr(),
-        bytes,
-    )
-    if s.complete:
-        _complete_backward(s, grads, initial, gates, tokens, states[0] if states else None, weight_ih, weight_hh)
-    return [*grads, *initial]
-
-
-def _complete_backward(
-    s: _Saved,
-    grads: list[Tensor | None],
-    initial: list[Tensor | None],
-    gates: Tensor,
-    x: Tensor,
-    h: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-) -> None:
-    """The products of a single step's gate gradients, by torch."""
-    cell, H = s.cell, s.hidden
-    grad_x, grad_ih, grad_hh, bias_ih, bias_hh, _ = grads
-    x_gates = gates[:, : cell.input_gates * H]
-    if grad_x is not None:
-        torch.mm(x_gates, weight_ih, out=grad_x.view(x.shape))
-    if grad_ih is not None:
-        torch.mm(x_gates.t(), x, out=grad_ih)
-    if bias_ih is not None:
-        torch.sum(x_gates, 0, out=bias_ih)
-    for row, first, end in cell.hidden_runs:
-        rows, run = slice(row * H, (row + end - first) * H), gates[:, first * H : end * H]
-        if grad_hh is not None:
-            if h is None:
-                grad_hh[rows].zero_()
-            else:
-                torch.mm(run.t(), h, out=grad_hh[rows])
-        if bias_hh is not None:
-            torch.sum(run, 0, out=bias_hh[rows])
-        if initial and initial[0] is not None:
-            initial[0].addmm_(run, weight_hh[rows])
 
 
 def _hooked() -> bool:
@@ -419,13 +117,15 @@ class Sequence(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, s: _Saved, rows: Tensor | None, *args: Tensor | None) -> Any:
+    def forward(ctx: Any, s: Sizes, rows: Tensor | None, *args: Tensor | None) -> Any:
         input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states = args
         assert input is not None
         assert weight_ih is not None
         assert weight_hh is not None
         states_ = [state for state in states if state is not None]
-        output, final, kept, history = _forward(s, True, input, states_, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, rows)
+        output, final, kept, history = _RUNS[s.engine].forward(
+            s, True, input, states_, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, rows
+        )
         ctx.sizes, ctx.own = s, not _hooked()
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *states_, *history)
@@ -433,11 +133,11 @@ class Sequence(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *grad_final: Tensor | None) -> Any:
-        s: _Saved = ctx.sizes
+        s: Sizes = ctx.sizes
         input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *rest = ctx.saved_tensors
         n = len(rest) - len(s.cell.states) + 1  # the rest are initial states, if there were any, and histories
         with torch.no_grad():
-            grads = _backward(
+            grads = _RUNS[s.engine].backward(
                 s,
                 ctx.needs_input_grad[2:],
                 grad_output,
@@ -499,12 +199,13 @@ def _checked(
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
+    engine: str,
     concrete: bool,
-) -> _Saved:
+) -> Sizes:
     spec = CELLS.get(cell)
     if spec is None:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
-    if input.dtype not in _STORAGE:
+    if input.dtype not in STORAGE:
         raise RuntimeError(f"input: expected dtype float32, float64, bfloat16 or float16, got {input.dtype}")
     if input.dim() != (3 if batch_sizes is None else 2):
         raise RuntimeError(
@@ -542,9 +243,31 @@ def _checked(
         _expect("bias_ih", bias_ih, (spec.input_gates * H,), input)
     if bias_hh is not None:
         _expect("bias_hh", bias_hh, (spec.hidden_gates * H,), input)
-    if concrete and input.device.type != "cpu":
-        raise RuntimeError(f"input: no engine for device {input.device}: this build computes on the CPU")
-    return _Saved(spec, reverse, T, B, H, P)
+    sizes = Sizes(spec, reverse, T, B, H, P)
+    return sizes._replace(engine=_engine(engine, sizes, input)) if concrete else sizes
+
+
+def _engine(engine: str, s: Sizes, input: Tensor) -> str:
+    """Which engine runs it. Raise if that which was asked for cannot."""
+    if engine not in ENGINES:
+        raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+    device = input.device.type
+    if device == "cpu":
+        if engine == "persistent":
+            raise RuntimeError("engine: 'persistent' runs on a CUDA device, and input is on the CPU")
+        return "cpu" if engine == "auto" else engine
+    if device != "cuda" or not hasattr(_C, "cuda_why_not"):
+        what = "has no CUDA part" if device == "cuda" else "computes on CPU and CUDA devices"
+        raise RuntimeError(f"input: no engine for device {input.device}: this build {what}")
+    if engine == "cpu":
+        raise RuntimeError(f"engine: 'cpu' cannot run on input's device {input.device}")
+    if engine == "stepwise":
+        return engine
+    task = problem(s._replace(engine="persistent"), input.dtype, input.shape[-1], None, True)
+    why_not = next(filter(None, (_C.cuda_why_not(task, backward, input.device.index) for backward in (False, True))), "")
+    if engine == "persistent" and why_not:
+        raise RuntimeError(f"engine: 'persistent' cannot run this: {why_not}")
+    return "stepwise" if why_not else "persistent"
 
 
 def _autocast(t: Any, dtype: torch.dtype) -> Any:
@@ -571,6 +294,7 @@ def sequence(
     *,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    engine: str = "auto",
 ) -> tuple[Tensor, ...]:
     """Run ``cell`` over a sequence in one direction.
 
@@ -583,12 +307,15 @@ def sequence(
             ``[gates·H]``, ``[P, H]``.
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
         reverse: run from the last step (a ragged row's own last step) to the first. The output keeps the input's order.
+        engine: ``"auto"``; ``"cpu"``; ``"stepwise"``, a product by torch and one run of the cell a step, on any device; ``"persistent"``,
+            the whole sequence in one launch on a GPU, where the weights fit.
 
     Returns:
         ``(output, *final_states)``, the output ``[T, B, P]`` or ``[N, P]``.
 
     Raises:
-        ValueError: an unknown cell. RuntimeError: a tensor of the wrong rank, size, dtype or device; the text names it.
+        ValueError: an unknown cell or engine. RuntimeError: a tensor of the wrong rank, size, dtype or device, or an engine that cannot run
+            it; the text names it and says why.
 
     >>> x, h = torch.randn(5, 2, 3), torch.zeros(2, 4)
     >>> y, h_n = sequence("gru", x, [h], torch.randn(12, 3), torch.randn(12, 4))
@@ -615,13 +342,13 @@ def sequence(
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
     if not plain:
-        return _traceable(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, needs_grad)
-    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, True)
+        return _traceable(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, needs_grad)
+    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, True)
     if needs_grad:
         result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, *tensors)  # type: ignore[no-untyped-call]
         return result
     _, w_ih, w_hh, b_ih, b_hh, w_hr, *h = tensors
-    output, final, _, _ = _forward(s, False, input, h, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)  # type: ignore[arg-type]
+    output, final, _, _ = _RUNS[s.engine].forward(s, False, input, h, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
     return (output, *final)
 
 
@@ -636,6 +363,7 @@ def _traceable(
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
+    engine: str,
     training: bool,
 ) -> tuple[Tensor, ...]:
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
@@ -643,9 +371,9 @@ def _traceable(
         batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
         widths = [weight_hh.shape[1]] + [weight_hh.shape[0] // CELLS[cell].hidden_gates] * (len(CELLS[cell].states) - 1)
         states = [input.new_zeros(batch, width) for width in widths]
-    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, False)
+    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, False)
     results: list[Tensor] = torch.ops.rnnkernels.sequence(
-        cell, input, list(states), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, training
+        cell, input, list(states), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, training
     )
     return tuple(results[: 1 + len(s.cell.states)])
 
@@ -655,11 +383,11 @@ def _traceable(
 _library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "sequence(str cell, Tensor input, Tensor[] states, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? batch_sizes, bool reverse, bool training) -> Tensor[]"
+    " Tensor? weight_hr, Tensor? batch_sizes, bool reverse, str engine, bool training) -> Tensor[]"
 )
 _library.define(
     "sequence_backward(str cell, bool[] needs, Tensor? grad_output, Tensor?[] grad_final, Tensor input, Tensor[] states,"
-    " Tensor weight_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, Tensor? batch_sizes, bool reverse,"
+    " Tensor weight_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, Tensor? batch_sizes, bool reverse, str engine,"
     " Tensor output, Tensor kept, Tensor[] history) -> Tensor[]"
 )
 
@@ -675,15 +403,16 @@ def _op_forward(
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
+    engine: str,
     training: bool,
 ) -> list[Tensor]:
     """output, final states, and for training the kept values and the histories of the other states"""
-    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, True)
+    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, True)
     dense = [state.contiguous() for state in states]
     b_ih, b_hh, w_hr = (None if t is None else t.contiguous() for t in (bias_ih, bias_hh, weight_hr))
     w_ih, w_hh = weight_ih.contiguous(), weight_hh.contiguous()
     rows = None if batch_sizes is None else batch_sizes.contiguous()
-    output, final, kept, history = _forward(s, training, input, dense, w_ih, w_hh, b_ih, b_hh, w_hr, rows)
+    output, final, kept, history = _RUNS[s.engine].forward(s, training, input, dense, w_ih, w_hh, b_ih, b_hh, w_hr, rows)
     return [output, *final, *([] if kept is None else [kept]), *history]
 
 
@@ -698,6 +427,7 @@ def _op_forward_fake(
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
+    engine: str,
     training: bool,
 ) -> list[Tensor]:
     spec = CELLS[cell]
@@ -722,12 +452,13 @@ def _op_backward(
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
+    engine: str,
     output: Tensor,
     kept: Tensor,
     history: Seq[Tensor],
 ) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
-    s = _checked(cell, input, states, weight_ih, weight_hh, None, bias_hh, weight_hr, batch_sizes, reverse, True)
+    s = _checked(cell, input, states, weight_ih, weight_hh, None, bias_hh, weight_hr, batch_sizes, reverse, engine, True)
     N = s.steps * s.batch if batch_sizes is None else input.shape[0]
     if len(needs) != 6 + len(states) or len(grad_final) != len(states) or len(history) != len(states) - 1:
         raise RuntimeError(f"needs, grad_final, history: expected {6 + len(states)}, {len(states)}, {len(states) - 1} of them")
@@ -738,7 +469,7 @@ def _op_backward(
             shape = first.shape if first is not None else states[i].shape if name == "grad_final" else (N, s.hidden)
             if tensor is not None:
                 _expect(name, tensor, shape, input)
-    grads = _backward(
+    grads = _RUNS[s.engine].backward(
         s,
         needs,
         grad_output,
@@ -771,6 +502,7 @@ def _op_backward_fake(
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
+    engine: str,
     output: Tensor,
     kept: Tensor,
     history: Seq[Tensor],
@@ -784,9 +516,9 @@ def _op_backward_fake(
 
 
 def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, training = inputs
+    cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, training = inputs
     n = len(states)
-    ctx.cell, ctx.reverse, ctx.states, ctx.training = cell, reverse, n, training
+    ctx.cell, ctx.reverse, ctx.engine, ctx.states, ctx.training = cell, reverse, engine, n, training
     if not training:
         return
     y, kept, history = output[0], output[1 + n], output[2 + n :]
@@ -812,17 +544,19 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
         weight_hr,
         batch_sizes,
         ctx.reverse,
+        ctx.engine,
         y,
         kept,
         rest[n:],
     )
     needed = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
     input_grad, *others = needed[:6]
-    return (None, input_grad, needed[6:], *others, None, None, None)
+    return (None, input_grad, needed[6:], *others, None, None, None, None)
 
 
 for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):
-    _library.impl(_name, _run, "CPU")
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _key)
     torch.library.register_fake(f"rnnkernels::{_name}", _fake, lib=_library)
 torch.library.register_autograd("rnnkernels::sequence", _op_autograd, setup_context=_op_setup, lib=_library)
 torch.library.register_autograd("rnnkernels::sequence_backward", _refuse_second_derivative, lib=_library)

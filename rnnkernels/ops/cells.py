@@ -1,0 +1,136 @@
+"""What the engines' callers share: the cells as Python knows them, sizes of a call, addresses for the compiled module."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import _C
+
+STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What Python needs to know of a page of cells.def."""
+
+    index: int
+    name: str
+    states: tuple[str, ...]
+    slots: tuple[tuple[str, bool, bool], ...]  # name, fed by the input, fed by the state
+    vectors: tuple[tuple[str, int], ...]
+    stages: tuple[tuple[int, int, int, bool], ...]  # first slot, slots, what its matrix multiplies (-1: state 0), as wide as the output
+    kept: int
+    room: int  # values of a token between forward and backward
+    projected: bool
+    input_gates: int
+    hidden_gates: int
+    hidden_runs: tuple[tuple[int, int, int], ...]  # consecutive slots that U feeds: first row block of weight_hh, first slot, last slot + 1
+    uniform: bool  # the input and U feed all slots, and a token has room for nothing else
+
+
+def _cell(index: int, d: dict[str, Any]) -> Cell:
+    slots: list[tuple[str, bool, bool]] = d["slots"]
+    first, count, *_ = d["stages"][0]
+    fed = [i for i in range(first, first + count) if slots[i][2]]
+    runs, row = [], 0
+    for _, group in itertools.groupby(enumerate(fed), lambda pair: pair[1] - pair[0]):
+        members = [slot for _, slot in group]
+        runs.append((row, members[0], members[-1] + 1))
+        row += len(members)
+    inputs = sum(x for _, x, _ in slots)
+    return Cell(
+        index,
+        d["name"],
+        tuple(d["states"]),
+        tuple(slots),
+        tuple(d["vectors"]),
+        tuple(d["stages"]),
+        d["kept"],
+        d["room"],
+        d["projected"],
+        inputs,
+        len(fed),
+        tuple(runs),
+        runs == [(0, 0, inputs)] and d["room"] == inputs,
+    )
+
+
+CELLS: dict[str, Cell] = {d["name"]: _cell(i, d) for i, d in enumerate(_C.cells())}
+
+
+class Sizes(NamedTuple):
+    """What backward needs beyond the arguments: sizes, not tensors."""
+
+    cell: Cell
+    reverse: bool
+    steps: int
+    batch: int
+    hidden: int
+    output: int
+    engine: str = "cpu"
+
+    @property
+    def complete(self) -> bool:
+        """One step on the CPU: torch forms both products, since packing weights costs more than using them once."""
+        return self.steps == 1 and not self.cell.projected and self.engine == "cpu"
+
+
+def empty(like: Tensor, shape: Seq[int]) -> Tensor:
+    """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
+    t = like.new_empty(shape)
+    bytes = t.numel() * t.element_size()
+    if bytes >= 4 << 20:
+        _C.prefer_large_pages(t.data_ptr(), bytes)
+    return t
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Tensor | None, training: bool) -> _C.Problem:
+    return _C.Problem(
+        s.cell.index,
+        STORAGE[dtype],
+        s.steps,
+        s.batch,
+        input_size,
+        s.hidden,
+        s.output,
+        address(rows),
+        s.reverse,
+        training,
+        s.complete,
+        torch.get_num_threads(),
+    )
+
+
+def vectors(cell: Cell, hidden: int, bias_hh: Tensor | None) -> list[int]:
+    """The per-unit vectors that stand for biases of slots which U alone feeds (b_hn of GRU): blocks of bias_hh."""
+    if bias_hh is None or not cell.vectors:
+        return []
+    block = {slot: row + slot - first for row, first, end in cell.hidden_runs for slot in range(first, end)}
+    return [bias_hh.data_ptr() + block[slot] * hidden * bias_hh.element_size() for _, slot in cell.vectors]
+
+
+def summed_bias(cell: Cell, hidden: int, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:
+    """The sum of both biases for the slots that the input feeds."""
+    if bias_hh is None:
+        return bias_ih
+    if bias_ih is None:
+        bias = torch.zeros(cell.input_gates * hidden, dtype=bias_hh.dtype, device=bias_hh.device)
+    elif len(cell.hidden_runs) == 1 and cell.hidden_runs[0][1:] == (0, cell.input_gates):
+        return bias_ih + bias_hh
+    else:
+        bias = bias_ih.clone()
+    for row, first, end in cell.hidden_runs:
+        end = min(end, cell.input_gates)
+        if first < end:
+            bias[first * hidden : end * hidden] += bias_hh[row * hidden : (row + end - first) * hidden]
+    return bias

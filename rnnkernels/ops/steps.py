@@ -1,0 +1,348 @@
+"""The stepwise and the persistent engine's side of a call.
+
+Stepwise, each step is a product by torch and one run of the page by the compiled module: on a GPU one launch, on a CPU plain loops, which
+make this engine the yardstick of the others. Persistent, a GPU runs all steps in one launch. In both the products over all tokens are
+torch's.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Seq
+
+import torch
+from torch import Tensor
+
+from .. import _C
+from .cells import Cell, Sizes, address, problem, summed_bias, vectors
+
+
+def device_of(t: Tensor) -> tuple[int, int]:
+    """-> device index (-1: the CPU), stream"""
+    if not t.is_cuda:
+        return -1, 0
+    index = t.device.index
+    return index, torch.cuda.current_stream(index).cuda_stream
+
+
+class _Steps:
+    """The tokens of each step, and which step a walk comes from."""
+
+    def __init__(self, s: Sizes, rows: Tensor | None) -> None:
+        self.size = [s.batch] * s.steps if rows is None else rows.tolist()
+        self.start = [0, *itertools.accumulate(self.size)]
+        self.reverse, self.steps = s.reverse, s.steps
+
+    def forward(self) -> range:
+        return range(self.steps)[::-1] if self.reverse else range(self.steps)
+
+    def before(self, step: int) -> int | None:
+        """The step before, in the walk's own direction of time."""
+        step += 1 if self.reverse else -1
+        return step if 0 <= step < self.steps else None
+
+    def offsets(self, like: Tensor) -> Tensor:
+        return torch.tensor(self.start, dtype=torch.int64, device=like.device)
+
+
+def _number(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def _widths(s: Sizes) -> list[int]:
+    return [s.output] + [s.hidden] * (len(s.cell.states) - 1)
+
+
+def _columns(cell: Cell, stage: int) -> int:
+    first, count, *_ = cell.stages[stage]
+    return sum(h for _, _, h in cell.slots[first : first + count])
+
+
+def _width(s: Sizes, stage: int) -> int:
+    return s.output if s.cell.stages[stage][3] else s.hidden
+
+
+def forward(
+    s: Sizes,
+    training: bool,
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    rows: Tensor | None,
+) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
+    """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
+    cell, H = s.cell, s.hidden
+    tokens = input.flatten(0, -2).contiguous()
+    N = tokens.shape[0]
+    gates = input.new_empty(N, (cell.room if training else cell.input_gates) * H)
+    if training and cell.projected:
+        gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
+    x_gates, bias = gates[:, : cell.input_gates * H], summed_bias(cell, H, bias_ih, bias_hh)
+    if bias is None:
+        torch.mm(tokens, weight_ih.t(), out=x_gates)
+    else:
+        torch.addmm(bias, tokens, weight_ih.t(), out=x_gates)
+    output = input.new_empty(*input.shape[:-1], s.output)
+    history = [input.new_empty(N, H) for _ in cell.states[1:]] if training else []
+    if s.batch == 0:
+        return output, [input.new_empty(0, width) for width in _widths(s)], gates if training else None, history
+    walk = _walk_together if s.engine == "persistent" else _walk
+    final = walk(s, training, gates, states, [weight_hh, weight_hr], bias_hh, rows, output, history)
+    return output, final, gates if training else None, history
+
+
+def _walk_together(
+    s: Sizes,
+    training: bool,
+    gates: Tensor,
+    states: Seq[Tensor],
+    weights: Seq[Tensor | None],
+    bias_hh: Tensor | None,
+    rows: Tensor | None,
+    output: Tensor,
+    history: Seq[Tensor],
+) -> list[Tensor]:
+    index, stream = device_of(gates)
+    task = problem(s, gates.dtype, 0, None, training)
+    final = [gates.new_empty(s.batch, width) for width in _widths(s)]
+    offsets = _Steps(s, rows).offsets(gates)
+    packets = torch.empty(_C.cuda_workspace_bytes(task, False, index), dtype=torch.uint8, device=gates.device)
+    _C.cuda_forward(
+        task,
+        gates.data_ptr(),
+        gates.shape[1],
+        [address(w) for w in weights],
+        vectors(s.cell, s.hidden, bias_hh),
+        [state.data_ptr() for state in states],
+        [state.data_ptr() for state in final],
+        output.data_ptr(),
+        [0, *[h.data_ptr() for h in history]],
+        packets.data_ptr(),
+        offsets.data_ptr(),
+        index,
+        stream,
+    )
+    return final
+
+
+def _walk(
+    s: Sizes,
+    training: bool,
+    gates: Tensor,
+    states: Seq[Tensor],
+    weights: Seq[Tensor | None],
+    bias_hh: Tensor | None,
+    rows: Tensor | None,
+    output: Tensor,
+    history: Seq[Tensor],
+) -> list[Tensor]:
+    cell, H, dtype = s.cell, s.hidden, gates.dtype
+    steps, task = _Steps(s, rows), problem(s, dtype, 0, None, training)
+    number = _number(dtype)
+    carried = [state.to(number, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=number) for width in _widths(s)]
+    between = gates.new_empty(s.batch, cell.kept * H, dtype=number) if len(cell.stages) > 1 else None
+    y, unit_vectors, place = output.view(-1, s.output), vectors(cell, H, bias_hh), device_of(gates)
+    for n, step in enumerate(steps.forward()):
+        active, token, before = steps.size[step], steps.start[step], steps.before(step)
+        for stage, (_, _, operand, _) in enumerate(cell.stages):
+            weight, read = weights[stage], None
+            if weight is None or not _columns(cell, stage):
+                pass
+            elif operand >= 0:
+                assert between is not None
+                read = between[:active, operand * H : (operand + 1) * H].to(dtype)
+            elif n == 0 or before is None:
+                read = states[0][:active] if states else None
+            else:
+                known = min(active, steps.size[before])
+                read = y[steps.start[before] : steps.start[before] + known]
+                if known < active:
+                    rest = states[0][known:active] if states else y.new_zeros(active - known, s.output)
+                    read = torch.cat([read, rest])
+            sums = None if read is None or weight is None else torch.mm(read, weight.t())
+            _C.forward_step(
+                task,
+                stage,
+                _at(gates, token),
+                gates.shape[1],
+                _at(gates, token) if training else 0,
+                address(between),
+                unit_vectors,
+                [state.data_ptr() for state in carried],
+                [_at(y, token), *[_at(h, token) for h in history]],
+                active,
+                address(sums),
+                *place,
+            )
+    return [state.to(dtype) for state in carried]
+
+
+def _at(t: Tensor | None, row: int) -> int:
+    return 0 if t is None else t.data_ptr() + row * t.stride(0) * t.element_size()
+
+
+def backward(
+    s: Sizes,
+    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states
+    grad_output: Tensor | None,
+    grad_final: Seq[Tensor | None],
+    input: Tensor,
+    states: Seq[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_hh: Tensor | None,
+    weight_hr: Tensor | None,
+    rows: Tensor | None,
+    output: Tensor,
+    kept: Tensor,
+    history: Seq[Tensor],
+    overwrite: bool,
+) -> list[Tensor | None]:
+    """Gradients in the order of `needs`."""
+    cell, H, P = s.cell, s.hidden, s.output
+    tokens, y = input.flatten(0, -2), output.view(-1, P)
+    # The stages of a cell hand kept values on to each other where the gradients go.
+    gates = kept if overwrite else kept.clone() if len(cell.stages) > 1 else torch.empty_like(kept)
+    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
+    upstream = None if grad_output is None else grad_output.contiguous().view(-1, P)
+    finals = [None if g is None else g.contiguous() for g in grad_final]
+    if s.batch:
+        walk = _walk_back_together if s.engine == "persistent" else _walk_back
+        walk(s, gates, kept, upstream, finals, initial, states, [weight_hh, weight_hr], bias_hh, rows, y, history)
+    grads: list[Tensor | None] = [None] * 6
+    x_gates = gates[:, : cell.input_gates * H]
+    if needs[0]:
+        grads[0] = torch.mm(x_gates, weight_ih).view(input.shape)
+    if needs[1]:
+        grads[1] = torch.mm(x_gates.t(), tokens)
+    if needs[2]:
+        before = _previous_outputs(s, y, states[0] if states else None, rows)
+        grads[2] = torch.cat([torch.mm(gates[:, first * H : end * H].t(), before) for _, first, end in cell.hidden_runs])
+    if needs[3] or needs[4]:
+        total = gates.sum(0)
+        if needs[3]:
+            grads[3] = total[: cell.input_gates * H].clone()
+        if needs[4]:
+            grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.hidden_runs])
+    if needs[5]:
+        slots = len(cell.slots)
+        grads[5] = torch.mm(gates[:, (slots - 1) * H : (slots - 1) * H + P].t(), kept[:, slots * H : (slots + 1) * H])
+    return [*grads, *initial]
+
+
+def _previous_outputs(s: Sizes, y: Tensor, h0: Tensor | None, rows: Tensor | None) -> Tensor:
+    """State 0 before each token."""
+    if h0 is None:
+        h0 = y.new_zeros(s.batch, s.output)
+    if rows is None:
+        return torch.cat([y[s.batch :], h0] if s.reverse else [h0, y[: y.shape[0] - s.batch]])
+    steps, N, parts = _Steps(s, rows), y.shape[0], []
+    for step, active in enumerate(steps.size):
+        before = steps.before(step)
+        known = 0 if before is None else min(active, steps.size[before])
+        if before is not None and known:
+            parts.append(torch.arange(steps.start[before], steps.start[before] + known))
+        if known < active:
+            parts.append(torch.arange(N + known, N + active))
+    return torch.cat([y, h0]).index_select(0, torch.cat(parts).to(y.device))
+
+
+def _walk_back_together(
+    s: Sizes,
+    gates: Tensor,
+    kept: Tensor,
+    upstream: Tensor | None,
+    finals: Seq[Tensor | None],
+    initial: Seq[Tensor | None],
+    states: Seq[Tensor],
+    weights: Seq[Tensor | None],
+    bias_hh: Tensor | None,
+    rows: Tensor | None,
+    y: Tensor,
+    history: Seq[Tensor],
+) -> None:
+    index, stream = device_of(gates)
+    task = problem(s, gates.dtype, 0, None, True)
+    offsets = _Steps(s, rows).offsets(gates)
+    packets = torch.empty(_C.cuda_workspace_bytes(task, True, index), dtype=torch.uint8, device=gates.device)
+    _C.cuda_backward(
+        task,
+        (gates if len(s.cell.stages) > 1 else kept).data_ptr(),
+        gates.data_ptr(),
+        [address(w) for w in weights],
+        vectors(s.cell, s.hidden, bias_hh),
+        [state.data_ptr() for state in states],
+        y.data_ptr(),
+        [0, *[h.data_ptr() for h in history]],
+        address(upstream),
+        [address(g) for g in finals],
+        [address(g) for g in initial],
+        packets.data_ptr(),
+        offsets.data_ptr(),
+        index,
+        stream,
+    )
+
+
+def _walk_back(
+    s: Sizes,
+    gates: Tensor,
+    kept: Tensor,
+    upstream: Tensor | None,
+    finals: Seq[Tensor | None],
+    initial: Seq[Tensor | None],
+    states: Seq[Tensor],
+    weights: Seq[Tensor | None],
+    bias_hh: Tensor | None,
+    rows: Tensor | None,
+    y: Tensor,
+    history: Seq[Tensor],
+) -> None:
+    cell, dtype = s.cell, gates.dtype
+    steps, task = _Steps(s, rows), problem(s, dtype, 0, None, True)
+    number, last = _number(dtype), len(cell.stages) - 1
+    carried = [
+        gates.new_zeros(s.batch, width, dtype=number) if g is None else g.to(number, copy=True)
+        for g, width in zip(finals, _widths(s), strict=True)
+    ]
+    # The gate gradients that the next product reads; a row that has left keeps those of its last visit.
+    staged = [gates.new_zeros(s.batch, _columns(cell, stage) * _width(s, stage), dtype=number) for stage in range(last + 1)]
+    unit_vectors, place = vectors(cell, s.hidden, bias_hh), device_of(gates)
+    source = gates if last else kept
+    for n, step in enumerate(reversed(steps.forward())):
+        active, token, before = steps.size[step], steps.start[step], steps.before(step)
+        after = step - 1 if s.reverse else step + 1  # the step that the walk comes from
+        for stage in range(last, -1, -1):
+            reader = 0 if stage == last else stage + 1
+            summed = active if stage < last else 0 if n == 0 else min(active, steps.size[after])
+            weight = weights[reader]
+            sums = None
+            if summed and weight is not None and staged[reader].shape[1]:
+                sums = torch.mm(staged[reader][:summed].to(dtype), weight)
+            _C.backward_step(
+                task,
+                stage,
+                _at(source, token),
+                _at(gates, token),
+                unit_vectors,
+                0 if before is None else min(active, steps.size[before]),
+                [] if before is None else [_at(t, steps.start[before]) for t in (y, *history)],
+                [state.data_ptr() for state in states],
+                [_at(t, token) for t in (y, *history)],
+                _at(upstream, token),
+                [state.data_ptr() for state in carried],
+                staged[stage].data_ptr(),
+                active,
+                summed if sums is not None else 0,
+                address(sums),
+                *place,
+            )
+    for i, (to, state) in enumerate(zip(initial, carried, strict=False)):
+        if to is not None:
+            if i == 0 and staged[0].shape[1] and weights[0] is not None:
+                state = state + torch.mm(staged[0].to(dtype), weights[0])
+            to.copy_(state)
