@@ -5,6 +5,7 @@
 #include <stdexcept>
 
 #include "cells/list.h"
+#include "core/tiling.h"
 #include "engines/cpu/engine.h"
 #if RNNKERNELS_CUDA
 #include "engines/cuda/engine.h"
@@ -100,6 +101,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("schedule", [](const Problem& p, bool backward) {
     const Schedule s = cpu::schedule(p, cpu::page_of(p), backward);
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
+  });
+  // What the persistent engine would do on a device of so many multiprocessors and so much shared memory: blocks along units and rows,
+  // bytes of shared memory, whether it fits.
+  m.def("tiling", [](const Problem& p, bool backward, int multiprocessors, int64_t shared_bytes) {
+    const Tiling t = tile({multiprocessors, shared_bytes}, kCells[p.cell], p, backward);
+    return py::make_tuple(t.unit_ctas, t.row_tiles, t.shared_bytes, t.fits);
   });
   m.def("prefer_large_pages", [](Address memory, int64_t bytes) { cpu::prefer_large_pages(pointer(memory), bytes); });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
@@ -215,6 +222,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         });
 
 #if RNNKERNELS_CUDA
+  m.def("cuda_device", [](int device) {
+    const Device d = cuda::device(device);
+    return py::make_tuple(d.multiprocessors, d.shared_bytes);
+  });
   m.def("cuda_why_not", [](const Problem& p, bool backward, int device) { return cuda::fits(p, backward, cuda::device(device)); });
   m.def("cuda_workspace_bytes",
         [](const Problem& p, bool backward, int device) { return cuda::workspace_bytes(p, backward, cuda::device(device)); });

@@ -544,10 +544,8 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
     training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
     plans = []
     for name, (weight_ih, *_) in zip(names, weights, strict=True):
-        facts = ops.plan(module._cell, steps, batch, weight_ih.size(1), module.hidden_size, output_size, data.dtype, training)
-        schedule = (
-            f"{facts['row_groups']} × {facts['unit_groups']} groups of rows × units, "
-            f"{facts['units_per_panel']} units a panel, {facts['bytes_workspace']} bytes of workspace"
+        facts = ops.plan(
+            module._cell, steps, batch, weight_ih.size(1), module.hidden_size, output_size, data.dtype, training, module.engine, data.device
         )
-        plans.append(Plan(name, facts["engine"], facts["isa"], facts["threads"], schedule, facts["reason"]))
+        plans.append(Plan(name, facts["engine"], facts["isa"], facts["threads"], facts["schedule"], facts["reason"]))
     return Explanation(tuple(plans))

@@ -585,6 +585,14 @@ def test_explain_packed_and_cells() -> None:
         assert len(rnnkernels.explain(getattr(rnnkernels, name)(I, H), torch.zeros(I)).plans) == 1
 
 
+def test_explain_says_which_engine_and_why() -> None:
+    layer = rnnkernels.GRU(I, H, engine="stepwise")
+    (plan,) = rnnkernels.explain(layer, torch.zeros(T, B, I)).plans
+    assert (plan.engine, plan.why) == ("stepwise", "engine='stepwise' was asked for")
+    (plan,) = rnnkernels.explain(rnnkernels.GRU(I, H), torch.zeros(T, B, I)).plans
+    assert plan.engine == "cpu"
+
+
 def test_explain_refuses_what_is_not_ours() -> None:
     with pytest.raises(TypeError, match=r"explain takes a layer or cell of rnnkernels, got torch\.nn\.modules\.rnn\.LSTM"):
         rnnkernels.explain(nn.LSTM(I, H), torch.zeros(T, B, I))

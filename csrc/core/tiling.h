@@ -9,7 +9,7 @@
 
 namespace rnnkernels {
 
-constexpr int kRowsAtOnce = 8;  // rows whose products a thread adds up side by side
+constexpr int kRowsAtOnce = 8;  // at most: rows whose products a thread adds up side by side
 
 struct Device {
   int multiprocessors;
@@ -29,14 +29,15 @@ struct StageTiling {
 
 struct Tiling {
   int unit_ctas, row_tiles, threads;
+  int rows_at_once;  // as many as there is shared memory for their operand
   StageTiling stage[kMaxStages];
   // Offsets in shared memory, all numbers but the weights.
-  int64_t operand;  // [kRowsAtOnce][longest depth in fours · 4]
+  int64_t operand;  // [rows_at_once][longest depth in fours · 4]
   int64_t operand_row;
   int64_t partial;             // [slices][kRowsAtOnce][rows]: threads · kRowsAtOnce
   int64_t state[kMaxStates];   // [rows of the tile][block_units]: states, or their gradients
   int64_t between;             // forward, several stages: [rows of the tile][kept][block_units]
-  int64_t staged[kMaxStages];  // backward: gate gradients on their way out, [kRowsAtOnce][columns][block_units]
+  int64_t staged[kMaxStages];  // backward: gate gradients on their way out, [rows_at_once][columns][block_units]
   int64_t shared_bytes;
   // Packets in device memory: for each stage that another reads, [2][B][width] from `packets` on.
   int64_t packets[kMaxStages], packet_width[kMaxStages], packet_count;
@@ -53,8 +54,9 @@ inline int64_t power_of_two(int64_t n) {
   return p;
 }
 
-inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, int unit_ctas, int row_tiles) {
+inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, int unit_ctas, int row_tiles, int rows_at_once = kRowsAtOnce) {
   Tiling t{};
+  t.rows_at_once = rows_at_once;
   t.unit_ctas = unit_ctas;
   t.row_tiles = row_tiles;
   t.threads = kThreads;
@@ -81,7 +83,7 @@ inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, int un
     g.quads = ceil_div(g.depth, 4);
     g.weights = take(g.quads * g.rows * 4 * storage);
     longest = g.quads * 4 > longest ? g.quads * 4 : longest;
-    if (backward) t.staged[s] = take(kRowsAtOnce * cell.hidden_slots(s) * g.block_units * number);
+    if (backward) t.staged[s] = take(rows_at_once * cell.hidden_slots(s) * g.block_units * number);
     // What others read: forward, state 0 after the last stage and a later stage's operand; backward, the gate gradients of the H slots.
     const bool read = backward ? cell.hidden_slots(s) > 0 : s + 1 == cell.stages || cell.hidden_slots(s + 1) > 0;
     t.packet_width[s] = read ? (backward ? cell.hidden_slots(s) * g.units : g.units) : 0;
@@ -89,7 +91,7 @@ inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, int un
     t.packet_count += 2 * p.batch * t.packet_width[s];
   }
   t.operand_row = longest;
-  t.operand = take(kRowsAtOnce * longest * number);
+  t.operand = take(rows_at_once * longest * number);
   t.partial = take(int64_t(t.threads) * kRowsAtOnce * number);
   for (int i = 0; i < cell.states; ++i) t.state[i] = take(rows * t.stage[i == 0 ? cell.stages - 1 : 0].block_units * number);
   if (!backward && cell.stages > 1) t.between = take(rows * cell.kept * t.stage[0].block_units * number);
@@ -107,7 +109,10 @@ inline Tiling tile(const Device& device, const CellInfo& cell, const Problem& p,
     if (ceil_div(p.hidden, ceil_div(p.hidden, unit_ctas)) != unit_ctas) continue;
     int64_t row_tiles = device.multiprocessors / unit_ctas;
     if (row_tiles > ceil_div(batch, kRowsAtOnce)) row_tiles = ceil_div(batch, kRowsAtOnce);
-    const Tiling t = tile(cell, p, backward, unit_ctas, int(row_tiles));
+    row_tiles = ceil_div(batch, ceil_div(batch, row_tiles));
+    Tiling t = tile(cell, p, backward, unit_ctas, int(row_tiles));
+    while (t.shared_bytes > device.shared_bytes && t.rows_at_once > 1)
+      t = tile(cell, p, backward, unit_ctas, int(row_tiles), t.rows_at_once / 2);
     if (!t.fits || t.shared_bytes > device.shared_bytes) continue;
     // A step of a block: multiply-adds at 128 a cycle; its operand from L2 at 64 bytes a cycle, packets of 8 bytes; a hop between blocks.
     double cycles = 0;

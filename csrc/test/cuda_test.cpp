@@ -139,7 +139,7 @@ class Grid {
 struct Case {
   int64_t T, B, H;
   bool ragged, reverse;
-  int unit_ctas, row_tiles;
+  int unit_ctas, row_tiles, rows_at_once;
 };
 
 template <class S>
@@ -264,7 +264,7 @@ void test(const char* name, const cpu::Page& page, Storage storage, const Case& 
   };
   const double tolerance = storage == Storage::F32 ? 2e-5 : storage == Storage::BF16 ? 2e-2 : 3e-3;
   {
-    const Tiling t = tile(cell, p, false, c.unit_ctas, c.row_tiles);
+    const Tiling t = tile(cell, p, false, c.unit_ctas, c.row_tiles, c.rows_at_once);
     if (!check(t.fits, "%s", where("does not fit", t).c_str())) return;
     for (int64_t n = 0; n < N; ++n) std::copy_n(x.begin() + n * X, X, ours.gates.begin() + n * room);
     std::vector<uint64_t> packets(size_t(t.packet_count), 0);
@@ -277,7 +277,7 @@ void test(const char* name, const cpu::Page& page, Storage storage, const Case& 
     check(worst <= tolerance, "%s differs by %g", where("forward", t).c_str(), worst);
   }
   {
-    const Tiling t = tile(cell, p, true, c.unit_ctas, c.row_tiles);
+    const Tiling t = tile(cell, p, true, c.unit_ctas, c.row_tiles, c.rows_at_once);
     if (!check(t.fits, "%s", where("does not fit", t).c_str())) return;
     std::vector<uint64_t> packets(size_t(t.packet_count), 0);
     const cuda::PersistentBackward r{backward_of(ours), t, offsets.data(), packets.data()};
@@ -303,9 +303,11 @@ void test(const char* name, const cpu::Page& page, Storage storage, const Case& 
 
 template <class Cell>
 void test_cell(const char* name, const cpu::Page& page) {
-  const Case cases[] = {{6, 1, 5, false, false, 5, 1}, {7, 3, 7, true, false, 3, 1},   {7, 3, 7, true, true, 4, 2},
-                        {5, 17, 9, true, true, 3, 2},  {4, 10, 33, false, true, 5, 1}, {5, 2, 1, false, false, 1, 1},
-                        {1, 9, 16, false, false, 2, 2}};
+  const Case cases[] = {
+      {6, 1, 5, false, false, 5, 1, 8},  {7, 3, 7, true, false, 3, 1, 2},   {7, 3, 7, true, true, 4, 2, 8},
+      {5, 17, 9, true, true, 3, 2, 4},   {4, 10, 33, false, true, 5, 1, 8}, {5, 2, 1, false, false, 1, 1, 1},
+      {1, 9, 16, false, false, 2, 2, 8},
+  };
   unsigned seed = 1;
   for (const Case& c : cases) {
     test<Cell, float>(name, page, Storage::F32, c, ++seed);

@@ -47,17 +47,35 @@ def plan(
     output_size: int | None = None,
     dtype: torch.dtype = torch.float32,
     training: bool = False,
+    engine: str = "auto",
+    device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """What would run, and why: engine, isa, threads, row_groups, unit_groups, units_per_panel, bytes_workspace, estimated_us, reason.
+    """What would run, and why: engine, isa, threads, schedule, bytes_workspace, reason; of the cpu engine also row_groups, unit_groups,
+    units_per_panel, estimated_us.
 
-    With ``training`` it tells of the backward pass. Raises ``ValueError`` for an unknown cell, an unsupported dtype or a negative size.
+    With ``training`` it tells of the backward pass. Raises ``ValueError`` for an unknown cell or engine, an unsupported dtype or a negative
+    size, ``RuntimeError`` for an engine that cannot run it.
     """
     if cell not in CELLS or dtype not in STORAGE or min(steps, batch, input_size, hidden_size, output_size or 0) < 0:
         raise ValueError(
             f"plan: no such cell, dtype or size: {cell!r}, {dtype}, {steps}, {batch}, {input_size}, {hidden_size}, {output_size}"
         )
     sizes = Sizes(CELLS[cell], False, steps, batch, hidden_size, output_size or hidden_size)
-    task = problem(sizes, dtype, input_size, None, training)
+    chosen, why = _engine(engine, sizes, dtype, input_size, torch.device(device))
+    task = problem(sizes._replace(engine=chosen), dtype, input_size, None, training)
+    if chosen == "cpu":
+        return _cpu_plan(sizes, task, training)
+    on_gpu = torch.device(device).type == "cuda"
+    facts = {"engine": chosen, "isa": "cuda" if on_gpu else "scalar", "threads": 1, "bytes_workspace": 0}
+    if chosen == "stepwise":
+        return {**facts, "schedule": "a product by torch and one run of the cell a step", "reason": why}
+    index = torch.device(device).index or 0
+    unit_ctas, row_tiles, shared = _C.tiling(task, training, *_C.cuda_device(index))[:3]
+    schedule = f"{unit_ctas} × {row_tiles} blocks of units × rows, {shared} bytes of shared memory each"
+    return {**facts, "bytes_workspace": _C.cuda_workspace_bytes(task, training, index), "schedule": schedule, "reason": why}
+
+
+def _cpu_plan(sizes: Sizes, task: _C.Problem, training: bool) -> dict[str, Any]:
     threads = torch.get_num_threads()
     rows, units, panel, ns = _C.schedule(task, training)
     if sizes.complete:
@@ -70,14 +88,16 @@ def plan(
         reason = "the units are split: each thread keeps its share of the weights, one barrier a step"
     else:
         reason = "batch and units are split"
+    bytes = _C.workspace_bytes(task, training)
     return {
         "engine": "cpu",
         "isa": _C.isa(),
         "threads": rows * units,
+        "schedule": f"{rows} × {units} groups of rows × units, {panel} units a panel, {bytes} bytes of workspace",
         "row_groups": rows,
         "unit_groups": units,
         "units_per_panel": panel,
-        "bytes_workspace": _C.workspace_bytes(task, training),
+        "bytes_workspace": bytes,
         "estimated_us": ns / 1e3,
         "reason": f"{reason} (torch.get_num_threads() = {threads})",
     }
@@ -244,30 +264,30 @@ def _checked(
     if bias_hh is not None:
         _expect("bias_hh", bias_hh, (spec.hidden_gates * H,), input)
     sizes = Sizes(spec, reverse, T, B, H, P)
-    return sizes._replace(engine=_engine(engine, sizes, input)) if concrete else sizes
+    return sizes._replace(engine=_engine(engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
 
 
-def _engine(engine: str, s: Sizes, input: Tensor) -> str:
-    """Which engine runs it. Raise if that which was asked for cannot."""
+def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: torch.device) -> tuple[str, str]:
+    """Which engine runs it, and why. Raise if that which was asked for cannot."""
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
-    device = input.device.type
-    if device == "cpu":
+    asked = f"engine={engine!r} was asked for"
+    if device.type == "cpu":
         if engine == "persistent":
             raise RuntimeError("engine: 'persistent' runs on a CUDA device, and input is on the CPU")
-        return "cpu" if engine == "auto" else engine
-    if device != "cuda" or not hasattr(_C, "cuda_why_not"):
-        what = "has no CUDA part" if device == "cuda" else "computes on CPU and CUDA devices"
-        raise RuntimeError(f"input: no engine for device {input.device}: this build {what}")
+        return ("cpu", "the CPU's engine") if engine == "auto" else (engine, asked)
+    if device.type != "cuda" or not hasattr(_C, "cuda_why_not"):
+        what = "has no CUDA part" if device.type == "cuda" else "computes on CPU and CUDA devices"
+        raise RuntimeError(f"input: no engine for device {device}: this build {what}")
     if engine == "cpu":
-        raise RuntimeError(f"engine: 'cpu' cannot run on input's device {input.device}")
+        raise RuntimeError(f"engine: 'cpu' cannot run on input's device {device}")
     if engine == "stepwise":
-        return engine
-    task = problem(s._replace(engine="persistent"), input.dtype, input.shape[-1], None, True)
-    why_not = next(filter(None, (_C.cuda_why_not(task, backward, input.device.index) for backward in (False, True))), "")
+        return engine, asked
+    task = problem(s._replace(engine="persistent"), dtype, input_size, None, True)
+    why_not = next(filter(None, (_C.cuda_why_not(task, backward, device.index or 0) for backward in (False, True))), "")
     if engine == "persistent" and why_not:
         raise RuntimeError(f"engine: 'persistent' cannot run this: {why_not}")
-    return "stepwise" if why_not else "persistent"
+    return ("stepwise", why_not) if why_not else ("persistent", "the weights fit on the chip" if engine == "auto" else asked)
 
 
 def _autocast(t: Any, dtype: torch.dtype) -> Any:

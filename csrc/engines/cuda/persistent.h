@@ -228,8 +228,8 @@ RNN_FN void forward_stages(const Block<Cell, S, Cta>& b, const PersistentForward
         x.history[i] = plus(static_cast<S*>(i == 0 ? f.output : f.history[i]), token * g.units);
       }
     });
-    for (int64_t first = 0; first < count; first += kRowsAtOnce) {
-      const int64_t some = count - first < kRowsAtOnce ? count - first : kRowsAtOnce;
+    for (int64_t first = 0; first < count; first += t.rows_at_once) {
+      const int64_t some = count - first < t.rows_at_once ? count - first : t.rows_at_once;
       if (columns)
         b.multiply(s, some, [&](int64_t row, int64_t k) {
           const int64_t at = b.first_row + first + row;
@@ -330,8 +330,8 @@ RNN_FN void backward_stages(const Block<Cell, S, Cta>& b, const PersistentBackwa
     });
     x.operand_slot[s] = units;
     x.operand_row[s] = columns * units;
-    for (int64_t first = 0; first < count; first += kRowsAtOnce) {
-      const int64_t some = count - first < kRowsAtOnce ? count - first : kRowsAtOnce;
+    for (int64_t first = 0; first < count; first += t.rows_at_once) {
+      const int64_t some = count - first < t.rows_at_once ? count - first : t.rows_at_once;
       const bool multiply = t.stage[s].depth && first < known;
       if (multiply)
         b.multiply(s, some, [&](int64_t row, int64_t k) {
@@ -390,8 +390,8 @@ RNN_FN void persistent_backward(Cta& cta, const PersistentBackward& r) {
     if (g.grad_initial[i]) each_state(i, [&](int64_t at, float& state) { static_cast<S*>(g.grad_initial[i])[at] = narrow<S>(state); });
   if (!g.grad_initial[0]) return;
   // Each row's first step was the walk's last visit to it.
-  for (int64_t first = 0; first < b.rows; first += kRowsAtOnce) {
-    const int64_t some = b.rows - first < kRowsAtOnce ? b.rows - first : kRowsAtOnce;
+  for (int64_t first = 0; first < b.rows; first += b.t.rows_at_once) {
+    const int64_t some = b.rows - first < b.t.rows_at_once ? b.rows - first : b.t.rows_at_once;
     const StageTiling& s = b.t.stage[last];
     if (s.depth)
       b.multiply(last, some, [&](int64_t row, int64_t k) {
