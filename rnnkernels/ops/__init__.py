@@ -342,9 +342,10 @@ def sequence(
     >>> y.shape, torch.equal(y[-1], h_n)
     (torch.Size([5, 2, 4]), True)
     """
-    if torch.is_autocast_enabled("cpu"):
-        # As torch.nn, whose GRU keeps the input's dtype.
-        dtype = input.dtype if cell == "gru" else torch.get_autocast_dtype("cpu")
+    place = input.device.type
+    if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
+        # As torch.nn, whose GRU keeps the input's dtype on a CPU.
+        dtype = input.dtype if cell == "gru" and place == "cpu" else torch.get_autocast_dtype(place)
         input, weight_ih, weight_hh = (_autocast(t, dtype) for t in (input, weight_ih, weight_hh))
         bias_ih, bias_hh, weight_hr = (_autocast(t, dtype) for t in (bias_ih, bias_hh, weight_hr))
         states = None if states is None else [_autocast(state, dtype) for state in states]

@@ -41,8 +41,11 @@ class _Steps:
         step += 1 if self.reverse else -1
         return step if 0 <= step < self.steps else None
 
-    def offsets(self, like: Tensor) -> Tensor:
-        return torch.tensor(self.start, dtype=torch.int64, device=like.device)
+    def offsets(self, like: Tensor, batch: int, ragged: bool) -> Tensor:
+        """Where each step's tokens start, on the tensor's device; a padded batch needs no copy from the host, so graphs capture it."""
+        if ragged:
+            return torch.tensor(self.start, dtype=torch.int64, device=like.device)
+        return torch.arange(self.steps + 1, dtype=torch.int64, device=like.device) * batch
 
 
 def _number(dtype: torch.dtype) -> torch.dtype:
@@ -109,7 +112,7 @@ def _walk_together(
     index, stream = device_of(gates)
     task = problem(s, gates.dtype, 0, None, training)
     final = [gates.new_empty(s.batch, width) for width in _widths(s)]
-    offsets = _Steps(s, rows).offsets(gates)
+    offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
     packets = torch.empty(_C.cuda_workspace_bytes(task, False, index), dtype=torch.uint8, device=gates.device)
     _C.cuda_forward(
         task,
@@ -267,7 +270,7 @@ def _walk_back_together(
 ) -> None:
     index, stream = device_of(gates)
     task = problem(s, gates.dtype, 0, None, True)
-    offsets = _Steps(s, rows).offsets(gates)
+    offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
     packets = torch.empty(_C.cuda_workspace_bytes(task, True, index), dtype=torch.uint8, device=gates.device)
     _C.cuda_backward(
         task,
