@@ -1,4 +1,4 @@
-// The Python module: addresses and sizes in, nothing of torch. Whoever calls these has checked everything; see rnnkernels/ops.py.
+// The Python module: addresses and sizes in, nothing of torch. Whoever calls these has checked everything; see rnnkernels/ops/.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
