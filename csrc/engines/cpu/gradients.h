@@ -174,13 +174,23 @@ class Gradients {
 
   void add_slots(const Walk::Member& me, int64_t t0, int64_t t1, int64_t token, int64_t count) const {
     w.each_vector(me, slots, [&](int64_t begin, int64_t n) {
-      for (int64_t k = 0; k < count; ++k) w.storage.add(at(gates_of(token + k), begin * w.storage_bytes), n, slot_sums(begin));
+      // Few tokens at a time, then few of these sums: one chain over thousands of tokens would lose digits that torch's sum keeps.
+      constexpr int64_t few = 16;
+      std::vector<double> some(static_cast<size_t>(n)), all(static_cast<size_t>(n));  // room for n numbers of either kind
+      for (int64_t first = 0; first < count; first += few) {
+        std::fill(some.begin(), some.end(), 0.0);
+        for (int64_t k = first; k < std::min(first + few, count); ++k)
+          w.storage.add(at(gates_of(token + k), begin * w.storage_bytes), n, some.data());
+        w.ops.add(some.data(), n, all.data());
+      }
+      w.ops.add(all.data(), n, slot_sums(begin));
     });
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
-      std::vector<double> gate(static_cast<size_t>(n)), factor(static_cast<size_t>(n));  // room for n numbers of either kind
+      std::vector<double> gate(static_cast<size_t>(n)), factor(static_cast<size_t>(n)), sum(static_cast<size_t>(n));
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
         if (!g.grad_vectors[i] || vector.factor == Factor::One) continue;
+        std::fill(sum.begin(), sum.end(), 0.0);
         for (int64_t t = t0; t < t1; ++t)
           for (int64_t b = 0; b < w.rows(t); ++b) {
             const int64_t place = w.offsets[size_t(t)] + b;
@@ -190,8 +200,9 @@ class Gradients {
             if (!state) continue;
             w.storage.load(at(state, begin * w.storage_bytes), n, factor.data());
             w.storage.load(at(gates_of(place), (vector.slot * w.p.hidden + begin) * w.storage_bytes), n, gate.data());
-            w.ops.multiply_add(factor.data(), gate.data(), n, vector_sums(i * w.p.hidden + begin));
+            w.ops.multiply_add(factor.data(), gate.data(), n, sum.data());
           }
+        w.ops.add(sum.data(), n, vector_sums(i * w.p.hidden + begin));
       }
     });
   }
