@@ -41,6 +41,41 @@ Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t inp
   return p;
 }
 
+Forward forward_call(const Problem& p, Address gates, int64_t gates_row, const Addresses& weights, const Addresses& vectors,
+                     const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace) {
+  Forward f{};
+  f.problem = p;
+  f.gates = pointer(gates);
+  f.gates_row = gates_row;
+  fill(f.weights, weights);
+  fill(f.vectors, vectors);
+  fill(f.initial, initial);
+  fill(f.final, final);
+  f.output = pointer(output);
+  fill(f.history, history);
+  f.workspace = pointer(workspace);
+  return f;
+}
+
+Backward backward_call(const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
+                       const Addresses& initial, Address output, const Addresses& history, Address grad_output, const Addresses& grad_final,
+                       const Addresses& grad_initial, Address workspace) {
+  Backward g{};
+  g.problem = p;
+  g.kept = pointer(kept);
+  g.grad_gates = pointer(grad_gates);
+  fill(g.weights, weights);
+  fill(g.vectors, vectors);
+  fill(g.initial, initial);
+  g.output = pointer(output);
+  fill(g.history, history);
+  g.grad_output = pointer(grad_output);
+  fill(g.grad_final, grad_final);
+  fill(g.grad_initial, grad_initial);
+  g.workspace = pointer(workspace);
+  return g;
+}
+
 void need(const Problem& p, bool backward, int64_t given) {
   if (given < cpu::workspace_bytes(p, cpu::page_of(p), backward))
     throw std::invalid_argument("the workspace is too small: the instruction set changed since it was measured");
@@ -116,59 +151,38 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                       int64_t gates_row, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
                       const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes) {
     need(p, false, bytes);
-    Forward f{};
-    f.problem = p;
+    Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
     f.input = pointer(input);
     f.weight_ih = pointer(weight_ih);
     f.bias_ih = pointer(bias_ih);
     f.bias_hh = pointer(bias_hh);
-    f.gates = pointer(gates);
-    f.gates_row = gates_row;
-    fill(f.weights, weights);
-    fill(f.vectors, vectors);
-    fill(f.initial, initial);
-    fill(f.final, final);
-    f.output = pointer(output);
-    fill(f.history, history);
-    f.workspace = pointer(workspace);
     py::gil_scoped_release release;
     cpu::forward(f, cpu::page_of(p));
   });
-  m.def("backward",
-        [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
-           Address output, const Addresses& history, Address grad_output, const Addresses& grad_final, const Addresses& grad_initial,
-           Address input, Address weight_ih, Address grad_input, Address grad_weight_ih, const Addresses& grad_weights,
-           Address grad_bias_ih, Address grad_bias_hh, const Addresses& grad_vectors, Address workspace, int64_t bytes) {
-          need(p, true, bytes);
-          Backward g{};
-          g.problem = p;
-          g.kept = pointer(kept);
-          g.grad_gates = pointer(grad_gates);
-          fill(g.weights, weights);
-          fill(g.vectors, vectors);
-          fill(g.initial, initial);
-          g.output = pointer(output);
-          fill(g.history, history);
-          g.grad_output = pointer(grad_output);
-          fill(g.grad_final, grad_final);
-          fill(g.grad_initial, grad_initial);
-          g.input = pointer(input);
-          g.weight_ih = pointer(weight_ih);
-          g.grad_input = pointer(grad_input);
-          g.grad_weight_ih = pointer(grad_weight_ih);
-          fill(g.grad_weights, grad_weights);
-          g.grad_bias_ih = pointer(grad_bias_ih);
-          g.grad_bias_hh = pointer(grad_bias_hh);
-          fill(g.grad_vectors, grad_vectors);
-          g.workspace = pointer(workspace);
-          py::gil_scoped_release release;
-          cpu::backward(g, cpu::page_of(p));
-        });
+  m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
+                       const Addresses& initial, Address output, const Addresses& history, Address grad_output, const Addresses& grad_final,
+                       const Addresses& grad_initial, Address input, Address weight_ih, Address grad_input, Address grad_weight_ih,
+                       const Addresses& grad_weights, Address grad_bias_ih, Address grad_bias_hh, const Addresses& grad_vectors,
+                       Address workspace, int64_t bytes) {
+    need(p, true, bytes);
+    Backward g =
+        backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_output, grad_final, grad_initial, workspace);
+    g.input = pointer(input);
+    g.weight_ih = pointer(weight_ih);
+    g.grad_input = pointer(grad_input);
+    g.grad_weight_ih = pointer(grad_weight_ih);
+    fill(g.grad_weights, grad_weights);
+    g.grad_bias_ih = pointer(grad_bias_ih);
+    g.grad_bias_hh = pointer(grad_bias_hh);
+    fill(g.grad_vectors, grad_vectors);
+    py::gil_scoped_release release;
+    cpu::backward(g, cpu::page_of(p));
+  });
 
   // One stage of one step, where the tensors are: on the CPU (device -1) or a CUDA device.
   m.def("forward_step",
         [](const Problem& p, int stage, Address gates, int64_t gates_row, Address kept, Address between, const Addresses& vectors,
-           const Addresses& states, const Addresses& history, int64_t rows, Address sums, int device, Address stream) {
+           const Addresses& states, const Addresses& history, int64_t rows, Address sums, int device, [[maybe_unused]] Address stream) {
           const CellInfo& cell = kCells[p.cell];
           ForwardStep step{};
           step.hidden = p.hidden;
@@ -195,7 +209,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("backward_step",
         [](const Problem& p, int stage, Address kept, Address grad_gates, const Addresses& vectors, int64_t previous_rows,
            const Addresses& previous, const Addresses& initial, const Addresses& states, Address grad_output, const Addresses& carried,
-           Address operand, int64_t rows, int64_t summed_rows, Address sums, int device, Address stream) {
+           Address operand, int64_t rows, int64_t summed_rows, Address sums, int device, [[maybe_unused]] Address stream) {
           const CellInfo& cell = kCells[p.cell];
           BackwardStep step{};
           step.hidden = p.hidden;
@@ -232,39 +246,18 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("cuda_forward", [](const Problem& p, Address gates, int64_t gates_row, const Addresses& weights, const Addresses& vectors,
                            const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace,
                            Address offsets, int device, Address stream) {
-    Forward f{};
-    f.problem = p;
-    f.gates = pointer(gates);
-    f.gates_row = gates_row;
-    fill(f.weights, weights);
-    fill(f.vectors, vectors);
-    fill(f.initial, initial);
-    fill(f.final, final);
-    f.output = pointer(output);
-    fill(f.history, history);
-    f.workspace = pointer(workspace);
+    const Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
     py::gil_scoped_release release;
     cuda::forward(f, pointer<const int64_t>(offsets), device, pointer(stream));
   });
-  m.def("cuda_backward",
-        [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
-           Address output, const Addresses& history, Address grad_output, const Addresses& grad_final, const Addresses& grad_initial,
-           Address workspace, Address offsets, int device, Address stream) {
-          Backward g{};
-          g.problem = p;
-          g.kept = pointer(kept);
-          g.grad_gates = pointer(grad_gates);
-          fill(g.weights, weights);
-          fill(g.vectors, vectors);
-          fill(g.initial, initial);
-          g.output = pointer(output);
-          fill(g.history, history);
-          g.grad_output = pointer(grad_output);
-          fill(g.grad_final, grad_final);
-          fill(g.grad_initial, grad_initial);
-          g.workspace = pointer(workspace);
-          py::gil_scoped_release release;
-          cuda::backward(g, pointer<const int64_t>(offsets), device, pointer(stream));
-        });
+  m.def("cuda_backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
+                            const Addresses& initial, Address output, const Addresses& history, Address grad_output,
+                            const Addresses& grad_final, const Addresses& grad_initial, Address workspace, Address offsets, int device,
+                            Address stream) {
+    const Backward g =
+        backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_output, grad_final, grad_initial, workspace);
+    py::gil_scoped_release release;
+    cuda::backward(g, pointer<const int64_t>(offsets), device, pointer(stream));
+  });
 #endif
 }

@@ -51,6 +51,9 @@ inline Product backward_product(const CellInfo& cell, const Problem& p, int s) {
 inline Product grad_input_product(const CellInfo& cell, const Problem& p) { return {p.input, cell.input_slots() * p.hidden, 1}; }
 inline Product grad_weight_product(int64_t operand_width, int64_t tokens) { return {operand_width, tokens, 1}; }
 
+// So many tokens are added up before their sum is added to others: one chain over thousands would lose digits.
+constexpr int64_t kTokensInAChain = 16;
+
 struct Machine {
   int lanes;      // of the number type
   int registers;  // accumulators a tile may use

@@ -11,6 +11,8 @@ namespace rnnkernels {
 
 constexpr int kRowsAtOnce = 8;  // at most: rows whose products a thread adds up side by side
 
+constexpr int kPacketsAtOnce = 8;  // that a thread asks for before it waits for the first: each is a trip to L2
+
 struct Device {
   int multiprocessors;
   int64_t shared_bytes;  // that one block may have

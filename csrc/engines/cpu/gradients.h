@@ -174,12 +174,10 @@ class Gradients {
 
   void add_slots(const Walk::Member& me, int64_t t0, int64_t t1, int64_t token, int64_t count) const {
     w.each_vector(me, slots, [&](int64_t begin, int64_t n) {
-      // Few tokens at a time, then few of these sums: one chain over thousands of tokens would lose digits that torch's sum keeps.
-      constexpr int64_t few = 16;
       std::vector<double> some(static_cast<size_t>(n)), all(static_cast<size_t>(n));  // room for n numbers of either kind
-      for (int64_t first = 0; first < count; first += few) {
+      for (int64_t first = 0; first < count; first += kTokensInAChain) {
         std::fill(some.begin(), some.end(), 0.0);
-        for (int64_t k = first; k < std::min(first + few, count); ++k)
+        for (int64_t k = first; k < std::min(first + kTokensInAChain, count); ++k)
           w.storage.add(at(gates_of(token + k), begin * w.storage_bytes), n, some.data());
         w.ops.add(some.data(), n, all.data());
       }

@@ -15,7 +15,7 @@ class InputGates {
       for (int i = 0, h = 0; i < w.cell.slots; ++i) {
         const bool u = w.cell.in_stage(0, i) && (w.cell.slot[i].feeds & H), x = w.cell.slot[i].feeds & X;
         void* const to = at(bias, (i * w.p.hidden + begin) * w.number_bytes);
-        if (x) load_bias(f.bias_ih, i * w.p.hidden + begin, n, to);
+        if (x) w.load_or_zero(at(f.bias_ih, (i * w.p.hidden + begin) * w.storage_bytes), 0, n, to);
         if (x && u && f.bias_hh) w.storage.add(at(f.bias_hh, (h * w.p.hidden + begin) * w.storage_bytes), n, to);
         h += u;
       }
@@ -68,13 +68,6 @@ class InputGates {
   }
 
  private:
-  void load_bias(const void* from, int64_t begin, int64_t n, void* to) const {
-    if (from)
-      w.storage.load(at(from, begin * w.storage_bytes), n, to);
-    else
-      std::memset(to, 0, size_t(n * w.number_bytes));
-  }
-
   // A chunk's rows lie row group by row group, except that a ragged batch's groups take turns.
   int64_t row_in_chunk(const Walk::Member& me, int64_t k) const {
     if (w.p.rows) return k * w.p.batch;

@@ -106,19 +106,17 @@ class Block {
     const StageTiling& g = t.stage[s];
     float* const a = numbers(t.operand);
     const int64_t width = g.quads * 4;
-    // Several packets are asked for before the first is waited for: each is a trip to L2.
-    constexpr int together = 8;
-    for (int64_t begin = cta.thread(); begin < count * width; begin += together * t.threads) {
-      Source from[together];
-      uint64_t word[together];
+    for (int64_t begin = cta.thread(); begin < count * width; begin += kPacketsAtOnce * t.threads) {
+      Source from[kPacketsAtOnce];
+      uint64_t word[kPacketsAtOnce];
       RNN_UNROLL
-      for (int j = 0; j < together; ++j) {
+      for (int j = 0; j < kPacketsAtOnce; ++j) {
         const int64_t i = begin + j * t.threads;
         from[j] = i < count * width && i % width < g.depth ? source(i / width, i % width) : known(0);
         if (from[j].packet) word[j] = cta.load(from[j].packet);
       }
       RNN_UNROLL
-      for (int j = 0; j < together; ++j) {
+      for (int j = 0; j < kPacketsAtOnce; ++j) {
         const int64_t i = begin + j * t.threads;
         if (i >= count * width) continue;
         if (from[j].packet) {
