@@ -32,10 +32,12 @@ void fill(P* (&to)[n], const Addresses& from) {
 }
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
-                bool reverse, bool training, bool complete, int threads) {
-  if (cell < 0 || cell >= kCellCount || storage < 0 || storage >= kStorages) throw std::invalid_argument("no such cell or storage type");
-  const Problem p{cell,    Storage(storage), steps,    batch,  input, hidden, output, pointer<const int64_t>(rows),
-                  reverse, training,         complete, threads};
+                bool reverse, bool training, bool complete, int threads, int products) {
+  if (cell < 0 || cell >= kCellCount || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32))
+    throw std::invalid_argument("no such cell, storage type or way to multiply");
+  const Problem p{cell,   Storage(storage), steps,    batch,    input,   hidden,
+                  output, pointer<const int64_t>(rows), reverse,  training, complete, threads,
+                  Products(products)};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -137,11 +139,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     const Schedule s = cpu::schedule(p, cpu::page_of(p), backward);
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
   });
-  // What the persistent engine would do on a device of so many multiprocessors and so much shared memory: blocks along units and rows,
-  // bytes of shared memory, whether it fits.
-  m.def("tiling", [](const Problem& p, bool backward, int multiprocessors, int64_t shared_bytes) {
-    const Tiling t = tile({multiprocessors, shared_bytes}, kCells[p.cell], p, backward);
-    return py::make_tuple(t.unit_ctas, t.row_tiles, t.shared_bytes, t.fits);
+  // What the persistent engine would do on a device of so many multiprocessors, so much shared memory a block and so many blocks a cluster:
+  // how blocks exchange, how many along units and rows, bytes of shared memory, whether it fits.
+  m.def("tiling", [](const Problem& p, bool backward, int multiprocessors, int64_t shared_bytes, int cluster_blocks) {
+    const Tiling t = tile({multiprocessors, shared_bytes, cluster_blocks}, kCells[p.cell], p, backward);
+    const char* const how = t.exchange == Exchange::None ? "none" : t.exchange == Exchange::Near ? "near" : "grid";
+    return py::make_tuple(how, t.unit_ctas, t.row_tiles, t.shared_bytes, t.fits);
   });
   m.def("prefer_large_pages", [](Address memory, int64_t bytes) { cpu::prefer_large_pages(pointer(memory), bytes); });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
@@ -238,11 +241,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #if RNNKERNELS_CUDA
   m.def("cuda_device", [](int device) {
     const Device d = cuda::device(device);
-    return py::make_tuple(d.multiprocessors, d.shared_bytes);
+    return py::make_tuple(d.multiprocessors, d.shared_bytes, d.cluster_blocks);
   });
-  m.def("cuda_why_not", [](const Problem& p, bool backward, int device) { return cuda::fits(p, backward, cuda::device(device)); });
-  m.def("cuda_workspace_bytes",
-        [](const Problem& p, bool backward, int device) { return cuda::workspace_bytes(p, backward, cuda::device(device)); });
+  m.def("cuda_why_not", cuda::fits);
+  m.def("cuda_workspace_bytes", cuda::workspace_bytes);
   m.def("cuda_forward", [](const Problem& p, Address gates, int64_t gates_row, const Addresses& weights, const Addresses& vectors,
                            const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace,
                            Address offsets, int device, Address stream) {

@@ -39,11 +39,11 @@ inline Product input_product(const CellInfo& cell, const Problem& p, int s) {
   return {width_of(p, cell.stage[s].width), columns ? p.input : 0, columns};
 }
 
-// The product that backward adds up for what stage s gave: the transposed matrix of the stage that read it.
+// The product that backward adds up for what stage s gave: the transposed matrix of the stage that read it, if it has one.
 inline Product backward_product(const CellInfo& cell, const Problem& p, int s) {
   const int reader = s + 1 < cell.stages ? s + 1 : 0;
   const Product f = forward_product(cell, p, reader);
-  return {f.depth, f.units * f.columns, f.depth ? 1 : 0};
+  return {width_of(p, cell.stage[s].width), f.units * f.columns, f.depth ? 1 : 0};
 }
 
 // The products over all tokens that backward leaves: dx from the gate gradients and W, and one a matrix from gate gradients and what the

@@ -12,6 +12,9 @@ constexpr int kStorages = 4;
 constexpr int64_t kStorageBytes[] = {4, 8, 2, 2};
 constexpr int64_t kNumberBytes[] = {4, 8, 4, 4};  // half types are computed with in float
 
+// How a CUDA engine multiplies float32: exactly, with tensor cores by three products of halved numbers, or by one (10 bits of each).
+enum class Products { Exact, ThreeTf32, Tf32 };
+
 // T steps of up to B rows. Tokens lie step by step: row b of step t is token offset(t) + b.
 struct Problem {
   int cell;  // index into cells.def
@@ -24,6 +27,7 @@ struct Problem {
   bool training;           // keep what backward needs
   bool complete;           // the gates arrive with both products already in them (one step only): the engine multiplies nothing
   int threads;             // at most so many
+  Products products = Products::Exact;
 };
 
 // N = number of tokens, G = room() of the cell; storage type unless said otherwise.

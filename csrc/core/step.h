@@ -55,22 +55,33 @@ RNN_FN void load_vectors(const void* const* vectors, int64_t unit, int n, V* w) 
   });
 }
 
+// Slot i's input gates, from memory.
+template <class V, class S>
+struct GatesInMemory {
+  const S* gates;  // of the row and the unit
+  int64_t slot;
+  int n;
+  template <int i>
+  RNN_FN V get(Index<i>) const {
+    return V::load(gates + i * slot, n);
+  }
+};
+
 // n lanes of units from `unit` on. sum: the product's part of the stage's slots, one after the other by sum_slot numbers; null for zero.
-template <class Cell, int stage, class V, class S>
+template <class Cell, int stage, class V, class S, class Gates>
 RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum,
-                          int64_t sum_slot) {
+                          int64_t sum_slot, const Gates& gates) {
   using T = typename V::element;
   using Info = InfoOf<Cell>;
   constexpr int slots = Info::value.slots, states = Info::value.states, kept = Info::value.kept;
   constexpr bool hands_on = Info::value.stages > 1;
-  const S* gates = static_cast<const S*>(step.gates) + row * step.gates_row + unit;
   V a[slots], s[states], s1[states], k[kept];
   each<slots>([&](auto index) {
     constexpr int i = decltype(index)::value;
     constexpr unsigned feeds = Info::value.slot[i].feeds;
     constexpr int column = Info::value.hidden_slots(stage, i);
     if constexpr (Info::value.in_stage(stage, i)) {
-      a[i] = (feeds & X) || step.complete ? V::load(gates + i * step.gates_slot, n) : V(0);
+      a[i] = (feeds & X) || step.complete ? gates.get(index) : V(0);
       if ((feeds & H) && sum) a[i] = a[i] + V::load(sum + column * sum_slot);
     }
   });
@@ -103,6 +114,13 @@ RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int6
   });
 }
 
+template <class Cell, int stage, class V, class S>
+RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum,
+                          int64_t sum_slot) {
+  const S* gates = static_cast<const S*>(step.gates) + row * step.gates_row + unit;
+  forward_units<Cell, stage, V, S>(step, w, row, unit, n, sum, sum_slot, GatesInMemory<V, S>{gates, step.gates_slot, n});
+}
+
 // sum: the gradient of what the stage gave, as far as a matrix has read it; null for zero.
 template <class Cell, int stage, class V, class S>
 RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum) {
@@ -126,13 +144,11 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
     k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
   });
   V d1 = sum ? V::load(sum) : V(0);
-#ifndef __CUDA_ARCH__
   if (stage == 0) {
-    for (int i = 0; i < kept; ++i)
-      __builtin_prefetch(static_cast<const S*>(step.kept) + token + step.ahead * room * step.hidden + i * step.hidden);
-    if (step.grad_output) __builtin_prefetch(static_cast<const S*>(step.grad_output) + at + step.ahead * width);
+    each<kept>(
+        [&](auto i) { prefetch(static_cast<const S*>(step.kept) + token + step.ahead * room * step.hidden + i.value * step.hidden); });
+    if (step.grad_output) prefetch(static_cast<const S*>(step.grad_output) + at + step.ahead * width);
   }
-#endif
   if constexpr (stage == Info::value.stages - 1) {
     d1 = d1 + d[0];
     if (step.grad_output) d1 = d1 + V::load(static_cast<const S*>(step.grad_output) + at, n);

@@ -1,130 +1,233 @@
 // How the persistent CUDA engine cuts a problem: pure functions of the problem and the device, tested without one.
 //
-// A grid of unit_ctas × row_tiles blocks, all on the chip at once, one on each multiprocessor. A block keeps its units' rows of every
-// stage's matrix in shared memory for the whole sequence and does them for the rows of its tile; blocks of one tile hand state to each
-// other, tiles never meet.
+// A grid of row_tiles × unit_ctas blocks. A block keeps its units' rows of every stage's matrix on the chip for the whole sequence and does
+// them for the rows of its tile; blocks of one tile hand state to each other, tiles never meet.
 #pragma once
 
 #include "core/plan.h"
 
 namespace rnnkernels {
 
-constexpr int kRowsAtOnce = 8;  // at most: rows whose products a thread adds up side by side
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kPacketsAtOnce = 8;   // that a thread asks for before it waits for the first: each is a trip to L2
+constexpr int kRowsAtOnce = 64;     // at most: rows whose operand is in shared memory at a time
+constexpr int kClusterBlocks = 8;   // of one cluster, at most: the portable size
+constexpr int kClusterNumber = 90;  // architectures from this one on have clusters
 
-constexpr int kPacketsAtOnce = 8;  // that a thread asks for before it waits for the first: each is a trip to L2
+// How blocks of a tile hand on what the others read.
+enum class Exchange {
+  None,  // no stage has a matrix
+  Near,  // in the shared memory of each: they are one cluster, or a single block
+  Grid   // in device memory, through L2: all blocks are on the chip at once
+};
 
 struct Device {
   int multiprocessors;
   int64_t shared_bytes;  // that one block may have
+  int cluster_blocks;    // 1: no clusters
 };
 
-// One stage's product in one block. Threads are cut into slices of the depth; in a slice each thread has one row of the block's matrix.
+// A product's shape on the chip. A panel is the rows of the matrix that one warp multiplies at a time; an item is what it multiplies of
+// them at once: 4 numbers deep a thread with scalar multiply-adds, two fragments of 16 rows a warp with tensor cores.
+struct ProductShape {
+  bool tensor;
+  int group;        // rows of the batch whose sums a warp keeps
+  int item_depth;   // operand words of an item
+  int item_words;   // 16-byte words of weights a thread has of it
+  int panel_rows;   // at most
+  int word_values;  // numbers of the operand in 4 bytes
+  int held;         // items that a thread keeps in registers, as many as the compiler finds room for
+};
+
+inline constexpr ProductShape kExactShape{false, 8, 4, 1, 32, 1, 28}, kTf32Shape{true, 32, 16, 2, 16, 1, 10},
+    kHalfShape{true, 32, 16, 2, 16, 2, 12};
+
+inline const ProductShape& product_shape(const Problem& p) {
+  if (kStorageBytes[int(p.storage)] == 2) return kHalfShape;
+  return p.products == Products::Exact ? kExactShape : kTf32Shape;
+}
+
+// One stage in one block.
+//
+// A matrix's depth is in wire order, the order in which the operand arrives: block by block of those that send it, in a block its columns,
+// in a column its units, padded to whole words. Warps are cut into `across` panels side by side × slices of the depth; lanes that a narrow
+// panel leaves over cut the depth further. A thread goes through `passes` panels, `per_slice` items of each; it holds the first items of the
+// first panel in registers and has the others in shared memory.
 struct StageTiling {
-  int64_t units;  // of the stage, in all blocks
-  int64_t depth;  // numbers of the operand; 0: no matrix
+  int64_t units;  // in all blocks
   int columns;    // results a unit
-  int64_t block_units;
-  int rows, slices;  // rows of the block's matrix, rounded up to a power of two; rows · slices threads
-  int64_t quads;     // depth in fours
-  int64_t weights;   // offset in shared memory, [quads][rows][4] in storage type
+  int block_units;
+  int source;        // the stage whose results the matrix multiplies
+  int operand_words; // a row of these; 0: no matrix
+  int panel_rows, across, slices, per_slice, passes;
+  int rows;          // of the block's matrix, in whole panels
+  int held;          // items in registers
+  int64_t weights;   // offset in shared memory of the other items, [item][word][thread] of 16 bytes
+  int64_t packed;    // offset in the workspace of all items, [block of the tile][item][word][thread]
+  // What it sends, a row of the batch: send_columns × column_words words from each block.
+  int send_columns, column_words;
+  int64_t packets;  // [2][rows][send_words] from here on: offset in shared memory (Near) or packets in device memory (Grid)
+
+  RNN_FN int items() const { return passes * per_slice; }
+  RNN_FN int send_words(int unit_ctas) const { return unit_ctas * send_columns * column_words; }
 };
 
 struct Tiling {
-  int unit_ctas, row_tiles, threads;
+  Exchange exchange;
+  int unit_ctas, row_tiles, tile_rows;
   int rows_at_once;  // as many as there is shared memory for their operand
   StageTiling stage[kMaxStages];
-  // Offsets in shared memory, all numbers but the weights.
-  int64_t operand;  // [rows_at_once][longest depth in fours · 4]
-  int64_t operand_row;
-  int64_t partial;             // [slices][kRowsAtOnce][rows]: threads · kRowsAtOnce
-  int64_t state[kMaxStates];   // [rows of the tile][block_units]: states, or their gradients
-  int64_t between;             // forward, several stages: [rows of the tile][kept][block_units]
-  int64_t staged[kMaxStages];  // backward: gate gradients on their way out, [rows_at_once][columns][block_units]
+  // Offsets in shared memory.
+  int64_t operand;      // [rows_at_once][operand_row] words
+  int operand_row;
+  int64_t partial;      // [slices][group][partial_row] numbers
+  int partial_row;
+  int64_t state[kMaxStates];   // [tile_rows][block_units] numbers: states, or their gradients
+  int64_t between;             // forward, several stages: [tile_rows][kept][block_units] numbers
+  int64_t staged[kMaxStages];  // backward: gate gradients on their way out, [group][columns][block_units] numbers
   int64_t shared_bytes;
-  // Packets in device memory: for each stage that another reads, [2][B][width] from `packets` on.
-  int64_t packets[kMaxStages], packet_width[kMaxStages], packet_count;
+  int64_t packet_count, workspace_bytes;  // in device memory: packets first
   bool fits;
-
-  RNN_FN int64_t tile_rows(int64_t batch) const { return ceil_div(batch, row_tiles); }
 };
 
-constexpr int kThreads = 256;
-
-inline int64_t power_of_two(int64_t n) {
-  int64_t p = 1;
+inline int power_of_two(int64_t n) {
+  int p = 1;
   while (p < n) p *= 2;
   return p;
 }
 
-inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, int unit_ctas, int row_tiles, int rows_at_once = kRowsAtOnce) {
+// `most_held`: fewer items in registers than there is room for.
+inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, Exchange exchange, int unit_ctas, int row_tiles,
+                   int rows_at_once = kRowsAtOnce, int most_held = 1 << 16) {
+  const ProductShape& shape = product_shape(p);
   Tiling t{};
+  t.exchange = exchange;
   t.rows_at_once = rows_at_once;
   t.unit_ctas = unit_ctas;
   t.row_tiles = row_tiles;
-  t.threads = kThreads;
+  t.tile_rows = int(ceil_div(p.batch > 1 ? p.batch : 1, row_tiles));
   t.fits = true;
-  const int64_t storage = kStorageBytes[int(p.storage)], number = 4;
-  int64_t bytes = 0, longest = 0;
+  int64_t bytes = 0, partial = 0;
   const auto take = [&](int64_t n) {
     const int64_t at = bytes;
     bytes += ceil_div(n, 16) * 16;
     return at;
   };
-  const int64_t rows = t.tile_rows(p.batch);
   for (int s = 0; s < cell.stages; ++s) {
-    const Product product = backward ? backward_product(cell, p, s) : forward_product(cell, p, s);
     StageTiling& g = t.stage[s];
     g.units = width_of(p, cell.stage[s].width);
-    g.depth = product.depth;
-    g.columns = product.columns;
-    g.block_units = ceil_div(g.units, unit_ctas);
-    const int64_t rows_needed = power_of_two(g.block_units * (g.columns ? g.columns : 1));
-    if (rows_needed > t.threads) t.fits = false;
-    g.rows = int(rows_needed > t.threads ? t.threads : rows_needed);
-    g.slices = t.threads / g.rows;
-    g.quads = ceil_div(g.depth, 4);
-    g.weights = take(g.quads * g.rows * 4 * storage);
-    longest = g.quads * 4 > longest ? g.quads * 4 : longest;
-    if (backward) t.staged[s] = take(rows_at_once * cell.hidden_slots(s) * g.block_units * number);
+    g.block_units = int(ceil_div(g.units, unit_ctas));
     // What others read: forward, state 0 after the last stage and a later stage's operand; backward, the gate gradients of the H slots.
-    const bool read = backward ? cell.hidden_slots(s) > 0 : s + 1 == cell.stages || cell.hidden_slots(s + 1) > 0;
-    t.packet_width[s] = read ? (backward ? cell.hidden_slots(s) * g.units : g.units) : 0;
-    t.packets[s] = t.packet_count;
-    t.packet_count += 2 * p.batch * t.packet_width[s];
+    const bool read = s + 1 == cell.stages ? cell.hidden_slots(0) > 0 : cell.hidden_slots(s + 1) > 0;
+    g.send_columns = backward ? cell.hidden_slots(s) : int(read);
+    g.column_words = int(ceil_div(g.block_units, shape.word_values));
   }
-  t.operand_row = longest;
-  t.operand = take(rows_at_once * longest * number);
-  t.partial = take(int64_t(t.threads) * kRowsAtOnce * number);
-  for (int i = 0; i < cell.states; ++i) t.state[i] = take(rows * t.stage[i == 0 ? cell.stages - 1 : 0].block_units * number);
-  if (!backward && cell.stages > 1) t.between = take(rows * cell.kept * t.stage[0].block_units * number);
+  for (int s = 0; s < cell.stages; ++s) {
+    StageTiling& g = t.stage[s];
+    const Product product = backward ? backward_product(cell, p, s) : forward_product(cell, p, s);
+    g.columns = product.columns;
+    g.source = backward ? (s + 1 < cell.stages ? s + 1 : 0) : cell.stage[s].operand == kPreviousState ? cell.stages - 1 : s - 1;
+    const int64_t block_rows = int64_t(g.block_units) * (g.columns ? g.columns : 1), words = t.stage[g.source].send_words(unit_ctas);
+    if (block_rows > (1 << 16) || words > (1 << 24)) {
+      t.fits = false;
+      return t;
+    }
+    const int narrow = power_of_two(block_rows);
+    g.panel_rows = shape.tensor || narrow > shape.panel_rows ? shape.panel_rows : narrow < 8 ? 8 : narrow;
+    const int panels = int(ceil_div(block_rows, g.panel_rows)), over = shape.tensor ? 1 : 32 / g.panel_rows;
+    g.across = power_of_two(panels) < kWarps ? power_of_two(panels) : kWarps;
+    g.passes = int(ceil_div(panels, g.across));
+    g.rows = g.passes * g.across * g.panel_rows;
+    g.slices = kWarps / g.across * over;
+    if (product.depth) {
+      g.per_slice = int(ceil_div(ceil_div(words, shape.item_depth), g.slices));
+      if (over > 1) g.per_slice |= 1;  // slices of one warp read at once: from different banks
+      g.operand_words = g.per_slice * g.slices * shape.item_depth;
+      g.held = shape.held / cell.stages < most_held ? shape.held / cell.stages : most_held;
+      if (g.held > g.per_slice) g.held = g.per_slice;
+      g.weights = take(int64_t(g.items() - g.held) * shape.item_words * kThreads * 16);
+      if (g.operand_words > t.operand_row) t.operand_row = g.operand_words;
+      // Four more than a multiple of 16, so that a fragment's columns fall into different banks.
+      if (g.rows + 4 > t.partial_row) t.partial_row = g.rows + 4;
+      if (int64_t(g.slices) * shape.group > partial) partial = int64_t(g.slices) * shape.group;
+    }
+    if (backward) t.staged[s] = take(int64_t(shape.group) * cell.hidden_slots(s) * g.block_units * 4);
+    const int64_t words_sent = 2 * int64_t(g.send_words(unit_ctas));
+    if (exchange == Exchange::Near) g.packets = take(words_sent * t.tile_rows * 8);
+    if (exchange == Exchange::Grid) {
+      g.packets = t.packet_count;
+      t.packet_count += words_sent * p.batch;
+    }
+  }
+  // Fragments of two rows are read at once: an odd number of half lines between them keeps them in different banks.
+  if (shape.tensor) t.operand_row = (t.operand_row / 16 | 1) * 16;
+  t.operand = take(int64_t(ceil_div(rows_at_once, 8) * 8) * t.operand_row * 4);
+  t.partial = take(partial * t.partial_row * 4);
+  for (int i = 0; i < cell.states; ++i)
+    t.state[i] = take(int64_t(t.tile_rows) * t.stage[i == 0 ? cell.stages - 1 : 0].block_units * 4);
+  if (!backward && cell.stages > 1) t.between = take(int64_t(t.tile_rows) * cell.kept * t.stage[0].block_units * 4);
   t.shared_bytes = bytes;
+  t.workspace_bytes = ceil_div(t.packet_count, 2) * 16;
+  for (int s = 0; s < cell.stages; ++s) {
+    t.stage[s].packed = t.workspace_bytes;
+    t.workspace_bytes += int64_t(unit_ctas) * t.stage[s].items() * shape.item_words * kThreads * 16;
+  }
   return t;
 }
 
-// The cut with the least work a block that fits; fits is false where none does.
+// A step of the sequence on the device, by the slowest of its resources: a guess until it has been measured.
+inline double step_cycles(const Device& device, const CellInfo& cell, const Problem& p, const Tiling& t) {
+  const ProductShape& shape = product_shape(p);
+  const double rows = t.tile_rows, groups = double(ceil_div(t.tile_rows, shape.group));
+  const double hop = t.exchange == Exchange::Grid ? 1200 : t.unit_ctas > 1 ? 500 : 150;
+  const double packet_rate = t.exchange == Exchange::Grid ? 4 : 16;  // a cycle, into one multiprocessor
+  double cycles = 0;
+  for (int s = 0; s < cell.stages; ++s) {
+    const StageTiling& g = t.stage[s];
+    const double items = g.items(), in_shared = items - g.held;
+    if (g.operand_words) {
+      cycles += hop + rows * t.stage[g.source].send_words(t.unit_ctas) / packet_rate;
+      // An item: 4 × 256 multiply-adds a row at 128 a cycle; or on each of 8 warps two fragments for 8 rows, some 8 cycles each on a quarter.
+      const double thrice = p.products == Products::ThreeTf32 ? 3 : 1;
+      cycles += shape.tensor ? items * double(ceil_div(t.tile_rows, 8)) * 2 * 2 * 8 * thrice : items * rows * 8;
+      cycles += groups * in_shared * shape.item_words * kThreads * 16 / 128;
+    }
+    cycles += groups * 200 + rows * g.block_units * 40 / 128;
+  }
+  const double blocks = double(t.unit_ctas) * t.row_tiles;
+  return cycles * double(ceil_div(int64_t(blocks), device.multiprocessors));
+}
+
+// The fastest cut that fits by that guess; fits is false where none does.
 inline Tiling tile(const Device& device, const CellInfo& cell, const Problem& p, bool backward) {
   Tiling best{};
-  double best_cost = 0;
+  double best_cycles = 0;
   const int64_t batch = p.batch > 1 ? p.batch : 1;
-  for (int unit_ctas = 1; unit_ctas <= device.multiprocessors && unit_ctas <= p.hidden; ++unit_ctas) {
+  bool matrix = false;
+  for (int s = 0; s < cell.stages; ++s) matrix |= cell.hidden_slots(s) > 0;
+  const auto consider = [&](Exchange exchange, int unit_ctas, int64_t row_tiles) {
+    row_tiles = ceil_div(batch, ceil_div(batch, row_tiles));  // no tile without rows
+    if (row_tiles > (1 << 20) || (exchange == Exchange::Grid && unit_ctas * row_tiles > device.multiprocessors)) return;
+    Tiling t = tile(cell, p, backward, exchange, unit_ctas, int(row_tiles));
+    const int least = product_shape(p).tensor ? 8 : 1;
+    while (t.fits && t.rows_at_once > least && (t.shared_bytes > device.shared_bytes || t.rows_at_once >= 2 * t.tile_rows))
+      t = tile(cell, p, backward, exchange, unit_ctas, int(row_tiles), t.rows_at_once / 2);
+    if (!t.fits || t.shared_bytes > device.shared_bytes) return;
+    const double cycles = step_cycles(device, cell, p, t);
+    if (!best.fits || cycles < best_cycles) best = t, best_cycles = cycles;
+  };
+  const int64_t most = matrix ? device.multiprocessors : ceil_div(p.hidden, 32);
+  for (int64_t unit_ctas = 1; unit_ctas <= most && unit_ctas <= p.hidden; ++unit_ctas) {
     // More blocks than the units need would idle.
     if (ceil_div(p.hidden, ceil_div(p.hidden, unit_ctas)) != unit_ctas) continue;
-    int64_t row_tiles = device.multiprocessors / unit_ctas;
-    if (row_tiles > ceil_div(batch, kRowsAtOnce)) row_tiles = ceil_div(batch, kRowsAtOnce);
-    row_tiles = ceil_div(batch, ceil_div(batch, row_tiles));
-    Tiling t = tile(cell, p, backward, unit_ctas, int(row_tiles));
-    while (t.shared_bytes > device.shared_bytes && t.rows_at_once > 1)
-      t = tile(cell, p, backward, unit_ctas, int(row_tiles), t.rows_at_once / 2);
-    if (!t.fits || t.shared_bytes > device.shared_bytes) continue;
-    // A step of a block: multiply-adds at 128 a cycle; its operand from L2 at 64 bytes a cycle, packets of 8 bytes; a hop between blocks.
-    double cycles = 0;
-    const double rows = double(t.tile_rows(batch));
-    for (int s = 0; s < cell.stages; ++s) {
-      const StageTiling& g = t.stage[s];
-      if (!g.depth) continue;
-      cycles += rows * double(g.depth) * g.rows / 128 + rows * double(g.depth) * 8 / 64 + (unit_ctas > 1 ? 1200 : 200);
+    const int n = int(unit_ctas);
+    for (int64_t rows = 1; rows < 2 * batch; rows *= 2) {
+      const int64_t row_tiles = ceil_div(batch, rows);
+      if (!matrix) consider(Exchange::None, n, row_tiles);
+      if (matrix && n <= device.cluster_blocks) consider(Exchange::Near, n, row_tiles);
+      if (matrix && n > 1) consider(Exchange::Grid, n, row_tiles);
     }
-    if (!best.fits || cycles < best_cost) best = t, best_cost = cycles;
+    if (matrix && n > 1) consider(Exchange::Grid, n, device.multiprocessors / n);
   }
   return best;
 }

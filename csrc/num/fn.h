@@ -24,6 +24,15 @@ struct Index {
   static constexpr int value = i;
 };
 
+// Asks for a line of memory ahead of its use; any address will do.
+RNN_FN void prefetch(const void* address) {
+#ifdef __CUDA_ARCH__
+  asm volatile("prefetch.global.L2 [%0];" ::"l"(address));
+#else
+  __builtin_prefetch(address);
+#endif
+}
+
 template <int n, int i = 0, class Function>
 RNN_FN void each(const Function& f) {
   if constexpr (i < n) {

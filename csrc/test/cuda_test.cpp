@@ -1,6 +1,7 @@
 // The persistent CUDA kernels on the host, thread by thread: every thread of every block is a fiber, and which one runs next is drawn at
-// random, at each barrier and at each look at another block's memory. Held against the CPU engine, for every cell and storage type, sizes
-// odd and even, ragged and reversed, on devices that bring many blocks.
+// random, at each barrier and at each look at another block's memory; tensor cores are computed lane by lane as the PTX manual lays their
+// fragments out. Held against the CPU engine, for every cell, storage type and way to multiply and to exchange, sizes odd and even, ragged
+// and reversed.
 #include <ucontext.h>
 
 #include <algorithm>
@@ -16,6 +17,7 @@
 #include "engines/cpu/kernels.h"
 #include "engines/cuda/persistent.h"
 #include "test/check.h"
+#include "test/independent.h"
 #include "test/reset_before.h"
 
 namespace rnnkernels {
@@ -25,11 +27,13 @@ namespace {
 
 class Grid {
  public:
-  Grid(int blocks, int threads, int64_t shared_bytes, unsigned seed) : threads_(threads), random_(seed) {
-    for (int b = 0; b < blocks; ++b) {
-      shared_.emplace_back(static_cast<size_t>(shared_bytes) + 16, char(0xff));  // NaN wherever nobody wrote
-      waiting_.push_back(0);
+  Grid(const Tiling& t, unsigned seed) : tiling_(t), random_(seed) {
+    for (int b = 0; b < t.unit_ctas * t.row_tiles; ++b) {
+      shared_.emplace_back(static_cast<size_t>(t.shared_bytes) + 16, char(0xff));  // NaN wherever nobody wrote
+      block_barriers_.emplace_back();
     }
+    tile_barriers_.resize(size_t(t.row_tiles));
+    warps_.resize(shared_.size() * kWarps);
   }
 
   struct Cta {
@@ -37,32 +41,47 @@ class Grid {
     int block_, thread_;
     int block() const { return block_; }
     int thread() const { return thread_; }
-    char* shared() const {
-      char* p = grid->shared_[size_t(block_)].data();
-      return p + (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16;
+    char* shared() const { return grid->shared(block_); }
+    void sync() const { grid->sync(grid->block_barriers_[size_t(block_)], kThreads, *this); }
+    void sync_cluster() const {
+      const int cluster = grid->tiling_.unit_ctas;
+      grid->sync(grid->tile_barriers_[size_t(block_ / cluster)], kThreads * cluster, *this);
     }
-    void sync() const { grid->sync(block_, thread_); }
     uint64_t load(const uint64_t* p) const {
-      if (grid->random_() % 8 == 0) grid->yield(block_, thread_);
+      grid->sometimes_yield(*this);
       return *p;
     }
     void store(uint64_t* p, uint64_t x) const {
       *p = x;
       ++grid->progress_;
-      if (grid->random_() % 8 == 0) grid->yield(block_, thread_);
+      grid->sometimes_yield(*this);
     }
-    void waiting(uint32_t) const { grid->yield(block_, thread_); }
+    uint64_t load_near(const uint64_t* p) const {
+      check(grid->owns(block_, p), "a load from outside the block's shared memory");
+      return load(p);
+    }
+    void store_near(int peer, uint64_t* p, uint64_t x) const {
+      check(grid->owns(block_, p), "an address outside the block's shared memory");
+      const int64_t offset = reinterpret_cast<char*>(p) - shared();
+      const int cluster = grid->tiling_.unit_ctas;
+      store(reinterpret_cast<uint64_t*>(grid->shared(block_ / cluster * cluster + peer) + offset), x);
+    }
+    template <cuda::Fragment kind>
+    void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) const {
+      grid->mma<kind>(*this, d, a, b);
+    }
+    void waiting(uint32_t) const { grid->yield(*this); }
   };
 
   // False when the threads wait for each other for ever.
   bool run(const std::function<void(Cta&)>& kernel) {
-    const size_t count = shared_.size() * size_t(threads_);
+    const size_t count = shared_.size() * kThreads;
     fibers_ = std::vector<Fiber>(count);
     for (size_t i = 0; i < count; ++i) {
       Fiber& f = fibers_[i];
       f.stack.reset(new char[kStack]);
       f.body = [this, i, &kernel] {
-        Cta cta{this, int(i) / threads_, int(i) % threads_};
+        Cta cta{this, int(i) / kThreads, int(i) % kThreads};
         kernel(cta);
       };
       getcontext(&f.context);
@@ -112,23 +131,84 @@ class Grid {
     f->body();
     f->done = true;
   }
-  Fiber& fiber(int block, int thread) { return fibers_[size_t(block) * size_t(threads_) + size_t(thread)]; }
-  void yield(int block, int thread) { swapcontext(&fiber(block, thread).context, &main_); }
-  void sync(int block, int thread) {
-    if (++waiting_[size_t(block)] == threads_) {
-      waiting_[size_t(block)] = 0;
-      for (int i = 0; i < threads_; ++i) fiber(block, i).blocked = false;
-      ++progress_;
+  struct Barrier {
+    int arrived = 0;
+    std::vector<Fiber*> waiting;
+  };
+  struct Warp {
+    Barrier barrier;
+    uint32_t a[32][4], b[32][2];
+    float sum[32][4];
+  };
+
+  char* shared(int block) {
+    char* p = shared_[size_t(block)].data();
+    return p + (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16;
+  }
+  bool owns(int block, const uint64_t* p) {
+    const int64_t offset = reinterpret_cast<const char*>(p) - shared(block);
+    return offset >= 0 && offset + 8 <= tiling_.shared_bytes;
+  }
+  Fiber& fiber(const Cta& cta) { return fibers_[size_t(cta.block_) * kThreads + size_t(cta.thread_)]; }
+  void yield(const Cta& cta) { swapcontext(&fiber(cta).context, &main_); }
+  void sometimes_yield(const Cta& cta) {
+    if (random_() % 8 == 0) yield(cta);
+  }
+  // last(): what the one that comes last does before the others go on.
+  template <class Last>
+  void sync(Barrier& barrier, int all, const Cta& cta, const Last& last) {
+    if (++barrier.arrived < all) {
+      fiber(cta).blocked = true;
+      barrier.waiting.push_back(&fiber(cta));
+      yield(cta);
       return;
     }
-    fiber(block, thread).blocked = true;
-    yield(block, thread);
+    last();
+    for (Fiber* f : barrier.waiting) f->blocked = false;
+    barrier = {};
+    ++progress_;
+  }
+  void sync(Barrier& barrier, int all, const Cta& cta) {
+    sync(barrier, all, cta, [] {});
   }
 
-  const int threads_;
+  // mma.m16n8k16 and mma.m16n8k8, by the manual's tables of which lane holds what.
+  template <cuda::Fragment kind>
+  void mma(const Cta& cta, float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) {
+    Warp& warp = warps_[size_t(cta.block_) * kWarps + size_t(cta.thread_ / 32)];
+    const int lane = cta.thread_ % 32;
+    std::copy_n(a, 4, warp.a[lane]);
+    std::copy_n(b, 2, warp.b[lane]);
+    sync(warp.barrier, 32, cta, [&warp] {
+      constexpr bool half = kind != cuda::Fragment::Tf32;
+      float A[16][16], B[16][8];
+      const auto number = [](uint32_t word, int i) {
+        if constexpr (kind == cuda::Fragment::Bf16) return widen(bf16{uint16_t(word >> (16 * i))});
+        if constexpr (kind == cuda::Fragment::F16) return widen(f16{uint16_t(word >> (16 * i))});
+        return float_of_bits(word & ~0x1fffu);  // the unit does not look at the last 13 bits
+      };
+      for (int l = 0; l < 32; ++l) {
+        const int row = l / 4, in_group = l % 4;
+        for (int e = 0; e < 4; ++e)
+          for (int i = 0; i < (half ? 2 : 1); ++i)
+            A[row + (e & 1 ? 8 : 0)][half ? in_group * 2 + i + (e & 2 ? 8 : 0) : in_group + (e & 2 ? 4 : 0)] = number(warp.a[l][e], i);
+        for (int e = 0; e < 2; ++e)
+          for (int i = 0; i < (half ? 2 : 1); ++i) B[half ? in_group * 2 + i + 8 * e : in_group + 4 * e][row] = number(warp.b[l][e], i);
+      }
+      for (int l = 0; l < 32; ++l)
+        for (int e = 0; e < 4; ++e) {
+          warp.sum[l][e] = 0;
+          for (int k = 0; k < (half ? 16 : 8); ++k) warp.sum[l][e] += A[l / 4 + (e & 2 ? 8 : 0)][k] * B[k][l % 4 * 2 + (e & 1)];
+        }
+    });
+    for (int e = 0; e < 4; ++e) d[e] += warp.sum[lane][e];
+  }
+
+  const Tiling tiling_;
   std::mt19937 random_;
   std::vector<std::vector<char>> shared_;
-  std::vector<int> waiting_;
+  std::vector<Barrier> block_barriers_, tile_barriers_;
+  std::vector<Warp> warps_;
   std::vector<Fiber> fibers_;
   ucontext_t main_;
   uint64_t progress_ = 0;
@@ -139,8 +219,29 @@ class Grid {
 struct Case {
   int64_t T, B, H;
   bool ragged, reverse;
-  int unit_ctas, row_tiles, rows_at_once;
+  Exchange exchange;
+  int unit_ctas, row_tiles, rows_at_once, held;
 };
+
+// The workspace as the engine hands it to a kernel.
+template <class Arithmetic, class S>
+std::vector<uint64_t> workspace_of(const CellInfo& cell, const Problem& p, const Tiling& t, const void* const* weights, bool backward) {
+  std::vector<uint64_t> workspace(size_t(t.workspace_bytes / 8 + 2), ~uint64_t(0));
+  std::fill_n(workspace.begin(), t.packet_count, 0);
+  for (int s = 0; s < cell.stages; ++s) {
+    const cuda::Matrix matrix = cuda::matrix_of(cell, p, weights, backward, s);
+    if (!matrix.weights) continue;
+    for (int block = 0; block < t.unit_ctas; ++block)
+      for (int i = 0; i < t.stage[s].items(); ++i)
+        for (int w = 0; w < Arithmetic::shape.item_words; ++w)
+          for (int thread = 0; thread < kThreads; ++thread) {
+            const cuda::Word word = cuda::pack<Arithmetic, S>(t, s, matrix, block, i, w, thread);
+            std::memcpy(cuda::packed_item<Arithmetic>(t, s, static_cast<void*>(workspace.data()), block, i) + w * kThreads + thread, &word,
+                        sizeof word);
+          }
+  }
+  return workspace;
+}
 
 template <class S>
 struct Arrays {
@@ -166,8 +267,8 @@ double distance(const std::vector<S>& a, const std::vector<S>& b) {
   return worst / scale;
 }
 
-template <class Cell, class S>
-void test(const char* name, const cpu::Page& page, Storage storage, const Case& c, unsigned seed) {
+template <class Cell, class S, class Arithmetic>
+void test(const char* name, const cpu::Page& page, Storage storage, Products products, const Case& c, unsigned seed) {
   constexpr CellInfo cell = InfoOf<Cell>::value;
   const int64_t P = cell.projected() ? (c.H + 1) / 2 : c.H, room = cell.room() * c.H, X = cell.input_slots() * c.H;
   std::vector<int64_t> rows(size_t(c.T), c.B), offsets(size_t(c.T) + 1, 0);
@@ -175,7 +276,7 @@ void test(const char* name, const cpu::Page& page, Storage storage, const Case& 
     for (int64_t t = 0; t < c.T; ++t) rows[size_t(t)] = std::max<int64_t>(1, c.B - c.B * t / c.T);
   for (int64_t t = 0; t < c.T; ++t) offsets[size_t(t) + 1] = offsets[size_t(t)] + rows[size_t(t)];
   const int64_t N = offsets.back();
-  const Problem p{0, storage, c.T, c.B, X, c.H, P, c.ragged ? rows.data() : nullptr, c.reverse, true, false, 1};
+  const Problem p{0, storage, c.T, c.B, X, c.H, P, c.ragged ? rows.data() : nullptr, c.reverse, true, false, 1, products};
   std::mt19937 random(seed);
   const float scale = 1 / std::sqrt(float(c.H));
   // With the unit matrix for W the input is the input gates.
@@ -255,34 +356,43 @@ void test(const char* name, const cpu::Page& page, Storage storage, const Case& 
 
   const auto where = [&](const char* what, const Tiling& t) {
     char text[200];
-    std::snprintf(text, sizeof text, "%s: %s %s T %ld B %ld H %ld%s%s, %d x %d blocks", what, name,
-                  storage == Storage::F32    ? "float32"
-                  : storage == Storage::BF16 ? "bfloat16"
-                                             : "float16",
-                  long(c.T), long(c.B), long(c.H), c.ragged ? " ragged" : "", c.reverse ? " reverse" : "", t.unit_ctas, t.row_tiles);
+    std::snprintf(text, sizeof text, "%s: %s %s T %ld B %ld H %ld%s%s, %d x %d blocks%s, %d held", what, name,
+                  storage == Storage::BF16         ? "bfloat16"
+                  : storage == Storage::F16        ? "float16"
+                  : products == Products::Exact    ? "float32"
+                  : products == Products::Tf32     ? "tf32"
+                                                   : "3xtf32",
+                  long(c.T), long(c.B), long(c.H), c.ragged ? " ragged" : "", c.reverse ? " reverse" : "", t.unit_ctas, t.row_tiles,
+                  t.exchange == Exchange::Near ? " near" : "", t.stage[0].held);
     return std::string(text);
   };
-  const double tolerance = storage == Storage::F32 ? 2e-5 : storage == Storage::BF16 ? 2e-2 : 3e-3;
+  const double tolerance = storage == Storage::BF16    ? 2e-2
+                           : storage == Storage::F16   ? 3e-3
+                           : products == Products::Tf32 ? 4e-3
+                                                        : 2e-5;
+  const bool matrix = cell.hidden_slots(0) > 0;
   {
-    const Tiling t = tile(cell, p, false, c.unit_ctas, c.row_tiles, c.rows_at_once);
+    const Tiling t = tile(cell, p, false, matrix ? c.exchange : Exchange::None, c.unit_ctas, c.row_tiles, c.rows_at_once, c.held);
     if (!check(t.fits, "%s", where("does not fit", t).c_str())) return;
     for (int64_t n = 0; n < N; ++n) std::copy_n(x.begin() + n * X, X, ours.gates.begin() + n * room);
-    std::vector<uint64_t> packets(size_t(t.packet_count), 0);
-    const cuda::PersistentForward r{forward_of(ours), t, offsets.data(), packets.data()};
-    Grid grid(t.unit_ctas * t.row_tiles, t.threads, t.shared_bytes, seed);
-    const bool ended = grid.run([&](Grid::Cta& cta) { cuda::persistent_forward<Cell, S>(cta, r); });
+    const Forward f = forward_of(ours);
+    std::vector<uint64_t> workspace = workspace_of<Arithmetic, S>(cell, p, t, f.weights, false);
+    const cuda::PersistentForward r{f, t, offsets.data(), workspace.data()};
+    Grid grid(t, seed);
+    const bool ended = grid.run([&](Grid::Cta& cta) { cuda::persistent_forward<Cell, S, Arithmetic>(cta, r); });
     if (!check(ended, "%s", where("forward waits for ever", t).c_str())) return;
     double worst = distance(ours.output, theirs.output);
     for (int i = 0; i < cell.states; ++i) worst = std::fmax(worst, distance(ours.final[i], theirs.final[i]));
     check(worst <= tolerance, "%s differs by %g", where("forward", t).c_str(), worst);
   }
   {
-    const Tiling t = tile(cell, p, true, c.unit_ctas, c.row_tiles, c.rows_at_once);
+    const Tiling t = tile(cell, p, true, matrix ? c.exchange : Exchange::None, c.unit_ctas, c.row_tiles, c.rows_at_once, c.held);
     if (!check(t.fits, "%s", where("does not fit", t).c_str())) return;
-    std::vector<uint64_t> packets(size_t(t.packet_count), 0);
-    const cuda::PersistentBackward r{backward_of(ours), t, offsets.data(), packets.data()};
-    Grid grid(t.unit_ctas * t.row_tiles, t.threads, t.shared_bytes, seed + 1);
-    const bool ended = grid.run([&](Grid::Cta& cta) { cuda::persistent_backward<Cell, S>(cta, r); });
+    const Backward g = backward_of(ours);
+    std::vector<uint64_t> workspace = workspace_of<Arithmetic, S>(cell, p, t, g.weights, true);
+    const cuda::PersistentBackward r{g, t, offsets.data(), workspace.data()};
+    Grid grid(t, seed + 1);
+    const bool ended = grid.run([&](Grid::Cta& cta) { cuda::persistent_backward<Cell, S, Arithmetic>(cta, r); });
     if (!check(ended, "%s", where("backward waits for ever", t).c_str())) return;
     // Of a token's room only the gradients of slots over their stage's width mean something.
     double worst = 0;
@@ -303,16 +413,19 @@ void test(const char* name, const cpu::Page& page, Storage storage, const Case& 
 
 template <class Cell>
 void test_cell(const char* name, const cpu::Page& page) {
+  constexpr Exchange near = Exchange::Near, grid = Exchange::Grid;
   const Case cases[] = {
-      {6, 1, 5, false, false, 5, 1, 8},  {7, 3, 7, true, false, 3, 1, 2},   {7, 3, 7, true, true, 4, 2, 8},
-      {5, 17, 9, true, true, 3, 2, 4},   {4, 10, 33, false, true, 5, 1, 8}, {5, 2, 1, false, false, 1, 1, 1},
-      {1, 9, 16, false, false, 2, 2, 8},
+      {6, 1, 5, false, false, grid, 5, 1, 8, 99}, {7, 3, 7, true, false, grid, 3, 1, 2, 0},  {7, 3, 7, true, true, grid, 4, 2, 8, 99},
+      {5, 17, 9, true, true, grid, 3, 2, 4, 1},   {4, 10, 33, false, true, grid, 5, 1, 8, 0}, {5, 2, 1, false, false, near, 1, 1, 1, 99},
+      {1, 9, 16, false, false, near, 2, 2, 8, 99}, {6, 3, 33, true, false, near, 1, 3, 8, 99}, {4, 37, 12, true, true, near, 3, 1, 64, 99},
   };
   unsigned seed = 1;
   for (const Case& c : cases) {
-    test<Cell, float>(name, page, Storage::F32, c, ++seed);
-    test<Cell, bf16>(name, page, Storage::BF16, c, ++seed);
-    test<Cell, f16>(name, page, Storage::F16, c, ++seed);
+    test<Cell, float, cuda::Exact>(name, page, Storage::F32, Products::Exact, c, ++seed);
+    test<Cell, float, cuda::Tensor<cuda::Fragment::Tf32>>(name, page, Storage::F32, Products::ThreeTf32, c, ++seed);
+    test<Cell, float, cuda::Tensor<cuda::Fragment::Tf32>>(name, page, Storage::F32, Products::Tf32, c, ++seed);
+    test<Cell, bf16, cuda::Tensor<cuda::Fragment::Bf16>>(name, page, Storage::BF16, Products::Exact, c, ++seed);
+    test<Cell, f16, cuda::Tensor<cuda::Fragment::F16>>(name, page, Storage::F16, Products::Exact, c, ++seed);
   }
 }
 
@@ -329,7 +442,9 @@ int main() {
   }
 #include "cells/cells.def"
 #undef RNN_CELL
-  static constexpr cpu::Page page = cpu::make_page<ResetBefore, scalar::F32, scalar::F64>("reset_before");
-  test_cell<ResetBefore>("reset_before", page);
+  static constexpr cpu::Page reset_before = cpu::make_page<ResetBefore, scalar::F32, scalar::F64>("reset_before");
+  test_cell<ResetBefore>("reset_before", reset_before);
+  static constexpr cpu::Page independent = cpu::make_page<Independent, scalar::F32, scalar::F64>("independent");
+  test_cell<Independent>("independent", independent);
   return check_failures != 0;
 }

@@ -9,6 +9,7 @@
 #include "cells/list.h"
 #include "num/dual.h"
 #include "test/check.h"
+#include "test/independent.h"
 #include "test/reset_before.h"
 
 namespace rnnkernels {
@@ -120,5 +121,6 @@ int main() {
 #include "cells/cells.def"
 #undef RNN_CELL
   test<ResetBefore>("reset_before");
+  test<Independent>("independent");
   return check_failures != 0;
 }

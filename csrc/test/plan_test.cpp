@@ -97,40 +97,52 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
   if (end > l.bytes) where("the workspace is too small");
 }
 
-// Every unit and row of a persistent grid has one block, parts of shared memory and packets do not overlap, limits are kept.
-void test_tiling(const Device& device, const CellInfo& cell, const Problem& p, bool backward) {
-  const Tiling t = tile(device, cell, p, backward);
-  if (!t.fits) return;
+// Every unit and row of a persistent grid has one block, every number of every matrix one place, parts of memory do not overlap, limits are
+// kept.
+void test_tiling(const Device& device, const CellInfo& cell, const Problem& p, bool backward, const Tiling& t) {
   const auto where = [&](const char* what) {
     return check(false, "%s: %s B %ld H %ld %s, %d multiprocessors", what, cell.name, long(p.batch), long(p.hidden),
                  backward ? "backward" : "forward", device.multiprocessors);
   };
-  if (t.unit_ctas * t.row_tiles > device.multiprocessors) where("more blocks than multiprocessors");
+  const ProductShape& shape = product_shape(p);
+  if (t.exchange == Exchange::Grid && t.unit_ctas * t.row_tiles > device.multiprocessors) where("more blocks than multiprocessors");
+  if (t.exchange == Exchange::Near && t.unit_ctas > device.cluster_blocks) where("more blocks than a cluster has");
   if (t.shared_bytes > device.shared_bytes) where("more shared memory than there is");
-  if (t.tile_rows(p.batch) * t.row_tiles < p.batch) where("rows without a block");
-  if (p.batch && t.tile_rows(p.batch) * (t.row_tiles - 1) >= p.batch) where("a block without rows");
-  std::vector<std::pair<int64_t, int64_t>> shared, packets;
+  if (int64_t(t.tile_rows) * t.row_tiles < p.batch) where("rows without a block");
+  if (p.batch && int64_t(t.tile_rows) * (t.row_tiles - 1) >= p.batch) where("a block without rows");
+  if (t.rows_at_once < (shape.tensor ? 8 : 1)) where("less than a fragment at once");
+  std::vector<std::pair<int64_t, int64_t>> shared, memory;
+  int64_t partial = 0;
   for (int s = 0; s < cell.stages; ++s) {
     const StageTiling& g = t.stage[s];
-    if (g.block_units * t.unit_ctas < g.units) where("units without a block");
-    if (s == 0 && g.block_units * (t.unit_ctas - 1) >= g.units) where("a block without units");
-    if (g.rows * g.slices != t.threads || g.block_units * std::max(g.columns, 1) > g.rows) where("threads that do not cover the product");
-    if (g.quads * 4 < g.depth || t.operand_row < g.quads * 4) where("an operand longer than its place");
-    shared.push_back({g.weights, g.quads * g.rows * 4 * kStorageBytes[int(p.storage)]});
-    if (backward) shared.push_back({t.staged[s], t.rows_at_once * cell.hidden_slots(s) * g.block_units * 4});
-    packets.push_back({t.packets[s], 2 * p.batch * t.packet_width[s]});
+    if (int64_t(g.block_units) * t.unit_ctas < g.units) where("units without a block");
+    if (s == 0 && int64_t(g.block_units) * (t.unit_ctas - 1) >= g.units) where("a block without units");
+    const int64_t sent = 2 * int64_t(g.send_words(t.unit_ctas)) * 8;
+    if (t.exchange == Exchange::Near) shared.push_back({g.packets, sent * t.tile_rows});
+    if (t.exchange == Exchange::Grid) memory.push_back({g.packets * 8, sent * p.batch});
+    if (backward) shared.push_back({t.staged[s], int64_t(shape.group) * cell.hidden_slots(s) * g.block_units * 4});
+    if (!g.operand_words) continue;
+    const int over = shape.tensor ? 1 : 32 / g.panel_rows;
+    if (g.across * (g.slices / over) != kWarps) where("warps that do not cover the product");
+    if (g.passes * g.across * g.panel_rows < g.block_units * g.columns) where("rows of the matrix without a panel");
+    if (g.operand_words < t.stage[g.source].send_words(t.unit_ctas) || t.operand_row < g.operand_words) where("an operand longer than its place");
+    if (g.held > shape.held / cell.stages || g.held > g.per_slice) where("more in registers than there is");
+    shared.push_back({g.weights, int64_t(g.items() - g.held) * shape.item_words * kThreads * 16});
+    memory.push_back({g.packed, int64_t(t.unit_ctas) * g.items() * shape.item_words * kThreads * 16});
+    partial = std::max(partial, int64_t(g.slices) * shape.group);
+    if (t.partial_row < g.rows) where("sums longer than their place");
   }
-  shared.push_back({t.operand, t.rows_at_once * t.operand_row * 4});
-  shared.push_back({t.partial, int64_t(t.threads) * kRowsAtOnce * 4});
+  shared.push_back({t.operand, int64_t(t.rows_at_once) * t.operand_row * 4});
+  shared.push_back({t.partial, partial * t.partial_row * 4});
   for (int i = 0; i < cell.states; ++i)
-    shared.push_back({t.state[i], t.tile_rows(p.batch) * t.stage[i == 0 ? cell.stages - 1 : 0].block_units * 4});
-  if (!backward && cell.stages > 1) shared.push_back({t.between, t.tile_rows(p.batch) * cell.kept * t.stage[0].block_units * 4});
-  for (auto [parts, size] : {std::pair(&shared, t.shared_bytes), std::pair(&packets, t.packet_count)}) {
+    shared.push_back({t.state[i], int64_t(t.tile_rows) * t.stage[i == 0 ? cell.stages - 1 : 0].block_units * 4});
+  if (!backward && cell.stages > 1) shared.push_back({t.between, int64_t(t.tile_rows) * cell.kept * t.stage[0].block_units * 4});
+  for (auto [parts, size] : {std::pair(&shared, t.shared_bytes), std::pair(&memory, t.workspace_bytes)}) {
     std::sort(parts->begin(), parts->end());
     int64_t end = 0;
     for (auto [at, n] : *parts) {
-      if (at < end) where("parts overlap");
-      end = at + n;
+      if (n && at < end) where("parts overlap");
+      end = std::max(end, at + n);
     }
     if (end > size) where("parts lie outside");
   }
@@ -162,16 +174,18 @@ int main() {
   std::printf("%d plans\n", count);
   int tilings = 0, fitting = 0;
   for (const CellInfo& cell : kCells)
-    for (const Device& device : {Device{132, 227 << 10}, Device{108, 163 << 10}, Device{46, 99 << 10}, Device{1, 48 << 10}})
-      for (Storage storage : {Storage::F32, Storage::BF16})
-        for (int64_t batch : {1, 2, 3, 8, 17, 64, 65, 1000})
+    for (const Device& device : {Device{132, 227 << 10, 8}, Device{108, 163 << 10, 1}, Device{46, 99 << 10, 1}, Device{1, 48 << 10, 1}})
+      for (auto [storage, products] : {std::pair(Storage::F32, Products::Exact), std::pair(Storage::F32, Products::ThreeTf32),
+                                       std::pair(Storage::BF16, Products::Exact)})
+        for (int64_t batch : {0, 1, 2, 3, 8, 17, 64, 65, 1000})
           for (int64_t hidden : {1, 15, 33, 64, 100, 129, 512, 600, 1024, 1111, 2048})
             for (bool backward : {false, true}) {
               const int64_t output = cell.projected() ? (hidden + 1) / 2 : hidden;
-              const Problem p{0, storage, 100, batch, 40, hidden, output, nullptr, false, true, false, 1};
-              test_tiling(device, cell, p, backward);
+              const Problem p{0, storage, 100, batch, 40, hidden, output, nullptr, false, true, false, 1, products};
+              const Tiling t = tile(device, cell, p, backward);
+              if (t.fits) test_tiling(device, cell, p, backward, t);
               ++tilings;
-              fitting += tile(device, cell, p, backward).fits;
+              fitting += t.fits;
             }
   std::printf("%d tilings, %d fit\n", tilings, fitting);
   for (int64_t n : {0, 1, 5, 64})

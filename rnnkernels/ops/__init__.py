@@ -17,12 +17,12 @@ from torch.autograd import forward_ad
 
 from .. import _C
 from . import cpu, steps
-from .cells import CELLS, STORAGE, Sizes, problem
+from .cells import CELLS, PERSISTENT, STORAGE, Sizes, problem
 
 __all__ = ["CELLS", "ENGINES", "Sequence", "build_info", "plan", "sequence", "set_isa"]
 
-ENGINES = ("auto", "cpu", "stepwise", "persistent")
-_RUNS: dict[str, Any] = {"cpu": cpu, "stepwise": steps, "persistent": steps}
+ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT)
+_RUNS: dict[str, Any] = {"cpu": cpu, "stepwise": steps, **dict.fromkeys(PERSISTENT, steps)}
 
 
 def build_info() -> dict[str, Any]:
@@ -70,8 +70,9 @@ def plan(
     if chosen == "stepwise":
         return {**facts, "schedule": "a product by torch and one run of the cell a step", "reason": why}
     index = torch.device(device).index or 0
-    unit_ctas, row_tiles, shared = _C.tiling(task, training, *_C.cuda_device(index))[:3]
-    schedule = f"{unit_ctas} × {row_tiles} blocks of units × rows, {shared} bytes of shared memory each"
+    exchange, unit_ctas, row_tiles, shared, _ = _C.tiling(task, training, *_C.cuda_device(index))
+    how = {"near": "in clusters" if unit_ctas > 1 else "apart", "grid": "all together", "none": "apart"}[exchange]
+    schedule = f"{unit_ctas} × {row_tiles} blocks of units × rows, {how}, {shared} bytes of shared memory each"
     return {**facts, "bytes_workspace": _C.cuda_workspace_bytes(task, training, index), "schedule": schedule, "reason": why}
 
 
@@ -273,8 +274,8 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     asked = f"engine={engine!r} was asked for"
     if device.type == "cpu":
-        if engine == "persistent":
-            raise RuntimeError("engine: 'persistent' runs on a CUDA device, and input is on the CPU")
+        if engine in PERSISTENT:
+            raise RuntimeError(f"engine: {engine!r} runs on a CUDA device, and input is on the CPU")
         return ("cpu", "the CPU's engine") if engine == "auto" else (engine, asked)
     if device.type != "cuda" or not hasattr(_C, "cuda_why_not"):
         what = "has no CUDA part" if device.type == "cuda" else "computes on CPU and CUDA devices"
@@ -283,11 +284,12 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
         raise RuntimeError(f"engine: 'cpu' cannot run on input's device {device}")
     if engine == "stepwise":
         return engine, asked
-    task = problem(s._replace(engine="persistent"), dtype, input_size, None, True)
+    chosen = "persistent" if engine == "auto" else engine
+    task = problem(s._replace(engine=chosen), dtype, input_size, None, True)
     why_not = next(filter(None, (_C.cuda_why_not(task, backward, device.index or 0) for backward in (False, True))), "")
-    if engine == "persistent" and why_not:
-        raise RuntimeError(f"engine: 'persistent' cannot run this: {why_not}")
-    return ("stepwise", why_not) if why_not else ("persistent", "the weights fit on the chip" if engine == "auto" else asked)
+    if engine in PERSISTENT and why_not:
+        raise RuntimeError(f"engine: {engine!r} cannot run this: {why_not}")
+    return ("stepwise", why_not) if why_not else (chosen, "the weights fit on the chip" if engine == "auto" else asked)
 
 
 def _autocast(t: Any, dtype: torch.dtype) -> Any:
@@ -328,7 +330,9 @@ def sequence(
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
         reverse: run from the last step (a ragged row's own last step) to the first. The output keeps the input's order.
         engine: ``"auto"``; ``"cpu"``; ``"stepwise"``, a product by torch and one run of the cell a step, on any device; ``"persistent"``,
-            the whole sequence in one launch on a GPU, where the weights fit.
+            the whole sequence in one launch on a GPU, where the weights fit; its float32 is exact, or TF32 where
+            ``torch.backends.cuda.matmul.allow_tf32`` says so; ``"persistent_3xtf32"``, the same with float32 by three TF32 products on
+            tensor cores, nearly as exact.
 
     Returns:
         ``(output, *final_states)``, the output ``[T, B, P]`` or ``[N, P]``.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import _C
 
+PERSISTENT = ("persistent", "persistent_3xtf32")
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -108,6 +109,7 @@ def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Tensor | None, 
         training,
         s.complete,
         torch.get_num_threads(),
+        1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and torch.backends.cuda.matmul.allow_tf32 else 0,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cells import Cell, Sizes, address, problem, summed_bias, vectors
+from .cells import PERSISTENT, Cell, Sizes, address, problem, summed_bias, vectors
 
 
 def device_of(t: Tensor) -> tuple[int, int]:
@@ -93,7 +93,7 @@ def forward(
     history = [input.new_empty(N, H) for _ in cell.states[1:]] if training else []
     if s.batch == 0:
         return output, [input.new_empty(0, width) for width in _widths(s)], gates if training else None, history
-    walk = _walk_together if s.engine == "persistent" else _walk
+    walk = _walk_together if s.engine in PERSISTENT else _walk
     final = walk(s, training, gates, states, [weight_hh, weight_hr], bias_hh, rows, output, history)
     return output, final, gates if training else None, history
 
@@ -113,7 +113,7 @@ def _walk_together(
     task = problem(s, gates.dtype, 0, None, training)
     final = [gates.new_empty(s.batch, width) for width in _widths(s)]
     offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
-    packets = torch.empty(_C.cuda_workspace_bytes(task, False, index), dtype=torch.uint8, device=gates.device)
+    workspace = torch.empty(_C.cuda_workspace_bytes(task, False, index), dtype=torch.uint8, device=gates.device)
     _C.cuda_forward(
         task,
         gates.data_ptr(),
@@ -124,7 +124,7 @@ def _walk_together(
         [state.data_ptr() for state in final],
         output.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
-        packets.data_ptr(),
+        workspace.data_ptr(),
         offsets.data_ptr(),
         index,
         stream,
@@ -214,7 +214,7 @@ def backward(
     upstream = None if grad_output is None else grad_output.contiguous().view(-1, P)
     finals = [None if g is None else g.contiguous() for g in grad_final]
     if s.batch:
-        walk = _walk_back_together if s.engine == "persistent" else _walk_back
+        walk = _walk_back_together if s.engine in PERSISTENT else _walk_back
         walk(s, gates, kept, upstream, finals, initial, states, [weight_hh, weight_hr], bias_hh, rows, y, history)
     grads: list[Tensor | None] = [None] * 6
     x_gates = gates[:, : cell.input_gates * H]
@@ -271,7 +271,7 @@ def _walk_back_together(
     index, stream = device_of(gates)
     task = problem(s, gates.dtype, 0, None, True)
     offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
-    packets = torch.empty(_C.cuda_workspace_bytes(task, True, index), dtype=torch.uint8, device=gates.device)
+    workspace = torch.empty(_C.cuda_workspace_bytes(task, True, index), dtype=torch.uint8, device=gates.device)
     _C.cuda_backward(
         task,
         (gates if len(s.cell.stages) > 1 else kept).data_ptr(),
@@ -284,7 +284,7 @@ def _walk_back_together(
         address(upstream),
         [address(g) for g in finals],
         [address(g) for g in initial],
-        packets.data_ptr(),
+        workspace.data_ptr(),
         offsets.data_ptr(),
         index,
         stream,

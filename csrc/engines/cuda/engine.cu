@@ -28,6 +28,7 @@ Tiling tiling_of(const Problem& p, bool backward, const Device& device) {
     int cell;
     Storage storage;
     int64_t batch, hidden, output;
+    Products products;
     bool backward;
     int multiprocessors;
     int64_t shared_bytes;
@@ -38,10 +39,10 @@ Tiling tiling_of(const Problem& p, bool backward, const Device& device) {
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Known& k : known)
     if (k.cell == p.cell && k.storage == p.storage && k.batch == p.batch && k.hidden == p.hidden && k.output == p.output &&
-        k.backward == backward && k.multiprocessors == device.multiprocessors && k.shared_bytes == device.shared_bytes)
+        k.products == p.products && k.backward == backward && k.multiprocessors == device.multiprocessors && k.shared_bytes == device.shared_bytes)
       return k.tiling;
   if (known.size() == 64) known.clear();
-  known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, backward, device.multiprocessors, device.shared_bytes,
+  known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, p.products, backward, device.multiprocessors, device.shared_bytes,
                    tile(device, kCells[p.cell], p, backward)});
   return known.back().tiling;
 }
@@ -52,40 +53,83 @@ void use(int device) { check(cudaSetDevice(device), "device"); }
 }  // namespace
 
 Device device(int index) {
-  int multiprocessors = 0, shared = 0;
+  int multiprocessors = 0, shared = 0, major = 0, minor = 0;
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index), "device");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "device");
-  return {multiprocessors, shared};
+  check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device");
+  check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device");
+  return {multiprocessors, shared, major * 10 + minor >= kClusterNumber ? kClusterBlocks : 1};
 }
 
-std::string fits(const Problem& p, bool backward, const Device& device) {
+namespace {
+
+const PersistentKernels& kernels_of(const Problem& p) {
+  const CellKernels& kernels = *kKernels[p.cell];
+  return p.storage == Storage::F32 && p.products != Products::Exact ? kernels.tf32 : kernels.persistent[int(p.storage)];
+}
+
+template <class Arithmetic, class S>
+__global__ void pack_kernel(const __grid_constant__ Tiling t, int s, Matrix m, void* workspace) {
+  const int words = Arithmetic::shape.item_words, items = t.stage[s].items();
+  const int word = int(blockIdx.x) % words, item = int(blockIdx.x) / words % items, block = int(blockIdx.x) / words / items;
+  packed_item<Arithmetic>(t, s, workspace, block, item)[word * kThreads + int(threadIdx.x)] =
+      pack<Arithmetic, S>(t, s, m, block, item, word, int(threadIdx.x));
+}
+
+// Every stage's matrix into the workspace, in the order in which the blocks' threads load it.
+void pack_weights(const Problem& p, const Tiling& t, const void* const* weights, bool backward, void* workspace, void* stream) {
+  const CellInfo& cell = kCells[p.cell];
+  auto* const kernel = p.storage == Storage::BF16  ? pack_kernel<Tensor<Fragment::Bf16>, bf16>
+                       : p.storage == Storage::F16 ? pack_kernel<Tensor<Fragment::F16>, f16>
+                       : p.products == Products::Exact ? pack_kernel<Exact, float>
+                                                       : pack_kernel<Tensor<Fragment::Tf32>, float>;
+  for (int s = 0; s < cell.stages; ++s) {
+    const Matrix matrix = matrix_of(cell, p, weights, backward, s);
+    if (!matrix.weights) continue;
+    const unsigned blocks = unsigned(t.unit_ctas) * unsigned(t.stage[s].items() * product_shape(p).item_words);
+    kernel<<<blocks, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(t, s, matrix, workspace);
+    check(cudaGetLastError(), "packing of weights");
+  }
+}
+
+}  // namespace
+
+std::string fits(const Problem& p, bool backward, int index) {
   const CellInfo& cell = kCells[p.cell];
   for (int s = 0; s < cell.stages; ++s)
     if (cell.stage[s].reduction != Reduction::None)
       return std::string("the persistent engine has no reduction across units, which ") + cell.name + " asks for";
-  if (!kKernels[p.cell]->forward[int(p.storage)]) return "the persistent engine computes in float32: float64 runs stepwise";
+  const PersistentKernels& kernels = kernels_of(p);
+  if (!kernels.forward) return "the persistent engine computes in float32: float64 runs stepwise";
   if (p.steps >= int64_t(1) << 32) return "the persistent engine counts steps in 32 bits";
-  if (!tiling_of(p, backward, device).fits)
+  use(index);
+  const Device d = device(index);
+  const Tiling t = tiling_of(p, backward, d);
+  if (!t.fits)
     return std::string("the weights of ") + cell.name + " with hidden size " + std::to_string(p.hidden) +
-           " do not fit into the shared memory of " + std::to_string(device.multiprocessors) + " multiprocessors with " +
-           std::to_string(device.shared_bytes) + " bytes each";
+           " do not fit into the registers and the shared memory of " + std::to_string(d.multiprocessors) + " multiprocessors with " +
+           std::to_string(d.shared_bytes) + " bytes each";
+  const int blocks = t.unit_ctas * t.row_tiles, together = kernels.residents(backward, t, d.multiprocessors);
+  if (together < (t.exchange == Exchange::Grid ? blocks : t.unit_ctas))
+    return "the device holds " + std::to_string(together) + " blocks of the persistent engine at once, and it needs " +
+           std::to_string(blocks);
   return "";
 }
 
-int64_t workspace_bytes(const Problem& p, bool backward, const Device& device) {
-  return tiling_of(p, backward, device).packet_count * int64_t(sizeof(uint64_t));
-}
+int64_t workspace_bytes(const Problem& p, bool backward, int index) { return tiling_of(p, backward, device(index)).workspace_bytes; }
 
 void forward(const Forward& f, const int64_t* offsets, int index, void* stream) {
   use(index);
-  const Problem& p = f.problem;
-  kKernels[p.cell]->forward[int(p.storage)]({f, tiling_of(p, false, device(index)), offsets, static_cast<uint64_t*>(f.workspace)}, stream);
+  const Tiling t = tiling_of(f.problem, false, device(index));
+  pack_weights(f.problem, t, f.weights, false, f.workspace, stream);
+  kernels_of(f.problem).forward({f, t, offsets, f.workspace}, stream);
 }
 
 void backward(const Backward& g, const int64_t* offsets, int index, void* stream) {
   use(index);
-  const Problem& p = g.problem;
-  kKernels[p.cell]->backward[int(p.storage)]({g, tiling_of(p, true, device(index)), offsets, static_cast<uint64_t*>(g.workspace)}, stream);
+  const Tiling t = tiling_of(g.problem, true, device(index));
+  pack_weights(g.problem, t, g.weights, true, g.workspace, stream);
+  kernels_of(g.problem).backward({g, t, offsets, g.workspace}, stream);
 }
 
 void forward_step(const Problem& p, int stage, const ForwardStep& step, int64_t rows, const void* sums, int index, void* stream) {

@@ -22,10 +22,15 @@ struct StepKernels {
   void (*backward[kMaxStages])(const BackwardStep&, int64_t rows, int64_t summed_rows, const void* sums, void* stream);
 };
 
-// In the order of Storage; null where there is none.
+struct PersistentKernels {
+  void (*forward)(const PersistentForward&, void* stream);
+  void (*backward)(const PersistentBackward&, void* stream);
+  int (*residents)(bool backward, const Tiling&, int multiprocessors);
+};
+
 struct CellKernels {
-  void (*forward[kStorages])(const PersistentForward&, void* stream);
-  void (*backward[kStorages])(const PersistentBackward&, void* stream);
+  PersistentKernels persistent[kStorages];  // null where there is none
+  PersistentKernels tf32;                   // float32 by tensor cores
   StepKernels step[kStorages];
 };
 
@@ -33,8 +38,8 @@ struct CellKernels {
 Device device(int index);
 
 // Empty if the persistent engine can run it on the device, otherwise the reason why not.
-std::string fits(const Problem&, bool backward, const Device&);
-int64_t workspace_bytes(const Problem&, bool backward, const Device&);
+std::string fits(const Problem&, bool backward, int device);
+int64_t workspace_bytes(const Problem&, bool backward, int device);
 
 // Pointers are the device's; offsets [T + 1] say where each step's tokens start; workspace holds workspace_bytes(). On the stream given, of
 // the device given. The input's product is in f.gates already; sums over tokens are left to the caller.

@@ -7,6 +7,12 @@
 #include "engines/cuda/engine.h"
 #include "engines/cuda/persistent.h"
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+#define RNN_HAS_CLUSTERS 1
+#else
+#define RNN_HAS_CLUSTERS 0
+#endif
+
 namespace rnnkernels::cuda {
 
 // What a thread knows of the machine, on the machine itself.
@@ -38,6 +44,13 @@ struct DeviceCta {
     __syncthreads();
 #endif
   }
+  RNN_FN void sync_cluster() const {
+#if RNN_HAS_CLUSTERS
+    asm volatile("barrier.cluster.arrive.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+  }
+
+  // Device memory that blocks of the grid exchange packets through.
   RNN_FN uint64_t load(const uint64_t* from) const {
     uint64_t word = 0;
 #ifdef __CUDA_ARCH__
@@ -50,6 +63,45 @@ struct DeviceCta {
     asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word));
 #endif
   }
+  // Shared memory that blocks of a cluster exchange packets through: each reads its own and writes everybody's.
+  RNN_FN uint64_t load_near(const uint64_t* from) const {
+    uint64_t word = 0;
+#if RNN_HAS_CLUSTERS
+    asm volatile("ld.relaxed.cluster.shared::cta.u64 %0, [%1];" : "=l"(word) : "r"(unsigned(__cvta_generic_to_shared(from))));
+#elif defined(__CUDA_ARCH__)
+    asm volatile("ld.relaxed.cta.shared.u64 %0, [%1];" : "=l"(word) : "r"(unsigned(__cvta_generic_to_shared(from))));
+#endif
+    return word;
+  }
+  RNN_FN void store_near([[maybe_unused]] int peer, uint64_t* to, uint64_t word) const {
+#if RNN_HAS_CLUSTERS
+    asm volatile(
+        "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.relaxed.cluster.shared::cluster.u64 [there], %2;\n}" ::"r"(
+            unsigned(__cvta_generic_to_shared(to))),
+        "r"(peer), "l"(word));
+#elif defined(__CUDA_ARCH__)
+    asm volatile("st.relaxed.cta.shared.u64 [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(word));
+#endif
+  }
+
+  template <Fragment kind>
+  RNN_FN void mma([[maybe_unused]] float (&d)[4], [[maybe_unused]] const uint32_t (&a)[4], [[maybe_unused]] const uint32_t* b) const {
+#ifdef __CUDA_ARCH__
+#define RNN_MMA(shape, type)                                                                                                          \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, " \
+               "%2, %3};"                                                                                                             \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                       \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
+    if constexpr (kind == Fragment::Bf16)
+      RNN_MMA("m16n8k16", "bf16");
+    else if constexpr (kind == Fragment::F16)
+      RNN_MMA("m16n8k16", "f16");
+    else
+      RNN_MMA("m16n8k8", "tf32");
+#undef RNN_MMA
+#endif
+  }
+
   // A look takes a trip to L2, more than half a microsecond, so a peer is given up after some ten seconds: an error, not a hang.
   RNN_FN void waiting(uint32_t tries) const {
 #ifdef __CUDA_ARCH__
@@ -58,16 +110,16 @@ struct DeviceCta {
   }
 };
 
-template <class Cell, class S>
+template <class Cell, class S, class Arithmetic>
 __global__ void __launch_bounds__(kThreads, 1) forward_kernel(const __grid_constant__ PersistentForward r) {
   DeviceCta cta;
-  persistent_forward<Cell, S>(cta, r);
+  persistent_forward<Cell, S, Arithmetic>(cta, r);
 }
 
-template <class Cell, class S>
+template <class Cell, class S, class Arithmetic>
 __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_constant__ PersistentBackward r) {
   DeviceCta cta;
-  persistent_backward<Cell, S>(cta, r);
+  persistent_backward<Cell, S, Arithmetic>(cta, r);
 }
 
 // The page of one stage over the rows of one step, a thread a unit; sums as a library's product left them.
@@ -104,25 +156,69 @@ inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) throw CudaError(what, cudaGetErrorString(error));
 }
 
+// How a tiling is launched: shared memory, and blocks that are on the chip together where they wait for each other.
+struct Launch {
+  cudaLaunchConfig_t config{};
+  cudaLaunchAttribute attribute{};
+
+  Launch(const Tiling& t, void* stream) {
+    config.gridDim = dim3(unsigned(t.unit_ctas) * unsigned(t.row_tiles));
+    config.blockDim = dim3(kThreads);
+    config.dynamicSmemBytes = size_t(t.shared_bytes);
+    config.stream = static_cast<cudaStream_t>(stream);
+    config.attrs = &attribute;
+    if (t.exchange == Exchange::Grid) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+      config.numAttrs = 1;
+    } else if (t.exchange == Exchange::Near && t.unit_ctas > 1) {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {unsigned(t.unit_ctas), 1, 1};
+      config.numAttrs = 1;
+    }
+  }
+  Launch(const Launch&) = delete;
+  Launch& operator=(const Launch&) = delete;
+};
+
+inline void allow_shared_memory(const void* kernel, const Tiling& t) {
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(t.shared_bytes)),
+        "shared memory of a persistent kernel");
+}
+
 template <class Argument>
 void launch_together(void (*kernel)(Argument), const Argument& argument, void* stream) {
   const Tiling& t = argument.tiling;
-  check(cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize, int(t.shared_bytes)),
-        "shared memory of a persistent kernel");
-  check(cudaMemsetAsync(argument.packets, 0, size_t(t.packet_count) * sizeof(uint64_t), static_cast<cudaStream_t>(stream)), "packets");
+  allow_shared_memory(reinterpret_cast<const void*>(kernel), t);
+  if (t.packet_count)
+    check(cudaMemsetAsync(argument.workspace, 0, size_t(t.packet_count) * sizeof(uint64_t), static_cast<cudaStream_t>(stream)), "packets");
+  const Launch launch(t, stream);
   void* arguments[] = {const_cast<Argument*>(&argument)};
-  check(cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(t.unit_ctas * t.row_tiles)), dim3(kThreads),
-                                    arguments, size_t(t.shared_bytes), static_cast<cudaStream_t>(stream)),
-        "launch of a persistent kernel");
+  check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments), "launch of a persistent kernel");
 }
 
-template <class Cell, class S>
-void launch_forward(const PersistentForward& r, void* stream) {
-  launch_together(forward_kernel<Cell, S>, r, stream);
+// How many blocks of the tiling the device holds at once, as the driver sees it.
+inline int residents(const void* kernel, const Tiling& t, int multiprocessors) {
+  allow_shared_memory(kernel, t);
+  const Launch launch(t, nullptr);
+  int n = 0;
+  if (t.exchange == Exchange::Near && t.unit_ctas > 1) {
+    check(cudaOccupancyMaxActiveClusters(&n, kernel, &launch.config), "clusters of a persistent kernel");
+    return n * t.unit_ctas;
+  }
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, kThreads, launch.config.dynamicSmemBytes), "blocks of a persistent kernel");
+  return n * multiprocessors;
 }
-template <class Cell, class S>
-void launch_backward(const PersistentBackward& r, void* stream) {
-  launch_together(backward_kernel<Cell, S>, r, stream);
+
+template <class Cell, class S, class Arithmetic>
+constexpr PersistentKernels persistent_kernels() {
+  return {[](const PersistentForward& r, void* stream) { launch_together(forward_kernel<Cell, S, Arithmetic>, r, stream); },
+          [](const PersistentBackward& r, void* stream) { launch_together(backward_kernel<Cell, S, Arithmetic>, r, stream); },
+          [](bool backward, const Tiling& t, int multiprocessors) {
+            return residents(backward ? reinterpret_cast<const void*>(backward_kernel<Cell, S, Arithmetic>)
+                                      : reinterpret_cast<const void*>(forward_kernel<Cell, S, Arithmetic>),
+                             t, multiprocessors);
+          }};
 }
 
 inline unsigned blocks_of(int64_t threads) { return unsigned(ceil_div(threads, kThreads)); }
@@ -157,8 +253,9 @@ constexpr StepKernels step_kernels() {
 
 template <class Cell>
 constexpr CellKernels cell_kernels() {
-  return {{launch_forward<Cell, float>, nullptr, launch_forward<Cell, bf16>, launch_forward<Cell, f16>},
-          {launch_backward<Cell, float>, nullptr, launch_backward<Cell, bf16>, launch_backward<Cell, f16>},
+  return {{persistent_kernels<Cell, float, Exact>(), {}, persistent_kernels<Cell, bf16, Tensor<Fragment::Bf16>>(),
+           persistent_kernels<Cell, f16, Tensor<Fragment::F16>>()},
+          persistent_kernels<Cell, float, Tensor<Fragment::Tf32>>(),
           {step_kernels<Cell, scalar::F32, float>(), step_kernels<Cell, scalar::F64, double>(), step_kernels<Cell, scalar::F32, bf16>(),
            step_kernels<Cell, scalar::F32, f16>()}};
 }
