@@ -51,19 +51,19 @@ inline const ProductShape& product_shape(const Problem& p) {
 //
 // A matrix's depth is in wire order, the order in which the operand arrives: block by block of those that send it, in a block its columns,
 // in a column its units, padded to whole words. Warps are cut into `across` panels side by side × slices of the depth; lanes that a narrow
-// panel leaves over cut the depth further. A thread goes through `passes` panels, `per_slice` items of each; it holds the first items of the
-// first panel in registers and has the others in shared memory.
+// panel leaves over cut the depth further. A thread goes through `passes` panels, `per_slice` items of each; it holds the first items of
+// the first panel in registers and has the others in shared memory.
 struct StageTiling {
   int64_t units;  // in all blocks
   int columns;    // results a unit
   int block_units;
-  int source;        // the stage whose results the matrix multiplies
-  int operand_words; // a row of these; 0: no matrix
+  int source;         // the stage whose results the matrix multiplies
+  int operand_words;  // a row of these; 0: no matrix
   int panel_rows, across, slices, per_slice, passes;
-  int rows;          // of the block's matrix, in whole panels
-  int held;          // items in registers
-  int64_t weights;   // offset in shared memory of the other items, [item][word][thread] of 16 bytes
-  int64_t packed;    // offset in the workspace of all items, [block of the tile][item][word][thread]
+  int rows;         // of the block's matrix, in whole panels
+  int held;         // items in registers
+  int64_t weights;  // offset in shared memory of the other items, [item][word][thread] of 16 bytes
+  int64_t packed;   // offset in the workspace of all items, [block of the tile][item][word][thread]
   // What it sends, a row of the batch: send_columns × column_words words from each block.
   int send_columns, column_words;
   int64_t packets;  // [2][rows][send_words] from here on: offset in shared memory (Near) or packets in device memory (Grid)
@@ -78,9 +78,9 @@ struct Tiling {
   int rows_at_once;  // as many as there is shared memory for their operand
   StageTiling stage[kMaxStages];
   // Offsets in shared memory.
-  int64_t operand;      // [rows_at_once][operand_row] words
+  int64_t operand;  // [rows_at_once][operand_row] words
   int operand_row;
-  int64_t partial;      // [slices][group][partial_row] numbers
+  int64_t partial;  // [slices][group][partial_row] numbers
   int partial_row;
   int64_t state[kMaxStates];   // [tile_rows][block_units] numbers: states, or their gradients
   int64_t between;             // forward, several stages: [tile_rows][kept][block_units] numbers
@@ -163,8 +163,7 @@ inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, Exchan
   if (shape.tensor) t.operand_row = (t.operand_row / 16 | 1) * 16;
   t.operand = take(int64_t(ceil_div(rows_at_once, 8) * 8) * t.operand_row * 4);
   t.partial = take(partial * t.partial_row * 4);
-  for (int i = 0; i < cell.states; ++i)
-    t.state[i] = take(int64_t(t.tile_rows) * t.stage[i == 0 ? cell.stages - 1 : 0].block_units * 4);
+  for (int i = 0; i < cell.states; ++i) t.state[i] = take(int64_t(t.tile_rows) * t.stage[i == 0 ? cell.stages - 1 : 0].block_units * 4);
   if (!backward && cell.stages > 1) t.between = take(int64_t(t.tile_rows) * cell.kept * t.stage[0].block_units * 4);
   t.shared_bytes = bytes;
   t.workspace_bytes = ceil_div(t.packet_count, 2) * 16;
@@ -187,7 +186,8 @@ inline double step_cycles(const Device& device, const CellInfo& cell, const Prob
     const double items = g.items(), in_shared = items - g.held;
     if (g.operand_words) {
       cycles += hop + rows * t.stage[g.source].send_words(t.unit_ctas) / packet_rate;
-      // An item: 4 × 256 multiply-adds a row at 128 a cycle; or on each of 8 warps two fragments for 8 rows, some 8 cycles each on a quarter.
+      // An item: 4 × 256 multiply-adds a row at 128 a cycle; or on each of 8 warps two fragments for 8 rows, some 8 cycles each on a
+      // quarter.
       const double thrice = p.products == Products::ThreeTf32 ? 3 : 1;
       cycles += shape.tensor ? items * double(ceil_div(t.tile_rows, 8)) * 2 * 2 * 8 * thrice : items * rows * 8;
       cycles += groups * in_shared * shape.item_words * kThreads * 16 / 128;

@@ -125,7 +125,8 @@ void test_tiling(const Device& device, const CellInfo& cell, const Problem& p, b
     const int over = shape.tensor ? 1 : 32 / g.panel_rows;
     if (g.across * (g.slices / over) != kWarps) where("warps that do not cover the product");
     if (g.passes * g.across * g.panel_rows < g.block_units * g.columns) where("rows of the matrix without a panel");
-    if (g.operand_words < t.stage[g.source].send_words(t.unit_ctas) || t.operand_row < g.operand_words) where("an operand longer than its place");
+    if (g.operand_words < t.stage[g.source].send_words(t.unit_ctas) || t.operand_row < g.operand_words)
+      where("an operand longer than its place");
     if (g.held > shape.held / cell.stages || g.held > g.per_slice) where("more in registers than there is");
     shared.push_back({g.weights, int64_t(g.items() - g.held) * shape.item_words * kThreads * 16});
     memory.push_back({g.packed, int64_t(t.unit_ctas) * g.items() * shape.item_words * kThreads * 16});

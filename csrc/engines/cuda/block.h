@@ -2,10 +2,10 @@
 // code is one thread's; Cta is what that knows of the machine (its place, barriers, shared memory, loads and stores that other blocks see,
 // the tensor cores), so that the same code runs on a GPU and, thread by thread in any order, on a host.
 //
-// State travels between blocks as packets: 4 bytes of operand and the epoch that they belong to in one 8-byte word, so that whoever sees the
-// epoch has the numbers, and no barrier or fence is needed. The visit of the walk numbered n, from 0, writes epoch n + 1 to the side (n & 1)
-// of its buffer. Two sides suffice: a block writes visit n + 1 only after it has read visit n from every block of its tile, and each of those
-// had read visit n - 1 before it wrote visit n.
+// State travels between blocks as packets: 4 bytes of operand and the epoch that they belong to in one 8-byte word, so that whoever sees
+// the epoch has the numbers, and no barrier or fence is needed. The visit of the walk numbered n, from 0, writes epoch n + 1 to the side (n
+// & 1) of its buffer. Two sides suffice: a block writes visit n + 1 only after it has read visit n from every block of its tile, and each
+// of those had read visit n - 1 before it wrote visit n.
 #pragma once
 
 #include "engines/cuda/packing.h"
@@ -102,9 +102,7 @@ class Block {
     float* const partial = numbers(t.partial) + at.slice * shape.group * t.partial_row;
     for (int pass = 0; pass < g.passes; ++pass) {
       typename Arithmetic::Sum sum{};
-      const auto add = [&](int k, const Word* item) {
-        arithmetic.add(cta, sum, item, operand + at.depth(g, k), t.operand_row, count);
-      };
+      const auto add = [&](int k, const Word* item) { arithmetic.add(cta, sum, item, operand + at.depth(g, k), t.operand_row, count); };
       if (pass == 0) {
         RNN_UNROLL
         for (int i = 0; i < kHeldItems; ++i)
@@ -217,8 +215,7 @@ class Block {
   RNN_FN uint64_t* buffer(int s, int64_t visit, int row) const {
     const StageTiling& g = t.stage[s];
     if (t.exchange == Exchange::Near)
-      return reinterpret_cast<uint64_t*>(cta.shared() + g.packets) +
-             (side_of_visit(visit) * t.tile_rows + row) * g.send_words(t.unit_ctas);
+      return reinterpret_cast<uint64_t*>(cta.shared() + g.packets) + (side_of_visit(visit) * t.tile_rows + row) * g.send_words(t.unit_ctas);
     return packets + g.packets + (side_of_visit(visit) * p.batch + first_row + row) * g.send_words(t.unit_ctas);
   }
   RNN_FN uint64_t look(const uint64_t* from) const { return t.exchange == Exchange::Grid ? cta.load(from) : cta.load_near(from); }

@@ -39,7 +39,8 @@ Tiling tiling_of(const Problem& p, bool backward, const Device& device) {
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Known& k : known)
     if (k.cell == p.cell && k.storage == p.storage && k.batch == p.batch && k.hidden == p.hidden && k.output == p.output &&
-        k.products == p.products && k.backward == backward && k.multiprocessors == device.multiprocessors && k.shared_bytes == device.shared_bytes)
+        k.products == p.products && k.backward == backward && k.multiprocessors == device.multiprocessors &&
+        k.shared_bytes == device.shared_bytes)
       return k.tiling;
   if (known.size() == 64) known.clear();
   known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, p.products, backward, device.multiprocessors, device.shared_bytes,
@@ -79,8 +80,8 @@ __global__ void pack_kernel(const __grid_constant__ Tiling t, int s, Matrix m, v
 // Every stage's matrix into the workspace, in the order in which the blocks' threads load it.
 void pack_weights(const Problem& p, const Tiling& t, const void* const* weights, bool backward, void* workspace, void* stream) {
   const CellInfo& cell = kCells[p.cell];
-  auto* const kernel = p.storage == Storage::BF16  ? pack_kernel<Tensor<Fragment::Bf16>, bf16>
-                       : p.storage == Storage::F16 ? pack_kernel<Tensor<Fragment::F16>, f16>
+  auto* const kernel = p.storage == Storage::BF16      ? pack_kernel<Tensor<Fragment::Bf16>, bf16>
+                       : p.storage == Storage::F16     ? pack_kernel<Tensor<Fragment::F16>, f16>
                        : p.products == Products::Exact ? pack_kernel<Exact, float>
                                                        : pack_kernel<Tensor<Fragment::Tf32>, float>;
   for (int s = 0; s < cell.stages; ++s) {

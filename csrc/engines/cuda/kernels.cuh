@@ -87,10 +87,11 @@ struct DeviceCta {
   template <Fragment kind>
   RNN_FN void mma([[maybe_unused]] float (&d)[4], [[maybe_unused]] const uint32_t (&a)[4], [[maybe_unused]] const uint32_t* b) const {
 #ifdef __CUDA_ARCH__
-#define RNN_MMA(shape, type)                                                                                                          \
-  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, " \
-               "%2, %3};"                                                                                                             \
-               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])                                                                       \
+#define RNN_MMA(shape, type)                                                  \
+  asm volatile("mma.sync.aligned." shape ".row.col.f32." type "." type        \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, " \
+               "%2, %3};"                                                     \
+               : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])               \
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]))
     if constexpr (kind == Fragment::Bf16)
       RNN_MMA("m16n8k16", "bf16");
@@ -206,7 +207,8 @@ inline int residents(const void* kernel, const Tiling& t, int multiprocessors) {
     check(cudaOccupancyMaxActiveClusters(&n, kernel, &launch.config), "clusters of a persistent kernel");
     return n * t.unit_ctas;
   }
-  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, kThreads, launch.config.dynamicSmemBytes), "blocks of a persistent kernel");
+  check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, kThreads, launch.config.dynamicSmemBytes),
+        "blocks of a persistent kernel");
   return n * multiprocessors;
 }
 
@@ -253,7 +255,9 @@ constexpr StepKernels step_kernels() {
 
 template <class Cell>
 constexpr CellKernels cell_kernels() {
-  return {{persistent_kernels<Cell, float, Exact>(), {}, persistent_kernels<Cell, bf16, Tensor<Fragment::Bf16>>(),
+  return {{persistent_kernels<Cell, float, Exact>(),
+           {},
+           persistent_kernels<Cell, bf16, Tensor<Fragment::Bf16>>(),
            persistent_kernels<Cell, f16, Tensor<Fragment::F16>>()},
           persistent_kernels<Cell, float, Tensor<Fragment::Tf32>>(),
           {step_kernels<Cell, scalar::F32, float>(), step_kernels<Cell, scalar::F64, double>(), step_kernels<Cell, scalar::F32, bf16>(),

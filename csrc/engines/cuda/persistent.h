@@ -105,8 +105,9 @@ RNN_FN void forward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const typen
       const int some = count - first < t.rows_at_once ? count - first : t.rows_at_once;
       if (columns)
         b.receive(
-            s, first, some,
-            [&](int row) { return operand != kPreviousState ? n : row < known ? n - 1 : kNoVisit; },
+            s, first, some, [&](int row) { return operand != kPreviousState ? n
+                                                  : row < known             ? n - 1
+                                                                            : kNoVisit; },
             [&](int row, int64_t k) { return storage_at<S>(f.initial[0], (b.first_row + row) * t.stage[stages - 1].units + k); });
       for (int ahead = 0; ahead < some; ahead += group) {
         const int rows = some - ahead < group ? some - ahead : group;
@@ -145,8 +146,7 @@ RNN_FN void persistent_forward(Cta& cta, const PersistentForward& r) {
   typename Block::Held held;
   each<stages>([&](auto index) {
     constexpr int s = decltype(index)::value;
-    if constexpr (InfoOf<Cell>::value.hidden_slots(s) > 0)
-      b.template load_weights<s>(held, r.workspace);
+    if constexpr (InfoOf<Cell>::value.hidden_slots(s) > 0) b.template load_weights<s>(held, r.workspace);
   });
   const auto each_state = [&](const auto& each) {
     RNN_UNROLL
@@ -257,8 +257,7 @@ RNN_FN void persistent_backward(Cta& cta, const PersistentBackward& r) {
   typename Block::Held held;
   each<stages>([&](auto index) {
     constexpr int s = decltype(index)::value, reader = s < last ? s + 1 : 0;
-    if constexpr (InfoOf<Cell>::value.hidden_slots(reader) > 0)
-      b.template load_weights<s>(held, r.workspace);
+    if constexpr (InfoOf<Cell>::value.hidden_slots(reader) > 0) b.template load_weights<s>(held, r.workspace);
   });
   const auto each_state = [&](int i, const auto& each) {
     const int s = i == 0 ? last : 0;

@@ -1,5 +1,5 @@
-// How a warp multiplies its panels of a matrix by the rows of a batch: what a lane holds of an item of weights, what it adds to its sums and
-// which sums these are. Operands are rows of 4-byte words in shared memory, a float or two halves each.
+// How a warp multiplies its panels of a matrix by the rows of a batch: what a lane holds of an item of weights, what it adds to its sums
+// and which sums these are. Operands are rows of 4-byte words in shared memory, a float or two halves each.
 #pragma once
 
 #include <type_traits>
@@ -57,8 +57,8 @@ struct Exact {
 enum class Fragment { Bf16, F16, Tf32 };  // mma.m16n8k16, m16n8k16, m16n8k8
 
 // Tensor cores: the matrix is the operand of 16 rows, the batch that of 8 columns. Lane l holds rows l/4 and l/4 + 8 of a fragment; the
-// depth's order is free as long as both operands agree, so it takes its depth from 16 consecutive bytes: words 4 (l % 4) … + 3, two for each
-// of the item's fragments.
+// depth's order is free as long as both operands agree, so it takes its depth from 16 consecutive bytes: words 4 (l % 4) … + 3, two for
+// each of the item's fragments.
 template <Fragment kind>
 struct Tensor {
   static constexpr ProductShape shape = kind == Fragment::Tf32 ? kTf32Shape : kHalfShape;
