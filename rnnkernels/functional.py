@@ -22,6 +22,7 @@ def stack(
     training: bool = False,
     batch_sizes: Tensor | None = None,
     engine: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run layers × directions of ``cell`` and return ``(output, *final_states)``.
 
@@ -33,8 +34,8 @@ def stack(
       forward direction comes before its reverse one.
     * output ``[T, B, D · P]`` or ``[N, D · P]``; final states as ``states``.
 
-    ``dropout`` falls on the outputs of every layer but the last, while ``training``. Dtypes, engines and errors are those of
-    ``ops.sequence``.
+    ``dropout`` falls on the outputs of every layer but the last, while ``training``. Dtypes, engines, ``recompute`` and errors are those
+    of ``ops.sequence``.
     """
     slots = None if states is None else [state.unbind() for state in states]
     directions = 2 if bidirectional else 1
@@ -45,7 +46,9 @@ def stack(
         outputs = []
         for k in range(start, start + directions):
             initial = None if slots is None else [slot[k] for slot in slots]
-            output, *final = ops.sequence(cell, input, initial, *weights[k], batch_sizes=batch_sizes, reverse=k > start, engine=engine)
+            output, *final = ops.sequence(
+                cell, input, initial, *weights[k], batch_sizes=batch_sizes, reverse=k > start, engine=engine, recompute=recompute
+            )
             outputs.append(output)
             finals.append(final)
         input = torch.cat(outputs, dim=-1) if bidirectional else output

@@ -62,14 +62,15 @@ def _check_ranks(states: Sequence[Tensor], rank: int) -> None:
 class _Layer(nn.RNNBase):
     """What RNN, GRU and LSTM share: everything but the shape of hx."""
 
-    # A default on the class serves modules unpickled from a state that has no engine.
+    # Defaults on the class serve modules unpickled from a state that has none.
     engine: str = "auto"
+    recompute: bool = False
     _rank_text: str
 
-    def __init__(self, mode: str, /, *args: Any, engine: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, mode: str, /, *args: Any, engine: str = "auto", recompute: bool = False, **kwargs: Any) -> None:
         _checked_engine(engine)
         super().__init__(mode, *args, **kwargs)
-        self.engine = engine
+        self.engine, self.recompute = engine, recompute
 
     @property
     def _cell(self) -> str:
@@ -91,7 +92,8 @@ class _Layer(nn.RNNBase):
         super().__setstate__({name: value for name, value in state.items() if name != "_flat_weights"})  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + (f", engine={self.engine}" if self.engine != "auto" else "")
+        engine = f", engine={self.engine}" if self.engine != "auto" else ""
+        return super().extra_repr() + engine + (", recompute=True" if self.recompute else "")
 
     def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
         """Run the layer; see the class for shapes and errors."""
@@ -106,6 +108,7 @@ class _Layer(nn.RNNBase):
             training=self.training,
             batch_sizes=batch_sizes,
             engine=self.engine,
+            recompute=self.recompute,
         )
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
@@ -167,7 +170,7 @@ class RNN(_Layer):
     Args:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN, in
             this order. ``nonlinearity`` is also "sigmoid" or "identity", besides "tanh" and "relu".
-        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
+        engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
 
     Shape, with D = 2 if bidirectional else 1 and L = num_layers:
         * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
@@ -191,7 +194,7 @@ class RNN(_Layer):
     nonlinearity: str
     _rank_text = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
-    def __init__(self, *args: Any, engine: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if len(args) > 3:
@@ -202,7 +205,7 @@ class RNN(_Layer):
         if nonlinearity not in _SRNS:
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu', 'sigmoid' or 'identity'.")
         # RNNBase reads the shapes of the weights off the mode and knows two SRNs; the shapes of all are the same.
-        super().__init__("RNN_TANH", *args, engine=engine, **kwargs)
+        super().__init__("RNN_TANH", *args, **kwargs)
         self.nonlinearity = nonlinearity
         self.mode = _SRNS[nonlinearity]
 
@@ -218,7 +221,7 @@ class GRU(_Layer):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
-        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
+        engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
 
     Shapes, dtypes and errors: as :class:`RNN`.
 
@@ -231,10 +234,10 @@ class GRU(_Layer):
 
     _rank_text = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
-    def __init__(self, *args: Any, engine: str = "auto", **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        super().__init__("GRU", *args, engine=engine, **kwargs)
+        super().__init__("GRU", *args, **kwargs)
 
 
 class LSTM(_Layer):
@@ -249,7 +252,7 @@ class LSTM(_Layer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
             this order.
-        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
+        engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
 
     Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
     proj_size or else hidden_size, the output is D · P wide, h ``(L · D, B, P)`` and c ``(L · D, B, H)``.
@@ -263,8 +266,8 @@ class LSTM(_Layer):
 
     _rank_text = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
-    def __init__(self, *args: Any, engine: str = "auto", **kwargs: Any) -> None:
-        super().__init__("LSTM", *args, engine=engine, **kwargs)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
 
     # torch.nn's own, so that sizes and texts are its by construction.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size
@@ -357,7 +360,7 @@ class RNNCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, nonlinearity, device, dtype: as torch.nn.RNNCell. ``nonlinearity`` is also "sigmoid" or "identity".
-        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
+        engine: keyword only; see :func:`rnnkernels.ops.sequence`.
 
     Shape:
         * input: ``(B, I)``, or ``(I)`` unbatched. hx: ``(B, H)`` or ``(H)``; zeros if None. Returns h', as hx.
@@ -412,7 +415,7 @@ class GRUCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as torch.nn.GRUCell.
-        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
+        engine: keyword only; see :func:`rnnkernels.ops.sequence`.
 
     Shapes, dtypes and errors: as :class:`RNNCell`.
 
@@ -448,7 +451,7 @@ class LSTMCell(_Cell):
 
     Args:
         input_size, hidden_size, bias, device, dtype: as torch.nn.LSTMCell.
-        engine: "auto", "cpu", "stepwise" or "persistent" (keyword only); see :func:`rnnkernels.ops.sequence`.
+        engine: keyword only; see :func:`rnnkernels.ops.sequence`.
 
     Shapes, dtypes and errors: as :class:`RNNCell`, but hx is a pair (h, c) and so is what the cell returns.
 

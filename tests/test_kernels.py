@@ -9,6 +9,7 @@ import torch
 from conftest import ISAS
 from torch import Tensor
 
+import rnnkernels
 from rnnkernels import ops, reference
 
 # steps, batch, input size, hidden size
@@ -119,6 +120,41 @@ def test_stepwise_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype
         ours = error(run(stepwise, cell, tensors, sizes, upstream, reverse), truth)
         theirs = error(run(reference.sequence, cell, tensors, sizes, upstream, reverse), truth)
         assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=}"
+
+
+@pytest.mark.parametrize("engine", ["cpu", "stepwise"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c != "srn_relu"])
+@pytest.mark.usefixtures("poison")
+def test_recompute(cell: str, dtype: torch.dtype, engine: str) -> None:
+    sequence = functools.partial(ops.sequence, engine=engine, recompute=True)
+    for shape, ragged, reverse, bias in itertools.product(("row", "odd", "step", "empty"), *[(False, True)] * 3):
+        if ragged and shape == "empty":
+            continue
+        tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype, bias=bias)
+        truth = run(reference.sequence, cell, tensors, sizes, upstream, reverse, torch.float64)
+        ours = error(run(sequence, cell, tensors, sizes, upstream, reverse), truth)
+        theirs = error(run(reference.sequence, cell, tensors, sizes, upstream, reverse), truth)
+        assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=} {bias=}"
+
+
+def test_recompute_saves_states_only() -> None:
+    saved: list[Tensor] = []
+    T, B, H = 5, 3, 7
+    layer = rnnkernels.LSTM(4, H, recompute=True)
+    x = torch.randn(T, B, 4)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        layer(x)
+    own = {t.data_ptr() for t in (x, *layer.parameters())}
+    assert sum(t.numel() for t in saved if t.data_ptr() not in own) == 2 * T * B * H
+
+
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c not in ("srn_sigmoid", "srn_identity")])
+def test_torch_as_an_engine(cell: str) -> None:
+    for shape, ragged, reverse, bias in itertools.product(("row", "odd"), *[(False, True)] * 3):
+        case = arguments(cell, *SHAPES[shape], ragged=ragged, bias=bias)
+        found = run(functools.partial(ops.sequence, engine="torch"), cell, *case, reverse)
+        assert error(found, run(reference.sequence, cell, *case, reverse)) < 1e-12, f"{shape} {ragged=} {reverse=} {bias=}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

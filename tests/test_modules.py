@@ -218,7 +218,7 @@ def test_engine(name: str) -> None:
     assert named.engine == "cpu"
     assert repr(named).endswith("engine=cpu)")
     assert copy.deepcopy(named).engine == "cpu"
-    with pytest.raises(ValueError, match="engine must be one of 'auto', 'cpu', 'stepwise', 'persistent', got 'warp'"):
+    with pytest.raises(ValueError, match="engine must be one of 'auto', .*, got 'warp'"):
         make(3, 4, engine="warp")
 
 

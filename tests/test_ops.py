@@ -1,5 +1,6 @@
 """What stands around the kernels: bad input, threads, forks, torch.compile."""
 
+import functools
 import os
 import threading
 from typing import Any
@@ -182,21 +183,25 @@ def test_inside_dataloader_workers() -> None:
         torch.testing.assert_close(a, b)
 
 
-@pytest.mark.parametrize("engine", ["auto", "stepwise"])
+@pytest.mark.parametrize(("engine", "recompute"), [("auto", False), ("stepwise", False), ("auto", True)])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("cell", ops.CELLS)
-def test_opcheck(cell: str, ragged: bool, engine: str) -> None:
+def test_opcheck(cell: str, ragged: bool, engine: str, recompute: bool) -> None:
     (x, w_ih, w_hh, b_ih, b_hh, w_hr, *states), sizes, _ = arguments(cell, 3, 2, 4, 5, ragged=ragged)
     leaves = [None if t is None else t.requires_grad_() for t in (w_ih, w_hh, b_ih, b_hh, w_hr)]
     op = torch.ops.rnnkernels.sequence.default
-    torch.library.opcheck(op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, engine, True))
+    torch.library.opcheck(
+        op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, engine, recompute, True)
+    )
 
 
+@pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("cell", ops.CELLS)
-def test_compiled_is_eager(cell: str) -> None:
+def test_compiled_is_eager(cell: str, recompute: bool) -> None:
     case = arguments(cell, 4, 3, 5, 6)
     torch._dynamo.reset()
-    compiled = torch.compile(ops.sequence, fullgraph=True, backend="aot_eager", dynamic=True)
+    sequence = functools.partial(ops.sequence, recompute=recompute)
+    compiled = torch.compile(sequence, fullgraph=True, backend="aot_eager", dynamic=True)
     for a, b in zip(run(compiled, cell, *case), run(ops.sequence, cell, *case), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
@@ -204,10 +209,13 @@ def test_compiled_is_eager(cell: str) -> None:
 def test_an_engine_that_cannot_run_it_is_refused() -> None:
     tensors, _, _ = arguments("gru", 4, 3, 5, 6)
     x, w_ih, w_hh, *_ = tensors
-    with pytest.raises(ValueError, match="engine: expected one of auto, cpu, stepwise, persistent, got 'warp'"):
+    with pytest.raises(ValueError, match="engine: expected one of auto, .*, got 'warp'"):
         ops.sequence("gru", x, None, w_ih, w_hh, engine="warp")
-    with pytest.raises(RuntimeError, match="'persistent' runs on a CUDA device, and input is on the CPU"):
-        ops.sequence("gru", x, None, w_ih, w_hh, engine="persistent")
+    for engine in ("persistent", "persistent_3xtf32"):
+        with pytest.raises(RuntimeError, match=f"'{engine}' runs on a CUDA device, and input is on the CPU"):
+            ops.sequence("gru", x, None, w_ih, w_hh, engine=engine)
+    with pytest.raises(RuntimeError, match="torch.nn has no cell srn_sigmoid"):
+        ops.sequence("srn_sigmoid", x, None, w_ih[:6], w_hh[:6], engine="torch")
 
 
 def test_meta_tensors_have_shapes() -> None:
@@ -300,13 +308,13 @@ def test_autocast_takes_any_mixture(cell: str, dtype: torch.dtype) -> None:
 
 
 def test_the_backward_op_checks_its_arguments() -> None:
-    (x, w_ih, w_hh, _, b_hh, _, h), _, _ = arguments("gru", 4, 3, 5, 6)
+    (x, w_ih, w_hh, b_ih, b_hh, _, h), _, _ = arguments("gru", 4, 3, 5, 6)
     output, kept = torch.zeros(4, 3, 6, dtype=x.dtype), torch.zeros(12, 24, dtype=x.dtype)
     needs = [True] * 5 + [False, True]
 
     def call(output: Tensor, kept: Tensor, needs: list[bool]) -> Any:
         return torch.ops.rnnkernels.sequence_backward(
-            "gru", needs, output, [None], x, [h], w_ih, w_hh, b_hh, None, None, False, "auto", output, kept, []
+            "gru", needs, output, [None], x, [h], w_ih, w_hh, b_ih, b_hh, None, None, False, "auto", output, kept, []
         )
 
     call(output, kept, needs)

@@ -16,12 +16,12 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _C
-from . import cpu, steps
-from .cells import CELLS, PERSISTENT, STORAGE, Sizes, problem
+from . import cpu, peer, steps
+from .cells import CELLS, PERSISTENT, STORAGE, Sizes, Weights, problem
 
 __all__ = ["CELLS", "ENGINES", "Sequence", "build_info", "plan", "sequence", "set_isa"]
 
-ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT)
+ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT, "torch")
 _RUNS: dict[str, Any] = {"cpu": cpu, "stepwise": steps, **dict.fromkeys(PERSISTENT, steps)}
 
 
@@ -61,6 +61,10 @@ def plan(
             f"plan: no such cell, dtype or size: {cell!r}, {dtype}, {steps}, {batch}, {input_size}, {hidden_size}, {output_size}"
         )
     sizes = Sizes(CELLS[cell], False, steps, batch, hidden_size, output_size or hidden_size)
+    if engine == "torch" or (engine == "auto" and peer.is_faster(sizes, dtype, torch.device(device))):
+        peer.check(sizes.cell)
+        why = "engine='torch' was asked for" if engine == "torch" else peer.WHY
+        return {"engine": "torch", "isa": "torch", "threads": 1, "bytes_workspace": 0, "schedule": "torch.nn's own function", "reason": why}
     chosen, why = _engine(engine, sizes, dtype, input_size, torch.device(device))
     task = problem(sizes._replace(engine=chosen), dtype, input_size, None, training)
     if chosen == "cpu":
@@ -133,51 +137,35 @@ class _Once(torch.autograd.Function):
 class Sequence(torch.autograd.Function):
     """A cell over a sequence, as autograd sees it. Use :func:`sequence`, which checks its arguments.
 
-    ``apply(saved, batch_sizes, input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states) -> (output, *final_states)``.
-    Saves 5·H numbers a token for LSTM, 4·H for GRU and H for SRN, besides input and output.
+    ``apply(sizes, batch_sizes, input, *weights, *states) -> (output, *final_states)``.
+    Saves 5·H numbers a token for LSTM, 4·H for GRU and H for SRN, besides input and output; with ``sizes.recompute`` only the states.
     """
 
     @staticmethod
-    def forward(ctx: Any, s: Sizes, rows: Tensor | None, *args: Tensor | None) -> Any:
-        input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states = args
-        assert input is not None
-        assert weight_ih is not None
-        assert weight_hh is not None
-        states_ = [state for state in states if state is not None]
-        output, final, kept, history = _RUNS[s.engine].forward(
-            s, True, input, states_, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, rows
-        )
+    def forward(ctx: Any, s: Sizes, rows: Tensor | None, input: Tensor, *args: Tensor | None) -> Any:
+        weights = Weights(*args[:5])  # type: ignore[arg-type]
+        states = [state for state in args[5:] if state is not None]
+        output, final, kept, history = _RUNS[s.engine].forward(s, True, input, states, weights, rows)
         ctx.sizes, ctx.own = s, not _hooked()
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *states_, *history)
+        if not s.recompute:
+            weights = weights._replace(bias_ih=None)  # not needed, so whoever changes it is free to
+        ctx.save_for_backward(input, *weights, rows, output, kept, *states, *history)
         return (output, *final)
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *grad_final: Tensor | None) -> Any:
         s: Sizes = ctx.sizes
-        input, weight_ih, weight_hh, bias_hh, weight_hr, rows, output, kept, *rest = ctx.saved_tensors
+        input, *saved = ctx.saved_tensors
+        weights, (rows, output, kept, *rest) = Weights(*saved[:5]), saved[5:]
         n = len(rest) - len(s.cell.states) + 1  # the rest are initial states, if there were any, and histories
+        overwrite = ctx.own and _last_use()
         with torch.no_grad():
             grads = _RUNS[s.engine].backward(
-                s,
-                ctx.needs_input_grad[2:],
-                grad_output,
-                grad_final,
-                input,
-                rest[:n],
-                weight_ih,
-                weight_hh,
-                bias_hh,
-                weight_hr,
-                rows,
-                output,
-                kept,
-                rest[n:],
-                ctx.own and _last_use(),
+                s, ctx.needs_input_grad[2:], grad_output, grad_final, input, rest[:n], weights, rows, output, kept, rest[n:], overwrite
             )
         if torch.is_grad_enabled():
-            sources = (grad_output, *grad_final, input, weight_ih, weight_hh, weight_hr, *rest[:n])
-            grads = _Once.apply(len(grads), *grads, *sources)  # type: ignore[no-untyped-call]
+            grads = _Once.apply(len(grads), *grads, grad_output, *grad_final, input, *weights, *rest[:n])  # type: ignore[no-untyped-call]
         return (None, None, *grads)
 
 
@@ -213,16 +201,14 @@ def _checked(
     cell: str,
     input: Tensor,
     states: Seq[Tensor] | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
+    weights: Weights,
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
+    recompute: bool,
     concrete: bool,
 ) -> Sizes:
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
     spec = CELLS.get(cell)
     if spec is None:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
@@ -264,7 +250,7 @@ def _checked(
         _expect("bias_ih", bias_ih, (spec.input_gates * H,), input)
     if bias_hh is not None:
         _expect("bias_hh", bias_hh, (spec.hidden_gates * H,), input)
-    sizes = Sizes(spec, reverse, T, B, H, P)
+    sizes = Sizes(spec, reverse, T, B, H, P, recompute=recompute)
     return sizes._replace(engine=_engine(engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
 
 
@@ -273,6 +259,9 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
     if engine not in ENGINES:
         raise ValueError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
     asked = f"engine={engine!r} was asked for"
+    if engine == "torch":
+        peer.check(s.cell)
+        return engine, asked
     if device.type == "cpu":
         if engine in PERSISTENT:
             raise RuntimeError(f"engine: {engine!r} runs on a CUDA device, and input is on the CPU")
@@ -317,6 +306,7 @@ def sequence(
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
     engine: str = "auto",
+    recompute: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run ``cell`` over a sequence in one direction.
 
@@ -332,7 +322,9 @@ def sequence(
         engine: ``"auto"``; ``"cpu"``; ``"stepwise"``, a product by torch and one run of the cell a step, on any device; ``"persistent"``,
             the whole sequence in one launch on a GPU, where the weights fit; its float32 is exact, or TF32 where
             ``torch.backends.cuda.matmul.allow_tf32`` says so; ``"persistent_3xtf32"``, the same with float32 by three TF32 products on
-            tensor cores, nearly as exact.
+            tensor cores, nearly as exact; ``"torch"``, torch.nn's own function (cuDNN on a GPU), for the cells it has. "auto" never takes
+            the last but where a table in ``ops/peer.py`` says that it is faster.
+        recompute: save the states alone for backward, which then makes the rest anew: less memory, more work.
 
     Returns:
         ``(output, *final_states)``, the output ``[T, B, P]`` or ``[N, P]``.
@@ -346,16 +338,20 @@ def sequence(
     >>> y.shape, torch.equal(y[-1], h_n)
     (torch.Size([5, 2, 4]), True)
     """
+    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    if engine == "torch" or (engine == "auto" and input.is_cuda and _torch_is_faster(cell, input, weights, batch_sizes, reverse)):
+        s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, not torch.compiler.is_compiling())
+        return peer.run(s, input, states, weights, batch_sizes)
     place = input.device.type
     if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
         # As torch.nn, whose GRU keeps the input's dtype on a CPU.
         dtype = input.dtype if cell == "gru" and place == "cpu" else torch.get_autocast_dtype(place)
-        input, weight_ih, weight_hh = (_autocast(t, dtype) for t in (input, weight_ih, weight_hh))
-        bias_ih, bias_hh, weight_hr = (_autocast(t, dtype) for t in (bias_ih, bias_hh, weight_hr))
+        input, *cast = (_autocast(t, dtype) for t in (input, *weights))
+        weights = Weights(*cast)
         states = None if states is None else [_autocast(state, dtype) for state in states]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        _refuse_transforms(input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *(states or ()))
-    tensors = [input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *(states or ())]
+        _refuse_transforms(input, *weights, *(states or ()))
+    tensors: list[Any] = [input, *weights, *(states or ())]
     plain, needs_grad = not (torch.compiler.is_compiling() or input.is_meta), False
     for i, t in enumerate(tensors):
         if t is not None:
@@ -367,38 +363,41 @@ def sequence(
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
     if not plain:
-        return _traceable(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, needs_grad)
-    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, True)
+        return _traceable(cell, input, states, weights, batch_sizes, reverse, engine, recompute, needs_grad)
+    s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, True)
     if needs_grad:
         result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, *tensors)  # type: ignore[no-untyped-call]
         return result
-    _, w_ih, w_hh, b_ih, b_hh, w_hr, *h = tensors
-    output, final, _, _ = _RUNS[s.engine].forward(s, False, input, h, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes)
+    output, final, _, _ = _RUNS[s.engine].forward(s, False, input, tensors[6:], Weights(*tensors[1:6]), batch_sizes)
     return (output, *final)
+
+
+def _torch_is_faster(cell: str, input: Tensor, weights: Weights, batch_sizes: Tensor | None, reverse: bool) -> bool:
+    if cell not in CELLS or batch_sizes is not None or input.dim() != 3 or torch.compiler.is_compiling():
+        return False  # what is wrong with it is said elsewhere
+    H = weights.ih.shape[0] // CELLS[cell].input_gates
+    return peer.is_faster(Sizes(CELLS[cell], reverse, input.shape[0], input.shape[1], H, weights.hh.shape[-1]), input.dtype, input.device)
 
 
 def _traceable(
     cell: str,
     input: Tensor,
     states: Seq[Tensor] | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
+    weights: Weights,
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
+    recompute: bool,
     training: bool,
 ) -> tuple[Tensor, ...]:
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
     if states is None:
         batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        widths = [weight_hh.shape[1]] + [weight_hh.shape[0] // CELLS[cell].hidden_gates] * (len(CELLS[cell].states) - 1)
+        widths = [weights.hh.shape[1]] + [weights.hh.shape[0] // CELLS[cell].hidden_gates] * (len(CELLS[cell].states) - 1)
         states = [input.new_zeros(batch, width) for width in widths]
-    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, False)
+    s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, False)
     results: list[Tensor] = torch.ops.rnnkernels.sequence(
-        cell, input, list(states), weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, training
+        cell, input, list(states), *weights, batch_sizes, reverse, engine, recompute, training
     )
     return tuple(results[: 1 + len(s.cell.states)])
 
@@ -408,12 +407,12 @@ def _traceable(
 _library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "sequence(str cell, Tensor input, Tensor[] states, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? batch_sizes, bool reverse, str engine, bool training) -> Tensor[]"
+    " Tensor? weight_hr, Tensor? batch_sizes, bool reverse, str engine, bool recompute, bool training) -> Tensor[]"
 )
 _library.define(
     "sequence_backward(str cell, bool[] needs, Tensor? grad_output, Tensor?[] grad_final, Tensor input, Tensor[] states,"
-    " Tensor weight_ih, Tensor weight_hh, Tensor? bias_hh, Tensor? weight_hr, Tensor? batch_sizes, bool reverse, str engine,"
-    " Tensor output, Tensor kept, Tensor[] history) -> Tensor[]"
+    " Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? batch_sizes, bool reverse,"
+    " str engine, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
 )
 
 
@@ -429,15 +428,15 @@ def _op_forward(
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
+    recompute: bool,
     training: bool,
 ) -> list[Tensor]:
-    """output, final states, and for training the kept values and the histories of the other states"""
-    s = _checked(cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, True)
-    dense = [state.contiguous() for state in states]
-    b_ih, b_hh, w_hr = (None if t is None else t.contiguous() for t in (bias_ih, bias_hh, weight_hr))
-    w_ih, w_hh = weight_ih.contiguous(), weight_hh.contiguous()
+    """output, final states, and for training the kept values, if not to be recomputed, and the histories of the other states"""
+    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, True)
     rows = None if batch_sizes is None else batch_sizes.contiguous()
-    output, final, kept, history = _RUNS[s.engine].forward(s, training, input, dense, w_ih, w_hh, b_ih, b_hh, w_hr, rows)
+    dense = [state.contiguous() for state in states]
+    output, final, kept, history = _RUNS[s.engine].forward(s, training, input, dense, weights.dense(), rows)
     return [output, *final, *([] if kept is None else [kept]), *history]
 
 
@@ -453,14 +452,17 @@ def _op_forward_fake(
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
+    recompute: bool,
     training: bool,
 ) -> list[Tensor]:
     spec = CELLS[cell]
     H, P = weight_ih.shape[0] // spec.input_gates, weight_hh.shape[1]
     N = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
     results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
+    if training and not recompute:
+        results.append(input.new_empty(N, spec.room * H))
     if training:
-        results += [input.new_empty(N, spec.room * H), *(input.new_empty(N, H) for _ in states[1:])]
+        results += [input.new_empty(N, H) for _ in states[1:]]
     return results
 
 
@@ -473,22 +475,25 @@ def _op_backward(
     states: Seq[Tensor],
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
     output: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     history: Seq[Tensor],
 ) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
-    s = _checked(cell, input, states, weight_ih, weight_hh, None, bias_hh, weight_hr, batch_sizes, reverse, engine, True)
+    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, kept is None, True)
     N = s.steps * s.batch if batch_sizes is None else input.shape[0]
     if len(needs) != 6 + len(states) or len(grad_final) != len(states) or len(history) != len(states) - 1:
         raise RuntimeError(f"needs, grad_final, history: expected {6 + len(states)}, {len(states)}, {len(states) - 1} of them")
     _expect("output", output, (*input.shape[:-1], s.output), input)
-    _expect("kept", kept, (N, s.cell.room * s.hidden), input)
+    if kept is not None:
+        _expect("kept", kept, (N, s.cell.room * s.hidden), input)
     for name, tensors, first in (("grad_output", [grad_output], output), ("grad_final", grad_final, None), ("history", history, None)):
         for i, tensor in enumerate(tensors):
             shape = first.shape if first is not None else states[i].shape if name == "grad_final" else (N, s.hidden)
@@ -501,13 +506,10 @@ def _op_backward(
         grad_final,
         input,
         [state.contiguous() for state in states],
-        weight_ih.contiguous(),
-        weight_hh.contiguous(),
-        None if bias_hh is None else bias_hh.contiguous(),
-        None if weight_hr is None else weight_hr.contiguous(),
+        weights.dense(),
         None if batch_sizes is None else batch_sizes.contiguous(),
         output.contiguous(),
-        kept.contiguous(),
+        None if kept is None else kept.contiguous(),
         [h.contiguous() for h in history],
         False,
     )
@@ -523,13 +525,14 @@ def _op_backward_fake(
     states: Seq[Tensor],
     weight_ih: Tensor,
     weight_hh: Tensor,
+    bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
     output: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     history: Seq[Tensor],
 ) -> list[Tensor]:
     spec = CELLS[cell]
@@ -541,42 +544,29 @@ def _op_backward_fake(
 
 
 def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    cell, input, states, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, batch_sizes, reverse, engine, training = inputs
+    cell, input, states, *weights, batch_sizes, reverse, engine, recompute, training = inputs
     n = len(states)
     ctx.cell, ctx.reverse, ctx.engine, ctx.states, ctx.training = cell, reverse, engine, n, training
     if not training:
         return
-    y, kept, history = output[0], output[1 + n], output[2 + n :]
-    ctx.needs = [t is not None and t.requires_grad for t in (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states)]
-    ctx.save_for_backward(input, weight_ih, weight_hh, bias_hh, weight_hr, batch_sizes, y, kept, *states, *history)
+    y, kept, history = output[0], None if recompute else output[1 + n], output[(1 if recompute else 2) + n :]
+    ctx.needs = [t is not None and t.requires_grad for t in (input, *weights, *states)]
+    ih, hh, bias_ih, *others = weights
+    ctx.save_for_backward(input, ih, hh, bias_ih if recompute else None, *others, batch_sizes, y, kept, *states, *history)
 
 
 def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
     if not ctx.training:
         raise RuntimeError("training: expected True for an op that is differentiated, got False")
     n = ctx.states
-    input, weight_ih, weight_hh, bias_hh, weight_hr, batch_sizes, y, kept, *rest = ctx.saved_tensors
+    input, *saved = ctx.saved_tensors
+    weights, (batch_sizes, y, kept, *rest) = saved[:5], saved[5:]
     results = torch.ops.rnnkernels.sequence_backward(
-        ctx.cell,
-        ctx.needs,
-        grads[0],
-        grads[1 : 1 + n],
-        input,
-        rest[:n],
-        weight_ih,
-        weight_hh,
-        bias_hh,
-        weight_hr,
-        batch_sizes,
-        ctx.reverse,
-        ctx.engine,
-        y,
-        kept,
-        rest[n:],
+        ctx.cell, ctx.needs, grads[0], grads[1 : 1 + n], input, rest[:n], *weights, batch_sizes, ctx.reverse, ctx.engine, y, kept, rest[n:]
     )
     needed = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
     input_grad, *others = needed[:6]
-    return (None, input_grad, needed[6:], *others, None, None, None, None)
+    return (None, input_grad, needed[6:], *others, None, None, None, None, None)
 
 
 for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):

@@ -65,6 +65,19 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
 CELLS: dict[str, Cell] = {d["name"]: _cell(i, d) for i, d in enumerate(_C.cells())}
 
 
+class Weights(NamedTuple):
+    """Of one layer and direction, each row block a slot; ``hr``: the projection."""
+
+    ih: Tensor
+    hh: Tensor
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    hr: Tensor | None
+
+    def dense(self) -> Weights:
+        return Weights(*(None if w is None else w.contiguous() for w in self))  # type: ignore[arg-type]
+
+
 class Sizes(NamedTuple):
     """What backward needs beyond the arguments: sizes, not tensors."""
 
@@ -75,6 +88,7 @@ class Sizes(NamedTuple):
     hidden: int
     output: int
     engine: str = "cpu"
+    recompute: bool = False  # backward makes the kept values anew
 
     @property
     def complete(self) -> bool:
@@ -86,7 +100,7 @@ def empty(like: Tensor, shape: Seq[int]) -> Tensor:
     """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
     t = like.new_empty(shape)
     bytes = t.numel() * t.element_size()
-    if bytes >= 4 << 20:
+    if bytes >= 4 << 20 and t.device.type == "cpu":
         _C.prefer_large_pages(t.data_ptr(), bytes)
     return t
 
@@ -119,6 +133,33 @@ def vectors(cell: Cell, hidden: int, bias_hh: Tensor | None) -> list[int]:
         return []
     block = {slot: row + slot - first for row, first, end in cell.hidden_runs for slot in range(first, end)}
     return [bias_hh.data_ptr() + block[slot] * hidden * bias_hh.element_size() for _, slot in cell.vectors]
+
+
+def new_kept(s: Sizes, like: Tensor, tokens: int) -> Tensor:
+    """Room for what backward needs, to be filled."""
+    kept = empty(like, (tokens, s.cell.room * s.hidden))
+    if s.cell.projected:
+        kept[:, (len(s.cell.slots) - 1) * s.hidden :].zero_()  # a projection fills only its own width of its slot
+    return kept
+
+
+def before_each_token(s: Sizes, states: Tensor, initial: Tensor | None, rows: Tensor | None) -> Tensor:
+    """A state before each token, from ``[N, width]`` after each and what it was at the start (None: zeros)."""
+    if initial is None:
+        initial = states.new_zeros(s.batch, states.shape[1])
+    if rows is None:
+        cut = states.shape[0] - s.batch
+        return torch.cat([states[s.batch :], initial] if s.reverse else [initial, states[:cut]])
+    sizes, N, parts = rows.tolist(), states.shape[0], []
+    starts = [0, *itertools.accumulate(sizes)]
+    for step, active in enumerate(sizes):
+        before = step + 1 if s.reverse else step - 1
+        known = min(active, sizes[before]) if 0 <= before < len(sizes) else 0
+        if known:
+            parts.append(torch.arange(starts[before], starts[before] + known))
+        if known < active:
+            parts.append(torch.arange(N + known, N + active))
+    return torch.cat([states, initial]).index_select(0, torch.cat(parts).to(states.device))
 
 
 def summed_bias(cell: Cell, hidden: int, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cells import Cell, Sizes, address, empty, problem, summed_bias, vectors
+from .cells import Cell, Sizes, Weights, address, before_each_token, empty, new_kept, problem, summed_bias, vectors
 
 
 class Memory(threading.local):
@@ -33,44 +33,49 @@ memory = Memory()
 
 
 def forward(
-    s: Sizes,
-    training: bool,
-    input: Tensor,
-    states: Seq[Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    rows: Tensor | None,
+    s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
-    cell, H, P = s.cell, s.hidden, s.output
+    H, P = s.hidden, s.output
     tokens = input.flatten(0, -2).contiguous()
-    N = tokens.shape[0]
-    task = problem(s, input.dtype, input.shape[-1], rows, training)
-    room = cell.room * H
-    gates = empty(input, (N, room)) if training or s.complete else None
-    if s.complete:
-        assert gates is not None
-        _complete(cell, H, gates, tokens, states[0] if states else None, weight_ih, weight_hh, summed_bias(cell, H, bias_ih, bias_hh))
-    if cell.projected and gates is not None:
-        gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
+    keeps = training and not s.recompute
+    kept = new_kept(s, input, tokens.shape[0]) if keeps or s.complete else None
     output = empty(input, (*input.shape[:-1], P))
-    final = [input.new_empty(s.batch, H if i else P) for i in range(len(cell.states))]
-    history = [empty(input, (N, H)) for _ in cell.states[1:]] if training else []
+    final = [input.new_empty(s.batch, H if i else P) for i in range(len(s.cell.states))]
+    history = [empty(input, (tokens.shape[0], H)) for _ in s.cell.states[1:]] if training else []
+    _run(s, keeps, tokens, states, weights, rows, kept, output, final, history)
+    return output, final, kept if keeps else None, history
+
+
+def _run(
+    s: Sizes,
+    keeps: bool,
+    tokens: Tensor,
+    states: Seq[Tensor],
+    weights: Weights,
+    rows: Tensor | None,
+    kept: Tensor | None,
+    output: Tensor,
+    final: Seq[Tensor],
+    history: Seq[Tensor],
+) -> None:
+    cell, H = s.cell, s.hidden
+    if s.complete:
+        assert kept is not None
+        _complete(cell, H, kept, tokens, states[0] if states else None, weights)
+    task = problem(s, tokens.dtype, tokens.shape[-1], rows, keeps)
     bytes = _C.workspace_bytes(task, False)
     workspace = memory.take(bytes)
     _C.forward(
         task,
         tokens.data_ptr(),
-        weight_ih.data_ptr(),
-        address(bias_ih),
-        address(bias_hh),
-        address(gates),
-        room,
-        [weight_hh.data_ptr(), address(weight_hr)],
-        vectors(cell, H, bias_hh),
+        weights.ih.data_ptr(),
+        address(weights.bias_ih),
+        address(weights.bias_hh),
+        address(kept),
+        cell.room * H,
+        [weights.hh.data_ptr(), address(weights.hr)],
+        vectors(cell, H, weights.bias_hh),
         [state.data_ptr() for state in states],
         [state.data_ptr() for state in final],
         output.data_ptr(),
@@ -78,25 +83,47 @@ def forward(
         workspace.data_ptr(),
         bytes,
     )
-    return output, final, gates if training else None, history
 
 
-def _complete(
-    cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, weight_ih: Tensor, weight_hh: Tensor, bias: Tensor | None
-) -> None:
+def recompute(
+    s: Sizes,
+    input: Tensor,
+    states: Seq[Tensor],
+    weights: Weights,
+    rows: Tensor | None,
+    output: Tensor,
+    history: Seq[Tensor],
+) -> Tensor:
+    """The kept values from the states. All tokens are one step of as many rows; a cell of several stages runs its sequence again."""
+    tokens = input.flatten(0, -2).contiguous()
+    N = tokens.shape[0]
+    kept = new_kept(s, input, N)
+    if len(s.cell.stages) > 1:
+        finals = [input.new_empty(s.batch, width) for width in (s.output, *[s.hidden] * len(history))]
+        _run(s, True, tokens, states, weights, rows, kept, torch.empty_like(output), finals, [torch.empty_like(h) for h in history])
+        return kept
+    after = [output.view(N, s.output), *history]
+    before = [before_each_token(s, state, states[i] if states else None, rows) for i, state in enumerate(after)]
+    once = s._replace(steps=1, batch=N)
+    finals = [torch.empty_like(state) for state in after]
+    _run(once, True, tokens, before, weights, None, kept, torch.empty_like(output), finals, [torch.empty_like(h) for h in history])
+    return kept
+
+
+def _complete(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, weights: Weights) -> None:
     """Both products of a single step, by torch: W x over the slots that the input feeds, U h added to these or alone."""
-    inputs = cell.input_gates
+    inputs, bias = cell.input_gates, summed_bias(cell, H, weights.bias_ih, weights.bias_hh)
     x_gates = gates if cell.uniform else gates[:, : inputs * H]
     if bias is None:
-        torch.mm(x, weight_ih.t(), out=x_gates)
+        torch.mm(x, weights.ih.t(), out=x_gates)
     else:
-        torch.addmm(bias, x, weight_ih.t(), out=x_gates)
+        torch.addmm(bias, x, weights.ih.t(), out=x_gates)
     if h is None:
         gates[:, inputs * H :].zero_()
         return
     for row, first, end in cell.hidden_runs:
         both = max(min(end, inputs), first)  # slots [first, both) have W's part, [both, end) do not
-        u = weight_hh[row * H : (row + end - first) * H]
+        u = weights.hh[row * H : (row + end - first) * H]
         if first < both:
             gates[:, first * H : both * H].addmm_(h, u[: (both - first) * H].t())
         if both < end:
@@ -110,19 +137,18 @@ def backward(
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
+    weights: Weights,
     rows: Tensor | None,
     output: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     history: Seq[Tensor],
     overwrite: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
     cell, H = s.cell, s.hidden
     tokens = input.flatten(0, -2).contiguous()
+    if kept is None:
+        kept, overwrite = recompute(s, input, states, weights, rows, output, history), True
     if grad_output is not None:
         grad_output = grad_output.contiguous()
     finals = [None if g is None else g.contiguous() for g in grad_final]
@@ -130,9 +156,9 @@ def backward(
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
-    bias = (weight_ih.shape[:1], weight_hh.shape[:1])
-    projection = () if weight_hr is None else weight_hr.shape
-    shapes = (input.shape, weight_ih.shape, weight_hh.shape, *bias, projection)
+    bias = (weights.ih.shape[:1], weights.hh.shape[:1])
+    projection = () if weights.hr is None else weights.hr.shape
+    shapes = (input.shape, weights.ih.shape, weights.hh.shape, *bias, projection)
     grads = [empty(input, shape) if need else None for shape, need in zip(shapes, needs[:6], strict=True)]
     grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr = map(address, grads)
     bytes = _C.workspace_bytes(task, True)
@@ -141,8 +167,8 @@ def backward(
         task,
         kept.data_ptr(),
         gates.data_ptr(),
-        [weight_hh.data_ptr(), address(weight_hr)],
-        vectors(cell, H, bias_hh),
+        [weights.hh.data_ptr(), address(weights.hr)],
+        vectors(cell, H, weights.bias_hh),
         [state.data_ptr() for state in states],
         output.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
@@ -150,7 +176,7 @@ def backward(
         [address(g) for g in finals],
         [address(g) for g in initial],
         tokens.data_ptr(),
-        weight_ih.data_ptr(),
+        weights.ih.data_ptr(),
         grad_x,
         grad_ih,
         [grad_hh, grad_hr],
@@ -161,7 +187,7 @@ def backward(
         bytes,
     )
     if s.complete:
-        _complete_backward(s, grads, initial, gates, tokens, states[0] if states else None, weight_ih, weight_hh)
+        _complete_backward(s, grads, initial, gates, tokens, states[0] if states else None, weights)
     return [*grads, *initial]
 
 
@@ -172,15 +198,14 @@ def _complete_backward(
     gates: Tensor,
     x: Tensor,
     h: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
+    weights: Weights,
 ) -> None:
     """The products of a single step's gate gradients, by torch."""
     cell, H = s.cell, s.hidden
     grad_x, grad_ih, grad_hh, bias_ih, bias_hh, _ = grads
     x_gates = gates[:, : cell.input_gates * H]
     if grad_x is not None:
-        torch.mm(x_gates, weight_ih, out=grad_x.view(x.shape))
+        torch.mm(x_gates, weights.ih, out=grad_x.view(x.shape))
     if grad_ih is not None:
         torch.mm(x_gates.t(), x, out=grad_ih)
     if bias_ih is not None:
@@ -195,4 +220,4 @@ def _complete_backward(
         if bias_hh is not None:
             torch.sum(run, 0, out=bias_hh[rows])
         if initial and initial[0] is not None:
-            initial[0].addmm_(run, weight_hh[rows])
+            initial[0].addmm_(run, weights.hh[rows])

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cells import PERSISTENT, Cell, Sizes, address, problem, summed_bias, vectors
+from .cells import PERSISTENT, Cell, Sizes, Weights, address, before_each_token, empty, new_kept, problem, summed_bias, vectors
 
 
 def device_of(t: Tensor) -> tuple[int, int]:
@@ -61,41 +61,62 @@ def _columns(cell: Cell, stage: int) -> int:
     return sum(h for _, _, h in cell.slots[first : first + count])
 
 
+def _matrices(weights: Weights) -> tuple[Tensor, Tensor | None]:
+    """What each stage multiplies with."""
+    return weights.hh, weights.hr
+
+
 def _width(s: Sizes, stage: int) -> int:
     return s.output if s.cell.stages[stage][3] else s.hidden
 
 
 def forward(
-    s: Sizes,
-    training: bool,
-    input: Tensor,
-    states: Seq[Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    rows: Tensor | None,
+    s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
-    cell, H = s.cell, s.hidden
+    H, keeps = s.hidden, training and not s.recompute
     tokens = input.flatten(0, -2).contiguous()
     N = tokens.shape[0]
-    gates = input.new_empty(N, (cell.room if training else cell.input_gates) * H)
-    if training and cell.projected:
-        gates[:, (len(cell.slots) - 1) * H :].zero_()  # a projection fills only its own width of its slot
-    x_gates, bias = gates[:, : cell.input_gates * H], summed_bias(cell, H, bias_ih, bias_hh)
-    if bias is None:
-        torch.mm(tokens, weight_ih.t(), out=x_gates)
-    else:
-        torch.addmm(bias, tokens, weight_ih.t(), out=x_gates)
+    gates = new_kept(s, input, N) if keeps else empty(input, (N, s.cell.input_gates * H))
+    _input_gates(s, gates, tokens, weights)
     output = input.new_empty(*input.shape[:-1], s.output)
-    history = [input.new_empty(N, H) for _ in cell.states[1:]] if training else []
+    history = [input.new_empty(N, H) for _ in s.cell.states[1:]] if training else []
     if s.batch == 0:
-        return output, [input.new_empty(0, width) for width in _widths(s)], gates if training else None, history
+        return output, [input.new_empty(0, width) for width in _widths(s)], gates if keeps else None, history
     walk = _walk_together if s.engine in PERSISTENT else _walk
-    final = walk(s, training, gates, states, [weight_hh, weight_hr], bias_hh, rows, output, history)
-    return output, final, gates if training else None, history
+    final = walk(s, keeps, gates, states, weights, rows, output, history)
+    return output, final, gates if keeps else None, history
+
+
+def _input_gates(s: Sizes, gates: Tensor, tokens: Tensor, weights: Weights) -> None:
+    x_gates = gates[:, : s.cell.input_gates * s.hidden]
+    bias = summed_bias(s.cell, s.hidden, weights.bias_ih, weights.bias_hh)
+    if bias is None:
+        torch.mm(tokens, weights.ih.t(), out=x_gates)
+    else:
+        torch.addmm(bias, tokens, weights.ih.t(), out=x_gates)
+
+
+def recompute(
+    s: Sizes,
+    input: Tensor,
+    states: Seq[Tensor],
+    weights: Weights,
+    rows: Tensor | None,
+    output: Tensor,
+    history: Seq[Tensor],
+) -> Tensor:
+    """The kept values from the states: all tokens as one step of as many rows."""
+    tokens = input.flatten(0, -2).contiguous()
+    N = tokens.shape[0]
+    kept = new_kept(s, input, N)
+    _input_gates(s, kept, tokens, weights)
+    after = [output.view(N, s.output), *history]
+    before = [before_each_token(s, state, states[i] if states else None, rows) for i, state in enumerate(after)]
+    if N:
+        once = s._replace(steps=1, batch=N, engine="stepwise")
+        _walk(once, True, kept, before, weights, None, torch.empty_like(after[0]), [torch.empty_like(h) for h in history])
+    return kept
 
 
 def _walk_together(
@@ -103,8 +124,7 @@ def _walk_together(
     training: bool,
     gates: Tensor,
     states: Seq[Tensor],
-    weights: Seq[Tensor | None],
-    bias_hh: Tensor | None,
+    weights: Weights,
     rows: Tensor | None,
     output: Tensor,
     history: Seq[Tensor],
@@ -118,8 +138,8 @@ def _walk_together(
         task,
         gates.data_ptr(),
         gates.shape[1],
-        [address(w) for w in weights],
-        vectors(s.cell, s.hidden, bias_hh),
+        [address(w) for w in _matrices(weights)],
+        vectors(s.cell, s.hidden, weights.bias_hh),
         [state.data_ptr() for state in states],
         [state.data_ptr() for state in final],
         output.data_ptr(),
@@ -137,22 +157,21 @@ def _walk(
     training: bool,
     gates: Tensor,
     states: Seq[Tensor],
-    weights: Seq[Tensor | None],
-    bias_hh: Tensor | None,
+    weights: Weights,
     rows: Tensor | None,
     output: Tensor,
     history: Seq[Tensor],
 ) -> list[Tensor]:
-    cell, H, dtype = s.cell, s.hidden, gates.dtype
+    cell, H, dtype, matrices = s.cell, s.hidden, gates.dtype, _matrices(weights)
     steps, task = _Steps(s, rows), problem(s, dtype, 0, None, training)
     number = _number(dtype)
     carried = [state.to(number, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=number) for width in _widths(s)]
     between = gates.new_empty(s.batch, cell.kept * H, dtype=number) if len(cell.stages) > 1 else None
-    y, unit_vectors, place = output.view(-1, s.output), vectors(cell, H, bias_hh), device_of(gates)
+    y, unit_vectors, place = output.view(-1, s.output), vectors(cell, H, weights.bias_hh), device_of(gates)
     for n, step in enumerate(steps.forward()):
         active, token, before = steps.size[step], steps.start[step], steps.before(step)
         for stage, (_, _, operand, _) in enumerate(cell.stages):
-            weight, read = weights[stage], None
+            weight, read = matrices[stage], None
             if weight is None or not _columns(cell, stage):
                 pass
             elif operand >= 0:
@@ -195,19 +214,18 @@ def backward(
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
+    weights: Weights,
     rows: Tensor | None,
     output: Tensor,
-    kept: Tensor,
+    kept: Tensor | None,
     history: Seq[Tensor],
     overwrite: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
     cell, H, P = s.cell, s.hidden, s.output
     tokens, y = input.flatten(0, -2), output.view(-1, P)
+    if kept is None:
+        kept, overwrite = recompute(s, input, states, weights, rows, output, history), True
     # The stages of a cell hand kept values on to each other where the gradients go.
     gates = kept if overwrite else kept.clone() if len(cell.stages) > 1 else torch.empty_like(kept)
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
@@ -215,15 +233,15 @@ def backward(
     finals = [None if g is None else g.contiguous() for g in grad_final]
     if s.batch:
         walk = _walk_back_together if s.engine in PERSISTENT else _walk_back
-        walk(s, gates, kept, upstream, finals, initial, states, [weight_hh, weight_hr], bias_hh, rows, y, history)
+        walk(s, gates, kept, upstream, finals, initial, states, weights, rows, y, history)
     grads: list[Tensor | None] = [None] * 6
     x_gates = gates[:, : cell.input_gates * H]
     if needs[0]:
-        grads[0] = torch.mm(x_gates, weight_ih).view(input.shape)
+        grads[0] = torch.mm(x_gates, weights.ih).view(input.shape)
     if needs[1]:
         grads[1] = torch.mm(x_gates.t(), tokens)
     if needs[2]:
-        before = _previous_outputs(s, y, states[0] if states else None, rows)
+        before = before_each_token(s, y, states[0] if states else None, rows)
         grads[2] = torch.cat([torch.mm(gates[:, first * H : end * H].t(), before) for _, first, end in cell.hidden_runs])
     if needs[3] or needs[4]:
         total = gates.sum(0)
@@ -237,23 +255,6 @@ def backward(
     return [*grads, *initial]
 
 
-def _previous_outputs(s: Sizes, y: Tensor, h0: Tensor | None, rows: Tensor | None) -> Tensor:
-    """State 0 before each token."""
-    if h0 is None:
-        h0 = y.new_zeros(s.batch, s.output)
-    if rows is None:
-        return torch.cat([y[s.batch :], h0] if s.reverse else [h0, y[: y.shape[0] - s.batch]])
-    steps, N, parts = _Steps(s, rows), y.shape[0], []
-    for step, active in enumerate(steps.size):
-        before = steps.before(step)
-        known = 0 if before is None else min(active, steps.size[before])
-        if before is not None and known:
-            parts.append(torch.arange(steps.start[before], steps.start[before] + known))
-        if known < active:
-            parts.append(torch.arange(N + known, N + active))
-    return torch.cat([y, h0]).index_select(0, torch.cat(parts).to(y.device))
-
-
 def _walk_back_together(
     s: Sizes,
     gates: Tensor,
@@ -262,8 +263,7 @@ def _walk_back_together(
     finals: Seq[Tensor | None],
     initial: Seq[Tensor | None],
     states: Seq[Tensor],
-    weights: Seq[Tensor | None],
-    bias_hh: Tensor | None,
+    weights: Weights,
     rows: Tensor | None,
     y: Tensor,
     history: Seq[Tensor],
@@ -276,8 +276,8 @@ def _walk_back_together(
         task,
         (gates if len(s.cell.stages) > 1 else kept).data_ptr(),
         gates.data_ptr(),
-        [address(w) for w in weights],
-        vectors(s.cell, s.hidden, bias_hh),
+        [address(w) for w in _matrices(weights)],
+        vectors(s.cell, s.hidden, weights.bias_hh),
         [state.data_ptr() for state in states],
         y.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
@@ -299,13 +299,12 @@ def _walk_back(
     finals: Seq[Tensor | None],
     initial: Seq[Tensor | None],
     states: Seq[Tensor],
-    weights: Seq[Tensor | None],
-    bias_hh: Tensor | None,
+    weights: Weights,
     rows: Tensor | None,
     y: Tensor,
     history: Seq[Tensor],
 ) -> None:
-    cell, dtype = s.cell, gates.dtype
+    cell, dtype, matrices = s.cell, gates.dtype, _matrices(weights)
     steps, task = _Steps(s, rows), problem(s, dtype, 0, None, True)
     number, last = _number(dtype), len(cell.stages) - 1
     carried = [
@@ -314,7 +313,7 @@ def _walk_back(
     ]
     # The gate gradients that the next product reads; a row that has left keeps those of its last visit.
     staged = [gates.new_zeros(s.batch, _columns(cell, stage) * _width(s, stage), dtype=number) for stage in range(last + 1)]
-    unit_vectors, place = vectors(cell, s.hidden, bias_hh), device_of(gates)
+    unit_vectors, place = vectors(cell, s.hidden, weights.bias_hh), device_of(gates)
     source = gates if last else kept
     for n, step in enumerate(reversed(steps.forward())):
         active, token, before = steps.size[step], steps.start[step], steps.before(step)
@@ -322,7 +321,7 @@ def _walk_back(
         for stage in range(last, -1, -1):
             reader = 0 if stage == last else stage + 1
             summed = active if stage < last else 0 if n == 0 else min(active, steps.size[after])
-            weight = weights[reader]
+            weight = matrices[reader]
             sums = None
             if summed and weight is not None and staged[reader].shape[1]:
                 sums = torch.mm(staged[reader][:summed].to(dtype), weight)
@@ -346,6 +345,6 @@ def _walk_back(
             )
     for i, (to, state) in enumerate(zip(initial, carried, strict=False)):
         if to is not None:
-            if i == 0 and staged[0].shape[1] and weights[0] is not None:
-                state = state + torch.mm(staged[0].to(dtype), weights[0])
+            if i == 0 and staged[0].shape[1]:
+                state = state + torch.mm(staged[0].to(dtype), weights.hh)
             to.copy_(state)

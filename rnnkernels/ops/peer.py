@@ -1,0 +1,76 @@
+"""torch.nn's own functions as an engine, for the cells that torch.nn has: oneDNN's and torch's on a CPU, cuDNN's on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cells import Cell, Sizes, Weights
+
+_FUNCTIONS: dict[str, Any] = {
+    "srn_tanh": torch._VF.rnn_tanh,
+    "srn_relu": torch._VF.rnn_relu,
+    "gru": torch._VF.gru,
+    "lstm": torch._VF.lstm,
+    "lstm_projected": torch._VF.lstm,
+}
+
+WHY = "torch's cuDNN is taken to be faster here (a guess, not yet measured)"
+
+
+def is_faster(s: Sizes, dtype: torch.dtype, device: torch.device) -> bool:
+    """Where "auto" leaves a whole padded sequence to torch.
+
+    A guess until it is measured: cuDNN's persistent kernels beyond its smallest sizes serve float16, LSTM and SRN, H a multiple of 128 up
+    to 1024, B a multiple of 8.
+    """
+    cells = ("lstm", "srn_tanh", "srn_relu")
+    tiled = s.hidden % 128 == 0 and 192 < s.hidden <= 1024 and s.batch % 8 == 0 and s.batch > 0
+    return device.type == "cuda" and dtype is torch.float16 and s.cell.name in cells and tiled and not s.reverse
+
+
+def check(cell: Cell) -> None:
+    """Raise unless torch.nn has the cell."""
+    if cell.name not in _FUNCTIONS:
+        raise RuntimeError(f"engine: 'torch' cannot run this: torch.nn has no cell {cell.name}")
+
+
+def run(s: Sizes, input: Tensor, states: Seq[Tensor] | None, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
+    """-> output, final states, with torch's own derivatives."""
+    check(s.cell)
+    turned = None
+    if s.reverse:
+        if batch_sizes is None:
+            input = input.flip(0)
+        else:
+            turned = _turned(batch_sizes).to(input.device)
+            input = input.index_select(0, turned)
+    if states is None:
+        states = [input.new_zeros(s.batch, s.hidden if i else s.output) for i in range(len(s.cell.states))]
+    hx = tuple(state.unsqueeze(0) for state in states)
+    flat = [weights.ih, weights.hh]
+    biased = weights.bias_ih is not None or weights.bias_hh is not None
+    if biased:
+        pair = (weights.bias_ih, weights.bias_hh)
+        flat += [w.new_zeros(w.shape[0]) if bias is None else bias for w, bias in zip(flat, pair, strict=True)]
+    if weights.hr is not None:
+        flat.append(weights.hr)
+    options = (biased, 1, 0.0, torch.is_grad_enabled(), False)
+    arguments = (hx if len(hx) > 1 else hx[0], flat, *options)
+    function = _FUNCTIONS[s.cell.name]
+    output, *final = function(input, *arguments, False) if batch_sizes is None else function(input, batch_sizes, *arguments)
+    if s.reverse:
+        output = output.flip(0) if turned is None else output.index_select(0, turned)
+    return (output, *(state.squeeze(0) for state in final))
+
+
+def _turned(batch_sizes: Tensor) -> Tensor:
+    """For each token of a ragged batch the token of its row that is as far from the row's other end: its own inverse."""
+    steps = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes)
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    row = torch.arange(len(steps)) - starts[steps]
+    lengths = (batch_sizes > torch.arange(int(batch_sizes[0])).unsqueeze(1)).sum(1)
+    return starts[lengths[row] - 1 - steps] + row
