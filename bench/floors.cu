@@ -1,5 +1,6 @@
 // What the CUDA engines cannot beat on this device: the price of a barrier, of a hop between blocks, of everybody reading what everybody
-// wrote. Prints JSON: microseconds each. Built and run by bench/gpu.sh.
+// wrote (microseconds each), the rates of a copy (bytes a second) and of fragment products from registers (multiply-adds a second). Prints
+// JSON. Built and run by bench/gpu.sh.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -10,6 +11,7 @@
 namespace cg = cooperative_groups;
 
 constexpr int kSteps = 2000, kThreads = 256;
+constexpr int kWords = 1 << 28;  // of device memory: 2 GiB, many times the L2
 
 #define CHECK(call)                                                                                    \
   do {                                                                                                 \
@@ -60,6 +62,27 @@ __global__ void exchange(uint64_t* packets, int n) {
   if (sum == 1) packets[0] = sum;
 }
 
+__global__ void copy(uint64_t* packets, int n) {
+  const int half = n / 2;
+  for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < half / 2; i += int64_t(gridDim.x) * kThreads)
+    reinterpret_cast<ulonglong2*>(packets + half)[i] = reinterpret_cast<const ulonglong2*>(packets)[i];
+}
+
+// kSteps rounds of eight independent m16n8k16 a warp, eight warps a block: as the persistent engine has them.
+__global__ void fragments(uint64_t* packets, int) {
+  float d[8][4] = {};
+  const uint32_t a = threadIdx.x, b = blockIdx.x;
+  for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+      asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %4, %4, %4}, {%5, %5}, {%0, %1, %2, %3};"
+                   : "+f"(d[n][0]), "+f"(d[n][1]), "+f"(d[n][2]), "+f"(d[n][3])
+                   : "r"(a), "r"(b));
+  float sum = 0;
+  for (int n = 0; n < 8; ++n) sum += d[n][0] + d[n][1] + d[n][2] + d[n][3];
+  if (sum == 1) packets[0] = 1;
+}
+
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 template <int size>
 __global__ void __cluster_dims__(size) cluster_barrier(uint64_t*, int) {
@@ -73,7 +96,7 @@ double microseconds(void* kernel, int blocks, uint64_t* packets, int n, bool tog
   CHECK(cudaEventCreate(&end));
   float best = 1e30f;
   for (int repeat = 0; repeat < 5; ++repeat) {
-    CHECK(cudaMemset(packets, 0, size_t(2 * n + 64) * sizeof(uint64_t)));
+    CHECK(cudaMemset(packets, 0, n == kWords ? 64 : size_t(2 * n + 64) * sizeof(uint64_t)));
     void* arguments[] = {&packets, &n};
     CHECK(cudaEventRecord(start));
     if (together)
@@ -93,7 +116,7 @@ int main() {
   int blocks = 0;
   CHECK(cudaDeviceGetAttribute(&blocks, cudaDevAttrMultiProcessorCount, 0));
   uint64_t* packets;
-  CHECK(cudaMalloc(&packets, size_t(2 << 20) * sizeof(uint64_t)));
+  CHECK(cudaMalloc(&packets, size_t(kWords) * sizeof(uint64_t)));
   std::printf("{\"multiprocessors\": %d, \"grid_barrier\": %.3f", blocks, microseconds((void*)grid_barrier, blocks, packets, 0, true));
   std::printf(", \"hop\": %.3f", microseconds((void*)hop, 2, packets, 0, true) / 2);
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -102,5 +125,10 @@ int main() {
 #endif
   for (int n : {128, 512, 1024, 8192, 65536})
     std::printf(", \"exchange_%d\": %.3f", n, microseconds((void*)exchange, blocks, packets, n, true));
+  // The whole launch is one step of these two.
+  std::printf(", \"copy_bytes_a_second\": %.4g",
+              kWords * 8.0 / (microseconds((void*)copy, blocks * 8, packets, kWords, false) * kSteps * 1e-6));
+  std::printf(", \"fragment_multiply_adds_a_second\": %.4g",
+              double(blocks) * 8 * 8 * 2048 / (microseconds((void*)fragments, blocks, packets, 0, false) * 1e-6));
   std::printf("}\n");
 }

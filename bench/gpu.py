@@ -48,7 +48,7 @@ def sides(cell: str, dtype: torch.dtype, batch: int, hidden: int, steps: int, tr
         return train if training else inference
 
     found = {"torch": made(peer)}
-    for engine in ("persistent", "stepwise"):
+    for engine in ("persistent", "stepwise", *(("persistent_3xtf32",) if dtype is torch.float32 else ())):
         layer = ours(hidden, hidden, engine=engine).to("cuda", dtype)
         layer.load_state_dict(peer.state_dict())
         try:

@@ -10,6 +10,7 @@ from test_kernels import arguments, error, run
 
 import rnnkernels
 from rnnkernels import ops, reference
+from rnnkernels.ops.cells import PERSISTENT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -32,13 +33,25 @@ def to_cuda(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
     return [None if t is None else t.cuda() for t in tensors]
 
 
-@pytest.mark.parametrize("engine", ["stepwise", "persistent"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(autouse=True)
+def poison(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN in memory that was freed and may be handed out again."""
+    torch.cuda.empty_cache()
+    blocks = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
+    del blocks
+
+
+@pytest.mark.parametrize(
+    ("engine", "dtype"),
+    [*(("stepwise", dtype) for dtype in DTYPES), *(("persistent", dtype) for dtype in DTYPES[1:]), ("persistent_3xtf32", torch.float32)],
+    ids=str,
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: str, shape: str, dtype: torch.dtype, engine: str) -> None:
-    if engine == "persistent" and dtype is torch.float64:
-        pytest.skip("float64 runs stepwise")
     sequence = functools.partial(ops.sequence, engine=engine)
     for ragged, reverse in itertools.product((False, True), (False, True)):
         tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype)
@@ -46,12 +59,47 @@ def test_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: st
         try:
             found = run(sequence, cell, to_cuda(tensors), sizes, to_cuda(upstream), reverse)
         except RuntimeError as refusal:
-            if engine == "persistent" and "cannot run this" in str(refusal):
+            if engine in PERSISTENT and "cannot run this" in str(refusal):
                 pytest.skip(str(refusal))
             raise
         theirs = error(run(reference.sequence, cell, tensors, sizes, upstream, reverse), truth)
         ours = error([t.cpu() for t in found], truth)
         assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{ragged=} {reverse=}"
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
+@pytest.mark.parametrize("engine", ["stepwise", "persistent"])
+@pytest.mark.parametrize("cell", CELLS)
+def test_recompute(cell: str, engine: str, dtype: torch.dtype) -> None:
+    sequence = functools.partial(ops.sequence, engine=engine, recompute=True)
+    for ragged, reverse in itertools.product((False, True), (False, True)):
+        tensors, sizes, upstream = arguments(cell, *SHAPES["odd"], ragged=ragged, dtype=dtype)
+        truth = run(reference.sequence, cell, tensors, sizes, upstream, reverse, torch.float64)
+        found = run(sequence, cell, to_cuda(tensors), sizes, to_cuda(upstream), reverse)
+        theirs = error(run(reference.sequence, cell, tensors, sizes, upstream, reverse), truth)
+        assert error([t.cpu() for t in found], truth) <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{ragged=} {reverse=}"
+
+
+def test_tf32_only_when_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors, sizes, upstream = arguments("lstm", *SHAPES["wide"], dtype=torch.float32)
+    truth = run(reference.sequence, "lstm", tensors, sizes, upstream, False, torch.float64)
+    sequence = functools.partial(ops.sequence, engine="persistent")
+    errors = []
+    for allowed in (False, True):
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
+        errors.append(error([t.cpu() for t in run(sequence, "lstm", to_cuda(tensors), sizes, to_cuda(upstream))], truth))
+    assert errors[0] < 1e-5 < errors[1] < 1e-2
+
+
+def test_offsets_beyond_32_bits() -> None:
+    layer = rnnkernels.LSTM(8, 1024, engine="persistent").to("cuda", torch.bfloat16)
+    x = torch.randn(8200, 64, 8, device="cuda", dtype=torch.bfloat16)
+    whole, (h, _) = layer(x)
+    assert 4 * whole.numel() > 2**31
+    first, state = layer(x[:4100])
+    second, (h_of_halves, _) = layer(x[4100:], state)
+    assert torch.equal(torch.cat([first, second])[-1], whole[-1])
+    assert torch.equal(h, h_of_halves)
 
 
 @pytest.mark.parametrize("engine", ["stepwise", "persistent"])
@@ -80,9 +128,10 @@ def test_reruns_streams_and_threads_give_the_same_bits(cell: str, engine: str) -
         assert all(torch.equal(a, b) for a, b in zip(found, first, strict=True))
 
 
+@pytest.mark.parametrize("hidden", [32, 512], ids=["small", "large"])
 @pytest.mark.parametrize("engine", ["stepwise", "persistent"])
-def test_a_graph_replays(engine: str) -> None:
-    layer = rnnkernels.LSTM(8, 32, engine=engine).cuda()
+def test_a_graph_replays(engine: str, hidden: int) -> None:
+    layer = rnnkernels.LSTM(8, hidden, engine=engine).cuda()
     x = torch.randn(10, 4, 8, device="cuda")
     with torch.no_grad():
         layer(x)
@@ -95,11 +144,21 @@ def test_a_graph_replays(engine: str) -> None:
             assert torch.equal(y, layer(x)[0])
 
 
+def test_auto_leaves_to_cudnn_what_the_table_says() -> None:
+    layer = rnnkernels.LSTM(64, 256).to("cuda", torch.float16)
+    x = torch.randn(5, 16, 64, device="cuda", dtype=torch.float16)
+    (plan,) = rnnkernels.explain(layer, x).plans
+    assert (plan.engine, "guess" in plan.why) == ("torch", True)
+    theirs = torch.nn.LSTM(64, 256).to("cuda", torch.float16)
+    theirs.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(layer(x)[0], theirs(x)[0], rtol=1e-2, atol=1e-3)
+
+
 def test_bad_places_are_refused() -> None:
     layer = rnnkernels.GRU(3, 4).cuda()
     with pytest.raises(RuntimeError, match="not at the same device"):
         layer(torch.zeros(2, 1, 3))
     with pytest.raises(RuntimeError, match="'cpu' cannot run on input's device"):
         rnnkernels.GRU(3, 4, engine="cpu").cuda()(torch.zeros(2, 1, 3, device="cuda"))
-    with pytest.raises(RuntimeError, match="do not fit into the shared memory"):
+    with pytest.raises(RuntimeError, match="do not fit into the registers"):
         rnnkernels.LSTM(8, 8192, engine="persistent").cuda()(torch.zeros(2, 1, 8, device="cuda"))

@@ -149,6 +149,13 @@ def test_recompute_saves_states_only() -> None:
     assert sum(t.numel() for t in saved if t.data_ptr() not in own) == 2 * T * B * H
 
 
+def test_torch_as_an_engine_compiles_with_a_break() -> None:
+    layer = rnnkernels.LSTM(4, 6, engine="torch", bidirectional=True)
+    x = torch.randn(5, 3, 4)
+    torch._dynamo.reset()
+    assert torch.equal(torch.compile(layer, backend="aot_eager")(x)[0], layer(x)[0])
+
+
 @pytest.mark.parametrize("cell", [c for c in ops.CELLS if c not in ("srn_sigmoid", "srn_identity")])
 def test_torch_as_an_engine(cell: str) -> None:
     for shape, ragged, reverse, bias in itertools.product(("row", "odd"), *[(False, True)] * 3):

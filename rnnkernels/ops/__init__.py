@@ -341,7 +341,8 @@ def sequence(
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
     if engine == "torch" or (engine == "auto" and input.is_cuda and _torch_is_faster(cell, input, weights, batch_sizes, reverse)):
         s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, not torch.compiler.is_compiling())
-        return peer.run(s, input, states, weights, batch_sizes)
+        theirs: tuple[Tensor, ...] = peer.run(s, input, states, weights, batch_sizes)
+        return theirs
     place = input.device.type
     if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
         # As torch.nn, whose GRU keeps the input's dtype on a CPU.

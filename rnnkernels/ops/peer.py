@@ -38,8 +38,9 @@ def check(cell: Cell) -> None:
         raise RuntimeError(f"engine: 'torch' cannot run this: torch.nn has no cell {cell.name}")
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(s: Sizes, input: Tensor, states: Seq[Tensor] | None, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
-    """-> output, final states, with torch's own derivatives."""
+    """-> output, final states, with torch's own derivatives. torch.compile breaks its graph here, as at torch.nn's layers."""
     check(s.cell)
     turned = None
     if s.reverse:

@@ -22,32 +22,6 @@ const CellKernels* const kKernels[] = {
 #undef RNN_CELL
 };
 
-// A tiling is searched for once: a call asks for the same one several times, and a training loop for two, over and over.
-Tiling tiling_of(const Problem& p, bool backward, const Device& device) {
-  struct Known {
-    int cell;
-    Storage storage;
-    int64_t batch, hidden, output;
-    Products products;
-    bool backward;
-    int multiprocessors;
-    int64_t shared_bytes;
-    Tiling tiling;
-  };
-  static std::mutex mutex;
-  static std::vector<Known> known;
-  const std::lock_guard<std::mutex> lock(mutex);
-  for (const Known& k : known)
-    if (k.cell == p.cell && k.storage == p.storage && k.batch == p.batch && k.hidden == p.hidden && k.output == p.output &&
-        k.products == p.products && k.backward == backward && k.multiprocessors == device.multiprocessors &&
-        k.shared_bytes == device.shared_bytes)
-      return k.tiling;
-  if (known.size() == 64) known.clear();
-  known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, p.products, backward, device.multiprocessors, device.shared_bytes,
-                   tile(device, kCells[p.cell], p, backward)});
-  return known.back().tiling;
-}
-
 // This library has a current device of its own, beside that of whoever calls.
 void use(int device) { check(cudaSetDevice(device), "device"); }
 
@@ -67,6 +41,38 @@ namespace {
 const PersistentKernels& kernels_of(const Problem& p) {
   const CellKernels& kernels = *kKernels[p.cell];
   return p.storage == Storage::F32 && p.products != Products::Exact ? kernels.tf32 : kernels.persistent[int(p.storage)];
+}
+
+// A tiling is searched for once, and the driver asked once how much of it the device holds: a call asks for the same several times, and a
+// training loop for two, over and over.
+struct Cut {
+  Tiling tiling;
+  int together;  // blocks that the device holds at once
+};
+
+Cut cut_of(const Problem& p, bool backward, int index) {
+  struct Known {
+    int cell;
+    Storage storage;
+    int64_t batch, hidden, output;
+    Products products;
+    bool backward;
+    int device;
+    Cut cut;
+  };
+  static std::mutex mutex;
+  static std::vector<Known> known;
+  const std::lock_guard<std::mutex> lock(mutex);
+  for (const Known& k : known)
+    if (k.cell == p.cell && k.storage == p.storage && k.batch == p.batch && k.hidden == p.hidden && k.output == p.output &&
+        k.products == p.products && k.backward == backward && k.device == index)
+      return k.cut;
+  if (known.size() == 64) known.clear();
+  const Device d = device(index);
+  const Tiling t = tile(d, kCells[p.cell], p, backward);
+  const int together = t.fits ? kernels_of(p).residents(backward, t, d.multiprocessors) : 0;
+  known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, p.products, backward, index, {t, together}});
+  return known.back().cut;
 }
 
 template <class Arithmetic, class S>
@@ -104,31 +110,32 @@ std::string fits(const Problem& p, bool backward, int index) {
   if (!kernels.forward) return "the persistent engine computes in float32: float64 runs stepwise";
   if (p.steps >= int64_t(1) << 32) return "the persistent engine counts steps in 32 bits";
   use(index);
-  const Device d = device(index);
-  const Tiling t = tiling_of(p, backward, d);
-  if (!t.fits)
+  const auto [t, together] = cut_of(p, backward, index);
+  if (!t.fits) {
+    const Device d = device(index);
     return std::string("the weights of ") + cell.name + " with hidden size " + std::to_string(p.hidden) +
            " do not fit into the registers and the shared memory of " + std::to_string(d.multiprocessors) + " multiprocessors with " +
            std::to_string(d.shared_bytes) + " bytes each";
-  const int blocks = t.unit_ctas * t.row_tiles, together = kernels.residents(backward, t, d.multiprocessors);
+  }
+  const int blocks = t.unit_ctas * t.row_tiles;
   if (together < (t.exchange == Exchange::Grid ? blocks : t.unit_ctas))
     return "the device holds " + std::to_string(together) + " blocks of the persistent engine at once, and it needs " +
            std::to_string(blocks);
   return "";
 }
 
-int64_t workspace_bytes(const Problem& p, bool backward, int index) { return tiling_of(p, backward, device(index)).workspace_bytes; }
+int64_t workspace_bytes(const Problem& p, bool backward, int index) { return cut_of(p, backward, index).tiling.workspace_bytes; }
 
 void forward(const Forward& f, const int64_t* offsets, int index, void* stream) {
   use(index);
-  const Tiling t = tiling_of(f.problem, false, device(index));
+  const Tiling t = cut_of(f.problem, false, index).tiling;
   pack_weights(f.problem, t, f.weights, false, f.workspace, stream);
   kernels_of(f.problem).forward({f, t, offsets, f.workspace}, stream);
 }
 
 void backward(const Backward& g, const int64_t* offsets, int index, void* stream) {
   use(index);
-  const Tiling t = tiling_of(g.problem, true, device(index));
+  const Tiling t = cut_of(g.problem, true, index).tiling;
   pack_weights(g.problem, t, g.weights, true, g.workspace, stream);
   kernels_of(g.problem).backward({g, t, offsets, g.workspace}, stream);
 }
