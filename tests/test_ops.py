@@ -218,6 +218,12 @@ def test_an_engine_that_cannot_run_it_is_refused() -> None:
         ops.sequence("srn_sigmoid", x, None, w_ih[:6], w_hh[:6], engine="torch")
 
 
+@pytest.mark.skipif(ops.build_info()["cuda"] is None, reason="this build has no CUDA part")
+def test_a_device_older_than_the_build_is_told_so() -> None:
+    assert ops._too_old(8, 0) == ops._too_old(12, 0) == ""
+    assert ops._too_old(7, 5).startswith("it has compute capability 7.5, and this build is for 8.0 and later")
+
+
 def test_meta_tensors_have_shapes() -> None:
     arguments_ = {
         k: [s.to("meta") for s in v] if k == "states" else v.to("meta") if isinstance(v, Tensor) else v for k, v in good().items()

@@ -7,7 +7,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import re
 from collections.abc import Sequence as Seq
 from typing import Any
 
@@ -271,6 +273,8 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
         raise RuntimeError(f"input: no engine for device {device}: this build {what}")
     if engine == "cpu":
         raise RuntimeError(f"engine: 'cpu' cannot run on input's device {device}")
+    if too_old := _too_old(*torch.cuda.get_device_capability(device)):
+        raise RuntimeError(f"input: no engine for device {device}: {too_old}")
     if engine == "stepwise":
         return engine, asked
     chosen = "persistent" if engine == "auto" else engine
@@ -279,6 +283,16 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
     if engine in PERSISTENT and why_not:
         raise RuntimeError(f"engine: {engine!r} cannot run this: {why_not}")
     return ("stepwise", why_not) if why_not else (chosen, "the weights fit on the chip" if engine == "auto" else asked)
+
+
+@functools.cache
+def _too_old(major: int, minor: int) -> str:
+    """Why a device of this compute capability cannot run the CUDA part of this build; empty: it can."""
+    built = _C.build()["cuda"]["architectures"]
+    oldest = min(int(number) for number in re.findall(r"\d+", built))
+    if major * 10 + minor >= oldest:
+        return ""
+    return f"it has compute capability {major}.{minor}, and this build is for {oldest // 10}.{oldest % 10} and later ({built})"
 
 
 def _autocast(t: Any, dtype: torch.dtype) -> Any:

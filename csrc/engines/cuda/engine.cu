@@ -22,8 +22,20 @@ const CellKernels* const kKernels[] = {
 #undef RNN_CELL
 };
 
-// This library has a current device of its own, beside that of whoever calls.
-void use(int device) { check(cudaSetDevice(device), "device"); }
+// The device of a call, current while this lives: the thread's own may be another.
+class Use {
+ public:
+  explicit Use(int device) {
+    check(cudaGetDevice(&before_), "device");
+    if (device != before_) check(cudaSetDevice(device), "device");
+  }
+  ~Use() { cudaSetDevice(before_); }
+  Use(const Use&) = delete;
+  Use& operator=(const Use&) = delete;
+
+ private:
+  int before_ = 0;
+};
 
 }  // namespace
 
@@ -109,7 +121,7 @@ std::string fits(const Problem& p, bool backward, int index) {
   const PersistentKernels& kernels = kernels_of(p);
   if (!kernels.forward) return "the persistent engine computes in float32: float64 runs stepwise";
   if (p.steps >= int64_t(1) << 32) return "the persistent engine counts steps in 32 bits";
-  use(index);
+  const Use device_of_call(index);
   const auto [t, together] = cut_of(p, backward, index);
   if (!t.fits) {
     const Device d = device(index);
@@ -127,27 +139,27 @@ std::string fits(const Problem& p, bool backward, int index) {
 int64_t workspace_bytes(const Problem& p, bool backward, int index) { return cut_of(p, backward, index).tiling.workspace_bytes; }
 
 void forward(const Forward& f, const int64_t* offsets, int index, void* stream) {
-  use(index);
+  const Use device_of_call(index);
   const Tiling t = cut_of(f.problem, false, index).tiling;
   pack_weights(f.problem, t, f.weights, false, f.workspace, stream);
   kernels_of(f.problem).forward({f, t, offsets, f.workspace}, stream);
 }
 
 void backward(const Backward& g, const int64_t* offsets, int index, void* stream) {
-  use(index);
+  const Use device_of_call(index);
   const Tiling t = cut_of(g.problem, true, index).tiling;
   pack_weights(g.problem, t, g.weights, true, g.workspace, stream);
   kernels_of(g.problem).backward({g, t, offsets, g.workspace}, stream);
 }
 
 void forward_step(const Problem& p, int stage, const ForwardStep& step, int64_t rows, const void* sums, int index, void* stream) {
-  use(index);
+  const Use device_of_call(index);
   kKernels[p.cell]->step[int(p.storage)].forward[stage](step, rows, sums, stream);
 }
 
 void backward_step(const Problem& p, int stage, const BackwardStep& step, int64_t rows, int64_t summed_rows, const void* sums, int index,
                    void* stream) {
-  use(index);
+  const Use device_of_call(index);
   kKernels[p.cell]->step[int(p.storage)].backward[stage](step, rows, summed_rows, sums, stream);
 }
 
