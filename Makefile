@@ -12,6 +12,9 @@ CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DPython_EXECUT
 CHECKED := -DRNNKERNELS_TESTS=ON -DRNNKERNELS_PYTHON=OFF -DRNNKERNELS_CUDA=0
 CTEST := $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
 
+# Kernels that spill do not build.
+export RNNKERNELS_STRICT := 1
+
 .NOTPARALLEL:
 .PHONY: demo test bench lint clean build test-cpp test-sanitize test-thread test-python
 

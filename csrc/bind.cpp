@@ -35,9 +35,9 @@ Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t inp
                 bool reverse, bool training, bool complete, int threads, int products) {
   if (cell < 0 || cell >= kCellCount || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32))
     throw std::invalid_argument("no such cell, storage type or way to multiply");
-  const Problem p{cell,   Storage(storage), steps,    batch,    input,   hidden,
-                  output, pointer<const int64_t>(rows), reverse,  training, complete, threads,
-                  Products(products)};
+  const Problem p{
+      cell,    Storage(storage),  steps, batch, input, hidden, output, pointer<const int64_t>(rows), reverse, training, complete,
+      threads, Products(products)};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -90,7 +90,10 @@ py::dict description(const CellInfo& cell) {
   for (int i = 0; i < cell.stages; ++i)
     stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count, cell.stage[i].operand, cell.stage[i].width == Width::Output));
   for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
-  for (int i = 0; i < cell.vectors; ++i) vectors.append(py::make_tuple(cell.vector[i].name, cell.vector[i].slot));
+  for (int i = 0; i < cell.vectors; ++i) {
+    const PerUnit& v = cell.vector[i];
+    vectors.append(py::make_tuple(v.name, v.slot, v.factor != Factor::One, v.factor == Factor::NewState, v.state));
+  }
   return py::dict(py::arg("name") = cell.name, py::arg("slots") = slots, py::arg("stages") = stages, py::arg("states") = states,
                   py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
                   py::arg("projected") = cell.projected());

@@ -7,9 +7,10 @@
 torch.Size([5, 2, 16])
 """
 
-from . import functional, ops
-from .modules import GRU, LSTM, RNN, Explanation, GRUCell, LSTMCell, RNNCell, explain
+from . import functional, modules, ops, variants
+from .modules import *  # noqa: F403
+from .variants import *  # noqa: F403
 
 __version__ = str(ops.build_info()["version"])
 
-__all__ = ["GRU", "LSTM", "RNN", "Explanation", "GRUCell", "LSTMCell", "RNNCell", "__version__", "explain", "functional", "ops"]
+__all__ = ["__version__", "functional", "ops", *modules.__all__, *variants.__all__]

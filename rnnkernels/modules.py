@@ -240,7 +240,22 @@ class GRU(_Layer):
         super().__init__("GRU", *args, **kwargs)
 
 
-class LSTM(_Layer):
+class _PairLayer(_Layer):
+    """A layer of a cell of two states, h and c."""
+
+    # torch.nn's own, so that sizes and texts are its by construction.
+    get_expected_cell_size = nn.LSTM.get_expected_cell_size
+    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
+    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
+
+    def _split(self, hx: Any) -> Sequence[Tensor]:
+        return _pair(hx, "lstm")
+
+    def _join(self, states: Sequence[Tensor]) -> Any:
+        return tuple(states)
+
+
+class LSTM(_PairLayer):
     r"""A stack of LSTMs (Hochreiter & Schmidhuber 1997, forget gate of Gers 2000, projection of Sak 2014), as ``torch.nn.LSTM``.
 
     .. math::
@@ -269,20 +284,9 @@ class LSTM(_Layer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
 
-    # torch.nn's own, so that sizes and texts are its by construction.
-    get_expected_cell_size = nn.LSTM.get_expected_cell_size
-    check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
-    permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
-
     @property
     def _cell(self) -> str:
         return "lstm_projected" if self.proj_size > 0 else "lstm"
-
-    def _split(self, hx: Any) -> Sequence[Tensor]:
-        return _pair(hx, "lstm")
-
-    def _join(self, states: Sequence[Tensor]) -> Any:
-        return tuple(states)
 
 
 def _pair(hx: Any, name: str) -> tuple[Tensor, Tensor]:
@@ -298,6 +302,7 @@ class _Cell(nn.RNNCellBase):
 
     engine: str = "auto"
     _name: str
+    _weight_names: tuple[str, ...] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool, num_chunks: int, device: Any, dtype: Any, *, engine: str = "auto"
@@ -328,9 +333,8 @@ class _Cell(nn.RNNCellBase):
         unbatched = input.dim() == 1
         if unbatched:
             input = input.unsqueeze(0)
-        weights = _named(self, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        weights, hidden_size = _named(self, self._weight_names), self.hidden_size
         batch, input_size = input.shape
-        hidden_size = weights[1].size(1)
         if input_size != weights[0].size(1):
             raise RuntimeError(f"input has inconsistent input_size: got {input_size} expected {weights[0].size(1)}")
         if hx is None:
@@ -440,7 +444,25 @@ class GRUCell(_Cell):
         return self._step(input, hx)[0]
 
 
-class LSTMCell(_Cell):
+class _PairCell(_Cell):
+    """A step of a cell of two states, h and c."""
+
+    def _check_ranks(self, input: Tensor, hx: Any) -> None:
+        super()._check_ranks(input, None)
+        for index, state in enumerate(() if hx is None else hx):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"{self._name}: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
+
+    def _split(self, hx: Any) -> Sequence[Tensor]:
+        return _pair(hx, "lstm_cell")
+
+    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
+        """Return (h', c'); see the class for shapes and errors."""
+        h, c = self._step(input, hx)
+        return h, c
+
+
+class LSTMCell(_PairCell):
     r"""One step of an LSTM (Hochreiter & Schmidhuber 1997, forget gate of Gers 2000), as ``torch.nn.LSTMCell``.
 
     .. math::
@@ -471,20 +493,6 @@ class LSTMCell(_Cell):
     @property
     def _cell(self) -> str:
         return "lstm"
-
-    def _check_ranks(self, input: Tensor, hx: Any) -> None:
-        super()._check_ranks(input, None)
-        for index, state in enumerate(() if hx is None else hx):
-            if state.dim() not in (1, 2):
-                raise ValueError(f"LSTMCell: Expected hx[{index}] to be 1D or 2D, got {state.dim()}D instead")
-
-    def _split(self, hx: Any) -> Sequence[Tensor]:
-        return _pair(hx, "lstm_cell")
-
-    def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
-        """Return (h', c'); see the class for shapes and errors."""
-        h, c = self._step(input, hx)
-        return h, c
 
 
 @dataclass(frozen=True)

@@ -134,9 +134,20 @@ def make(cell: str, family: Family, dtype: torch.dtype, number: int = 0) -> Prob
     def uniform(*shape: int) -> Tensor:
         return (torch.rand(shape, generator=draw, dtype=torch.float64) * 2 - 1) / math.sqrt(H)
 
-    weights = {"weight_ih": uniform(spec.input_gates * H, family.I), "weight_hh": uniform(spec.hidden_gates * H, P)}
+    weights = {"weight_ih": uniform(spec.input_gates * H, family.I)}
+    if spec.hidden_gates:
+        weights["weight_hh"] = uniform(spec.hidden_gates * H, P)
+    # States that grow multiply roundings from step to step, and one draw of them then says little of another: an attracting U, a small one.
+    if spec.hidden_gates and cell.startswith("residual"):
+        weights["weight_hh"] -= torch.eye(H, dtype=torch.float64) / 2
+    if cell == "lstm_no_forget":
+        weights["weight_hh"] /= 4
     if family.bias:
-        weights |= {"bias_ih": uniform(spec.input_gates * H), "bias_hh": uniform(spec.hidden_gates * H)}
+        weights["bias_ih"] = uniform(spec.input_gates * H)
+    if family.bias and spec.hidden_gates:
+        weights["bias_hh"] = uniform(spec.hidden_gates * H)
+    if spec.learned:
+        weights["weight_v"] = normal(spec.learned * H) / 2
     if spec.projected:
         weights["weight_hr"] = uniform(P, H)
     batch_sizes = batch_sizes_of(family.T, family.B) if family.ragged else None
@@ -151,21 +162,24 @@ def make(cell: str, family: Family, dtype: torch.dtype, number: int = 0) -> Prob
         batch_sizes=batch_sizes,
         reverse=family.reverse,
     )
-    return (clear_of_kink(problem) if cell == KINKED and dtype.itemsize == 2 else problem).to(dtype)
+    return (clear_of_kink(problem) if cell.endswith(KINKED) and dtype.itemsize == 2 else problem).to(dtype)
 
 
 def clear_of_kink(problem: Problem) -> Problem:
     """The problem with every unit always on or always off: its sums are of one sign, so that no rounding can turn a pre-activation's."""
-    on = torch.arange(len(problem.weights["weight_hh"])) % 2 == 0
+    on = torch.arange(len(problem.weights["weight_ih"])) % 2 == 0
     weights = {name: torch.where(on if w.dim() == 1 else on[:, None], w.abs(), -w.abs()) for name, w in problem.weights.items()}
-    weights["weight_hh"] /= math.sqrt(len(on))  # sums of one sign would grow from step to step
+    if "weight_hh" in weights:
+        weights["weight_hh"] /= math.sqrt(len(on))  # sums of one sign would grow from step to step
     return replace(problem, input=problem.input.abs(), states=tuple(s.abs() for s in problem.states), weights=weights)
 
 
 def call(sequence: Run, problem: Problem, leaves: Sequence[Tensor]) -> dict[str, Tensor]:
     count = len(problem.states)
     input, states, weights = leaves[0], leaves[1 : 1 + count], dict(zip(problem.weights, leaves[1 + count :], strict=True))
-    results = sequence(problem.cell, input, states, **weights, batch_sizes=problem.batch_sizes, reverse=problem.reverse)
+    results = sequence(
+        problem.cell, input, states, **{"weight_hh": None, **weights}, batch_sizes=problem.batch_sizes, reverse=problem.reverse
+    )
     return dict(zip(("output", *(f"final {state}" for state in ops.CELLS[problem.cell].states)), results, strict=True))
 
 

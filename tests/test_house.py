@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINE = ["num", "cells", "core", "engines", "bind", "ops", "functional", "modules"]
+LINE = ["num", "cells", "core", "engines", "bind", "ops", "functional", "modules", "variants"]
 
 
 def room(path: Path) -> str:

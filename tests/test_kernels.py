@@ -29,10 +29,19 @@ SHAPES = {
 
 
 def arguments(
-    cell: str, T: int, B: int, size: int, H: int, *, ragged: bool = False, bias: bool = True, dtype: torch.dtype = torch.float64
+    cell: str,
+    T: int,
+    B: int,
+    size: int,
+    H: int,
+    *,
+    ragged: bool = False,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float64,
+    number: int = 0,
 ) -> Any:
-    """-> tensors (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states), batch_sizes, upstream gradients"""
-    g = torch.Generator().manual_seed(T * 7919 + B * 104729 + H * 31 + ragged)
+    """-> tensors (input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v, *states), batch_sizes, upstream gradients"""
+    g = torch.Generator().manual_seed(T * 7919 + B * 104729 + H * 31 + ragged + 1000003 * number)
     spec = ops.CELLS[cell]
     P = (H + 1) // 2 if spec.projected else H
 
@@ -49,13 +58,17 @@ def arguments(
     tensors = [
         random(*tokens, size),
         random(spec.input_gates * H, size, scale=scale),
-        random(spec.hidden_gates * H, P, scale=scale),
+        random(spec.hidden_gates * H, P, scale=scale) if spec.hidden_gates else None,
         random(spec.input_gates * H) if bias else None,
-        random(spec.hidden_gates * H) if bias else None,
+        random(spec.hidden_gates * H) if bias and spec.hidden_gates else None,
         random(P, H, scale=scale) if spec.projected else None,
+        random(spec.learned * H, scale=0.5) if spec.learned else None,
         random(B, P),
         *([random(B, H)] if len(spec.states) > 1 else []),
     ]
+    if cell.startswith("residual") and spec.hidden_gates:
+        # Attracting: any other U multiplies roundings from step to step, and one draw of them then says little of another.
+        tensors[2] = tensors[2] / 4 - torch.eye(H, dtype=dtype) / 2
     upstream = [random(*tokens, P), random(B, P), *([random(B, H)] if len(spec.states) > 1 else [])]
     return tensors, sizes, upstream
 
@@ -65,8 +78,8 @@ def run(
 ) -> list[Tensor]:
     """Outputs, final states and the gradient of every argument."""
     leaves = [None if t is None else t.detach().to(dtype or t.dtype).clone().requires_grad_() for t in tensors]
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, *states = leaves
-    results = sequence(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=sizes, reverse=reverse)
+    x, weights, states = leaves[0], leaves[1:7], leaves[7:]
+    results = sequence(cell, x, states, *weights, batch_sizes=sizes, reverse=reverse)
     wanted = [leaf for leaf in leaves if leaf is not None]
     grads = torch.autograd.grad(results, wanted, [g.to(r.dtype) for g, r in zip(upstream, results, strict=True)])
     return [*(r.detach() for r in results), *grads]
@@ -110,7 +123,7 @@ def test_stepwise_float64(cell: str, shape: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c != "srn_relu"])
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if not c.endswith("relu")])
 @pytest.mark.usefixtures("poison")
 def test_stepwise_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: str, dtype: torch.dtype) -> None:
     stepwise = functools.partial(ops.sequence, engine="stepwise")
@@ -124,7 +137,7 @@ def test_stepwise_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype
 
 @pytest.mark.parametrize("engine", ["cpu", "stepwise"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c != "srn_relu"])
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if not c.endswith("relu")])
 @pytest.mark.usefixtures("poison")
 def test_recompute(cell: str, dtype: torch.dtype, engine: str) -> None:
     sequence = functools.partial(ops.sequence, engine=engine, recompute=True)
@@ -156,7 +169,7 @@ def test_torch_as_an_engine_compiles_with_a_break() -> None:
     assert torch.equal(torch.compile(layer, backend="aot_eager")(x)[0], layer(x)[0])
 
 
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c not in ("srn_sigmoid", "srn_identity")])
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c in ops.peer.CELLS])
 def test_torch_as_an_engine(cell: str) -> None:
     for shape, ragged, reverse, bias in itertools.product(("row", "odd"), *[(False, True)] * 3):
         case = arguments(cell, *SHAPES[shape], ragged=ragged, bias=bias)
@@ -166,7 +179,7 @@ def test_torch_as_an_engine(cell: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c != "srn_relu"])
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if not c.endswith("relu")])
 @pytest.mark.usefixtures("restore", "poison")
 def test_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: str, isa: str, dtype: torch.dtype) -> None:
     # relu's gradient is left out: a pre-activation near zero decides it by its rounding. test_relu_forward holds what can be held.
@@ -185,36 +198,38 @@ def test_relu_forward(isa: str) -> None:
     ops.set_isa(isa)
     for dtype, shape in itertools.product((torch.float32, torch.bfloat16, torch.float16), ("row", "odd", "large")):
         (x, *weights), _, _ = arguments("srn_relu", *SHAPES[shape], dtype=dtype)
-        w = weights[:5]
-        truth = reference.sequence("srn_relu", x.double(), [weights[5].double()], *(None if t is None else t.double() for t in w))
-        ours = error(list(ops.sequence("srn_relu", x, weights[5:], *w)), list(truth))
-        theirs = error(list(reference.sequence("srn_relu", x, weights[5:], *w)), list(truth))
+        w = weights[:6]
+        truth = reference.sequence("srn_relu", x.double(), [weights[6].double()], *(None if t is None else t.double() for t in w))
+        ours = error(list(ops.sequence("srn_relu", x, weights[6:], *w)), list(truth))
+        theirs = error(list(reference.sequence("srn_relu", x, weights[6:], *w)), list(truth))
         assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("cell", [c for c in ops.CELLS if c not in {"srn_relu", "lstm_projected"}])
 def test_error_over_a_thousand_steps(cell: str) -> None:
-    tensors, sizes, upstream = arguments(cell, 1000, 2, 8, 40, dtype=torch.float32)
-    if cell == "srn_identity":
-        tensors[2] *= 0.5  # a linear recurrence grows without bound unless its matrix shrinks
-    truth = run(reference.sequence, cell, tensors, sizes, upstream, False, torch.float64)
-    ours = error(run(ops.sequence, cell, tensors, sizes, upstream), truth)
-    theirs = error(run(reference.sequence, cell, tensors, sizes, upstream), truth)
+    ours = theirs = 0.0
+    for number in range(4):  # over so many steps one draw of roundings says little of another
+        tensors, sizes, upstream = arguments(cell, 1000, 2, 8, 40, dtype=torch.float32, number=number)
+        if cell == "srn_identity" and tensors[2] is not None:
+            tensors[2] *= 0.5  # a linear recurrence grows without bound unless its matrix shrinks
+        truth = run(reference.sequence, cell, tensors, sizes, upstream, False, torch.float64)
+        ours = max(ours, error(run(ops.sequence, cell, tensors, sizes, upstream), truth))
+        theirs = max(theirs, error(run(reference.sequence, cell, tensors, sizes, upstream), truth))
     assert ours <= 2 * theirs + 8 * torch.finfo(torch.float32).eps
 
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c != "srn_relu"])
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if not c.endswith("relu")])
 @pytest.mark.usefixtures("restore")
 def test_gradcheck_on_the_double_kernels(cell: str, isa: str, ragged: bool, reverse: bool) -> None:
     ops.set_isa(isa)
     tensors, sizes, _ = arguments(cell, 3, 2, 3, 5, ragged=ragged)
     x, *rest = [None if t is None else t.requires_grad_() for t in tensors]
 
-    def function(x: Tensor, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor, w_hr: Tensor | None, *states: Tensor) -> Any:
-        return ops.sequence(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr, batch_sizes=sizes, reverse=reverse)
+    def function(x: Tensor, *rest: Tensor) -> Any:
+        return ops.sequence(cell, x, rest[6:], *rest[:6], batch_sizes=sizes, reverse=reverse)
 
     assert torch.autograd.gradcheck(function, (x, *rest), atol=1e-8)
 
@@ -250,10 +265,11 @@ def test_same_bits_for_any_thread_count_and_on_every_rerun(cell: str, dtype: tor
 
 @pytest.mark.parametrize("cell", ops.CELLS)
 def test_a_row_does_not_depend_on_its_batch(cell: str) -> None:
-    x, w_ih, w_hh, b_ih, b_hh, w_hr, *states = exact(arguments(cell, 7, 29, 6, 48, bias=False)[0])
-    together = ops.sequence(cell, x, states, w_ih, w_hh, b_ih, b_hh, w_hr)[0]
+    x, *rest = exact(arguments(cell, 7, 29, 6, 48, bias=False)[0])
+    weights, states = rest[:6], rest[6:]
+    together = ops.sequence(cell, x, states, *weights)[0]
     for b in (0, 13, 28):
-        alone = ops.sequence(cell, x[:, b : b + 1], [s[b : b + 1] for s in states], w_ih, w_hh, b_ih, b_hh, w_hr)[0]
+        alone = ops.sequence(cell, x[:, b : b + 1], [s[b : b + 1] for s in states], *weights)[0]
         assert torch.equal(alone[:, 0], together[:, b])
 
 
@@ -289,10 +305,10 @@ def test_any_subset_of_gradients(cell: str) -> None:
     every = run(reference.sequence, cell, tensors, None, upstream)
     wanted = [i for i, t in enumerate(tensors) if t is not None]
     full = dict(zip(wanted, every[len(upstream) :], strict=True))
-    for subset in ([0], [1], [2], [4], [6], [0, 2], wanted[-1:]):
+    for subset in ([0], [0, *wanted[2:3]], *([i] for i in wanted)):
         leaves = [t.clone().requires_grad_(i in subset) if t is not None else None for i, t in enumerate(tensors)]
-        x, *weights = leaves[:6]
-        results = ops.sequence(cell, x, leaves[6:], *weights)
+        x, *weights = leaves[:7]
+        results = ops.sequence(cell, x, leaves[7:], *weights)
         grads = torch.autograd.grad(results, [leaves[i] for i in subset], upstream)
         for i, grad in zip(subset, grads, strict=True):
             torch.testing.assert_close(grad, full[i], rtol=1e-11, atol=1e-11)
@@ -305,10 +321,10 @@ def test_upstream_gradients_may_be_missing(cell: str, which: int) -> None:
     tensors, _, upstream = arguments(cell, 4, 3, 5, 18)
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
     wanted = [t for t in leaves if t is not None]
-    x, *weights = leaves[:6]
-    found = torch.autograd.grad(ops.sequence(cell, x, leaves[6:], *weights)[which], wanted, upstream[which], materialize_grads=True)
+    x, *weights = leaves[:7]
+    found = torch.autograd.grad(ops.sequence(cell, x, leaves[7:], *weights)[which], wanted, upstream[which], materialize_grads=True)
     expected = torch.autograd.grad(
-        reference.sequence(cell, x, leaves[6:], *weights)[which], wanted, upstream[which], materialize_grads=True
+        reference.sequence(cell, x, leaves[7:], *weights)[which], wanted, upstream[which], materialize_grads=True
     )
     assert error(list(found), list(expected)) < 1e-12
 
@@ -319,8 +335,8 @@ def test_backward_twice_gives_the_same(cell: str) -> None:
     tensors, _, upstream = arguments(cell, 4, 3, 5, 18)
     leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
     wanted = [t for t in leaves if t is not None]
-    x, *weights = leaves[:6]
-    results = ops.sequence(cell, x, leaves[6:], *weights)
+    x, *weights = leaves[:7]
+    results = ops.sequence(cell, x, leaves[7:], *weights)
     first = torch.autograd.grad(results, wanted, upstream, retain_graph=True)
     second = torch.autograd.grad(results, wanted, upstream)
     for a, b in zip(first, second, strict=True):
@@ -339,9 +355,9 @@ def test_what_a_hook_holds_stays_as_it_was(cell: str) -> None:
         held.append((t, t.detach().clone()))
         return t
 
-    x, *weights = leaves[:6]
+    x, *weights = leaves[:7]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        results = ops.sequence(cell, x, leaves[6:], *weights)
+        results = ops.sequence(cell, x, leaves[7:], *weights)
     torch.autograd.grad(results, x, upstream)
     assert held
     for now, before in held:
@@ -359,9 +375,9 @@ def test_saved_for_backward(cell: str, numbers: int) -> None:
         saved[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
         return t
 
-    x, *weights = leaves[:6]
+    x, *weights = leaves[:7]
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        results = ops.sequence(cell, x, leaves[6:], *weights)
+        results = ops.sequence(cell, x, leaves[7:], *weights)
     for known in (*(t for t in leaves if t is not None), results[0]):
         saved.pop(known.untyped_storage().data_ptr(), None)
     assert sum(saved.values()) <= 1.04 * numbers * 4 * T * B * H

@@ -15,9 +15,9 @@ from rnnkernels import ops, reference
 
 
 def good(cell: str = "lstm") -> dict[str, Any]:
-    (x, w_ih, w_hh, b_ih, b_hh, w_hr, *states), _, _ = arguments(cell, 4, 3, 5, 6, dtype=torch.float32)
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
-    return {"cell": cell, "input": x, "states": states, **dict(zip(names, (w_ih, w_hh, b_ih, b_hh, w_hr), strict=True))}
+    (x, *rest), _, _ = arguments(cell, 4, 3, 5, 6, dtype=torch.float32)
+    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_v")
+    return {"cell": cell, "input": x, "states": rest[6:], **dict(zip(names, rest[:6], strict=True))}
 
 
 BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
@@ -53,6 +53,13 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         r"states\[1\] \(c\): expected shape \(3, 6\), got \(3, 7\)",
     ),
     "unwanted projection": ({"weight_hr": torch.zeros(3, 6)}, RuntimeError, "weight_hr: expected None for cell 'lstm'"),
+    "unwanted vectors": ({"weight_v": torch.zeros(6)}, RuntimeError, "weight_v: expected None for cell 'lstm'"),
+    "missing matrix": ({"weight_hh": None}, RuntimeError, "weight_hh: expected a tensor for cell 'lstm'"),
+    "wrong vectors": (
+        {"cell": "lstm_peephole", "weight_v": torch.zeros(6)},
+        RuntimeError,
+        r"weight_v: expected shape \(18,\), got \(6,\)",
+    ),
     "missing projection": ({"cell": "lstm_projected"}, RuntimeError, "weight_hr: expected a tensor for cell 'lstm_projected'"),
     "wide projection": (
         {"cell": "lstm_projected", "weight_hr": torch.zeros(7, 6)},
@@ -147,7 +154,7 @@ def test_more_threads_than_cores() -> None:
 
 
 def test_after_fork() -> None:
-    (x, w_ih, w_hh, b_ih, b_hh, _, h), _, _ = arguments("gru", 20, 1, 300, 300, dtype=torch.float32)
+    (x, w_ih, w_hh, b_ih, b_hh, _, _, h), _, _ = arguments("gru", 20, 1, 300, 300, dtype=torch.float32)
     expected = ops.sequence("gru", x, [h], w_ih, w_hh, b_ih, b_hh)[0]
     reader, writer = os.pipe()
     child = os.fork()
@@ -172,7 +179,7 @@ class Rows(torch.utils.data.Dataset[Tensor]):
         return 6
 
     def __getitem__(self, i: int) -> Tensor:
-        (x, w_ih, w_hh, b_ih, b_hh, _, h), _, _ = arguments("gru", 9, 2, 40, 70, dtype=torch.float32)
+        (x, w_ih, w_hh, b_ih, b_hh, _, _, h), _, _ = arguments("gru", 9, 2, 40, 70, dtype=torch.float32)
         return ops.sequence("gru", x + i, [h], w_ih, w_hh, b_ih, b_hh)[0]
 
 
@@ -187,8 +194,8 @@ def test_inside_dataloader_workers() -> None:
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("cell", ops.CELLS)
 def test_opcheck(cell: str, ragged: bool, engine: str, recompute: bool) -> None:
-    (x, w_ih, w_hh, b_ih, b_hh, w_hr, *states), sizes, _ = arguments(cell, 3, 2, 4, 5, ragged=ragged)
-    leaves = [None if t is None else t.requires_grad_() for t in (w_ih, w_hh, b_ih, b_hh, w_hr)]
+    (x, *rest), sizes, _ = arguments(cell, 3, 2, 4, 5, ragged=ragged)
+    leaves, states = [None if t is None else t.requires_grad_() for t in rest[:6]], rest[6:]
     op = torch.ops.rnnkernels.sequence.default
     torch.library.opcheck(
         op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, engine, recompute, True)
@@ -253,7 +260,7 @@ assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2
 
 
 def test_batch_sizes_of_any_stride() -> None:
-    (x, w_ih, w_hh, b_ih, b_hh, _, h), sizes, _ = arguments("gru", 5, 4, 3, 6, ragged=True)
+    (x, w_ih, w_hh, b_ih, b_hh, _, _, h), sizes, _ = arguments("gru", 5, 4, 3, 6, ragged=True)
     assert sizes is not None
     strided = torch.full((2 * len(sizes),), 99)
     strided[::2] = sizes
@@ -304,7 +311,7 @@ def test_what_is_not_supported_yet_raises() -> None:
 @pytest.mark.parametrize("cell", ["lstm", "gru", "srn_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_takes_any_mixture(cell: str, dtype: torch.dtype) -> None:
-    (x, w_ih, w_hh, b_ih, b_hh, _, *states), _, _ = arguments(cell, 4, 3, 5, 6, dtype=torch.float32)
+    (x, w_ih, w_hh, b_ih, b_hh, _, _, *states), _, _ = arguments(cell, 4, 3, 5, 6, dtype=torch.float32)
     with torch.autocast("cpu"):
         output = ops.sequence(cell, x.to(dtype), states, w_ih.requires_grad_(), w_hh, b_ih, b_hh)[0]
     assert output.dtype == (dtype if cell == "gru" else torch.bfloat16)
@@ -314,13 +321,13 @@ def test_autocast_takes_any_mixture(cell: str, dtype: torch.dtype) -> None:
 
 
 def test_the_backward_op_checks_its_arguments() -> None:
-    (x, w_ih, w_hh, b_ih, b_hh, _, h), _, _ = arguments("gru", 4, 3, 5, 6)
+    (x, w_ih, w_hh, b_ih, b_hh, _, _, h), _, _ = arguments("gru", 4, 3, 5, 6)
     output, kept = torch.zeros(4, 3, 6, dtype=x.dtype), torch.zeros(12, 24, dtype=x.dtype)
-    needs = [True] * 5 + [False, True]
+    needs = [True] * 5 + [False, False, True]
 
     def call(output: Tensor, kept: Tensor, needs: list[bool]) -> Any:
         return torch.ops.rnnkernels.sequence_backward(
-            "gru", needs, output, [None], x, [h], w_ih, w_hh, b_ih, b_hh, None, None, False, "auto", output, kept, []
+            "gru", needs, output, [None], x, [h], w_ih, w_hh, b_ih, b_hh, None, None, None, False, "auto", output, kept, []
         )
 
     call(output, kept, needs)

@@ -9,6 +9,7 @@ from rnnkernels import reference
 
 T, B, I, H, P = 6, 4, 3, 5, 2  # noqa: E741
 BATCH_SIZES = torch.tensor([4, 4, 3, 2, 1, 1])
+TORCH = [cell for cell in reference.CELLS if cell.startswith("srn_") or cell in ("lstm", "gru", "lstm_projected")]
 NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr")
 
 cells = pytest.mark.parametrize("cell", sorted(reference.CELLS))
@@ -28,9 +29,16 @@ def arguments(cell: str, *, ragged: bool, bias: bool) -> tuple[Tensor, list[Tens
 
     x = leaf(int(BATCH_SIZES.sum()), I) if ragged else leaf(T, B, I)
     states = [leaf(B, width if name == "h" else H) for name in facts.states]
-    gates = facts.hidden_gates * H
-    weights: list[Tensor | None] = [leaf(gates, I), leaf(gates, width), leaf(gates) if bias else None, leaf(gates) if bias else None]
-    return x, states, [*weights, leaf(P, H)] if facts.projected else weights
+    inputs, gates = facts.input_gates * H, facts.hidden_gates * H
+    weights = [
+        leaf(inputs, I),
+        leaf(gates, width) if gates else None,
+        leaf(inputs) if bias else None,
+        leaf(gates) if bias and gates else None,
+        leaf(P, H) if facts.projected else None,
+        leaf(facts.vectors * H) if facts.vectors else None,
+    ]
+    return x, states, weights
 
 
 def torch_sequence(
@@ -39,7 +47,7 @@ def torch_sequence(
     """The same by torch.nn: one direction of a bidirectional layer whose two directions share their weights."""
     if cell == "srn_sigmoid":
         # σ(z) = (1 + tanh(z / 2)) / 2, so a logistic network is a tanh network with other weights and states 2s − 1.
-        w, u, b, d = weights
+        w, u, b, d, *_ = weights
         d = u.sum(1) / 4 + (0 if d is None else d / 2)
         halved = [w / 2, u / 4, torch.zeros_like(d) if b is None else b / 2, d]
         return tuple((1 + y) / 2 for y in torch_sequence("srn_tanh", x, [2 * s - 1 for s in states], halved, batch_sizes, reverse))
@@ -68,7 +76,7 @@ def gradients(outputs: tuple[Tensor, ...], leaves: list[Tensor]) -> tuple[Tensor
     return torch.autograd.grad(outputs, leaves, cotangents)
 
 
-@cells
+@pytest.mark.parametrize("cell", TORCH)
 @ragged
 @reverse
 @biased
@@ -79,6 +87,58 @@ def test_agrees_with_torch(cell: str, ragged: bool, reverse: bool, bias: bool) -
     theirs = torch_sequence(cell, x, states, weights, batch_sizes, reverse)
     leaves = [leaf for leaf in (x, *states, *weights) if leaf is not None]
     for a, b in zip((*ours, *gradients(ours, leaves)), (*theirs, *gradients(theirs, leaves)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def rows(t: Tensor | None, *which: int) -> Tensor:
+    """Row blocks, −1 − i for block i with its sign turned."""
+    assert t is not None
+    blocks = t.split(H)
+    return torch.cat([blocks[i] if i >= 0 else -blocks[-1 - i] for i in which])
+
+
+def in_terms_of_others(cell: str, x: Tensor, states: list[Tensor], weights: list[Tensor | None]) -> tuple[Tensor, ...]:
+    """Cells that torch.nn lacks, by those that it has and other weights."""
+    w, u, b, d, _, v = weights
+    family, _, kind = cell.rpartition("_")
+    if cell == "lstm_coupled":  # 1 − σ(î) = σ(−î)
+        w, u, b, d = (rows(t, 0, -1, 1, 2) for t in (w, u, b, d))
+        return reference.sequence("lstm", x, states, w, u, b, d)
+    if cell == "lstm_no_forget":  # σ(1000) = 1
+        w, u, b, d = (rows(t, 0, 0, 1, 2) for t in (w, u, b, d))
+        return reference.sequence("lstm", x, states, w, u, torch.cat([b[:H], b[H : 2 * H] + 1000, b[2 * H :]]), d)
+    if family == "indrnn":
+        return reference.sequence(f"srn_{kind}", x, states, w, v.diag(), b)
+    if cell == "residual_identity":
+        return reference.sequence("srn_identity", x, states, w, u + torch.eye(H, dtype=u.dtype), b, d)
+    f = reference.ACTIVATIONS[kind]
+    assert family == "residual_input"
+    output = states[0] + f(torch.nn.functional.linear(x, w, b)).cumsum(0)
+    return output, output[-1]
+
+
+@pytest.mark.parametrize(
+    "cell", [c for c in reference.CELLS if c.startswith(("indrnn", "residual_i")) or c in ("lstm_coupled", "lstm_no_forget")]
+)
+def test_is_another_cell_in_disguise(cell: str) -> None:
+    x, states, weights = arguments(cell, ragged=False, bias=True)
+    for a, b in zip(reference.sequence(cell, x, states, *weights), in_terms_of_others(cell, x, states, weights), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_a_peephole_lstm_without_peepholes_is_an_lstm() -> None:
+    x, states, weights = arguments("lstm_peephole", ragged=True, bias=True)
+    ours = reference.sequence("lstm_peephole", x, states, *weights[:5], torch.zeros(3 * H, dtype=x.dtype), batch_sizes=BATCH_SIZES)
+    theirs = reference.sequence("lstm", x, states, *weights[:5], batch_sizes=BATCH_SIZES)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+def test_the_two_grus_agree_where_nothing_is_reset() -> None:
+    x, states, (w, u, b, d, *_) = arguments("gru", ragged=False, bias=True)
+    open_gate = torch.cat([b[:H] + 1000, b[H:]])
+    ours = reference.sequence("gru_reset_before", x, states, w, u, open_gate, d)
+    for a, b in zip(ours, reference.sequence("gru", x, states, w, u, open_gate, d), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -100,15 +160,16 @@ def test_gradients_are_those_of_finite_differences(cell: str, ragged: bool, reve
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_keeps_the_dtype(cell: str, dtype: torch.dtype) -> None:
     x, states, weights = arguments(cell, ragged=False, bias=True)
-    outputs = reference.sequence(cell, x.to(dtype), [s.to(dtype) for s in states], *[w.to(dtype) for w in weights])
+    outputs = reference.sequence(cell, x.to(dtype), [s.to(dtype) for s in states], *[None if w is None else w.to(dtype) for w in weights])
     assert [y.dtype for y in outputs] == [dtype] * len(outputs)
 
 
 @cells
 def test_leaves_its_arguments_alone(cell: str) -> None:
     x, states, weights = arguments(cell, ragged=True, bias=True)
-    before = [tensor.detach().clone() for tensor in (x, *states, *weights)]
+    tensors = [t for t in (x, *states, *weights) if t is not None]
+    before = [tensor.detach().clone() for tensor in tensors]
     outputs = reference.sequence(cell, x, states, *weights, batch_sizes=BATCH_SIZES)
     for output in outputs:
         output.detach().zero_()
-    assert all(torch.equal(a, b) for a, b in zip(before, (x, *states, *weights), strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(before, tensors, strict=True))

@@ -98,6 +98,13 @@ struct CellInfo {
     for (int s = 0; s < stages; ++s) n += input_slots(s);
     return n;
   }
+  RNN_FN constexpr bool has_matrix() const {
+    for (int i = 0; i < slots; ++i)
+      if (slot[i].feeds & H) return true;
+    return false;
+  }
+  // Whether U's bias has a row for the slot: those that a projection feeds have none.
+  RNN_FN constexpr bool biased(int i) const { return (slot[i].feeds & H) && stage[stage_of(i)].width == Width::Hidden; }
   // The values a token has room for: a kept value becomes the gradient of the slot in its place.
   RNN_FN constexpr int room() const { return kept > slots ? kept : slots; }
   RNN_FN constexpr bool projected() const { return stage[stages - 1].width == Width::Output; }

@@ -1,11 +1,12 @@
-// Gated recurrent unit, reset after the matrix product (Cho et al. 2014 in cuDNN's form; torch.nn.GRU).
-//   r = σ(r̂)   z = σ(ẑ)   m = m̂ + b_hn   n = tanh(n̂ + r m)        h' = n + z (h − n)
+// Gated recurrent units (Cho et al. 2014).
 #pragma once
 
 #include "cells/contract.h"
 
 namespace rnnkernels {
 
+// Reset after the matrix product: cuDNN's form; torch.nn.GRU.
+//   r = σ(r̂)   z = σ(ẑ)   m = m̂ + b_hn   n = tanh(n̂ + r m)        h' = n + z (h − n)
 struct Gru {
   static constexpr Slot slots[] = {{"r", X | H}, {"z", X | H}, {"n", X}, {"m", H}};
   static constexpr const char* states[] = {"h"};
@@ -27,6 +28,42 @@ struct Gru {
     k[2] = dn;
     k[3] = dn * r;
     d[0] = d1 * z;
+  }
+};
+
+// Reset before the matrix product: the paper's form. Two products a step, the second of v.
+//   r = σ(r̂)   z = σ(ẑ)   v = r h   n = tanh(n̂ + U_n v)        h' = n + z (h − n)
+struct GruResetBefore {
+  static constexpr Slot slots[] = {{"r", X | H}, {"z", X | H}, {"n", X | H}};
+  static constexpr int v = 3;
+  static constexpr Stage stages[] = {{0, 2}, {2, 1, v}};
+  static constexpr const char* states[] = {"h"};
+  static constexpr int kept = 4;
+
+  template <int S, class V>
+  RNN_FN static void forward(const V* a, const V*, const V* s, V* s1, V* k) {
+    if constexpr (S == 0) {
+      k[0] = sigmoid(a[0]);
+      k[1] = sigmoid(a[1]);
+      k[v] = k[0] * s[0];
+    } else {
+      const V z = k[1], n = k[2] = tanh(a[2]);
+      s1[0] = fma(z, s[0] - n, n);
+    }
+  }
+
+  template <int S, class V>
+  RNN_FN static void backward(V d1, const V*, const V* s, const V*, V* k, V* d) {
+    if constexpr (S == 1) {
+      const V z = k[1], n = k[2];
+      k[1] = d1 * (s[0] - n) * z * (V(1) - z);
+      k[2] = d1 * (V(1) - z) * (V(1) - n * n);
+      d[0] = d1 * z;
+    } else {
+      const V r = k[0];
+      k[0] = d1 * s[0] * r * (V(1) - r);
+      d[0] = fma(d1, r, d[0]);
+    }
   }
 };
 

@@ -3,13 +3,15 @@
 
 #include "cells/gru.h"
 #include "cells/lstm.h"
+#include "cells/lstm_variants.h"
 #include "cells/projected.h"
+#include "cells/residual.h"
 #include "cells/srn.h"
 
 namespace rnnkernels {
 
 constexpr CellInfo kCells[] = {
-#define RNN_CELL(name, ...) describe<__VA_ARGS__>(#name),
+#define RNN_CELL(name, heat, ...) describe<__VA_ARGS__>(#name),
 #include "cells/cells.def"
 #undef RNN_CELL
 };

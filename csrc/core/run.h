@@ -36,7 +36,7 @@ struct Forward {
   const void* input;      // [N, I]; not for a complete run
   const void* weight_ih;  // [X slots · H, I]
   const void* bias_ih;    // [X slots · H], or null for zero
-  const void* bias_hh;    // [H slots of stage 0 · H], or null; added where the slot has X too, the others have vectors
+  const void* bias_hh;    // [biased() slots · H], or null; added where the slot has X too, the others have vectors
   void* gates;            // [N, gates_row]: a complete run's pre-activations, slot i at i·H; for training the kept values come to lie here,
   int64_t gates_row;      // and gates_row is G·H; null for inference that is not complete
   const void* weights[kMaxStages];   // of each stage with a matrix: [its H slots · its width, its operand's width]
@@ -67,7 +67,7 @@ struct Backward {
   void* grad_weight_ih;            // [X slots · H, I]
   void* grad_weights[kMaxStages];  // as weights
   void* grad_bias_ih;              // [X slots · H]
-  void* grad_bias_hh;              // [H slots of stage 0 · H]
+  void* grad_bias_hh;              // [biased() slots · H]
   void* grad_vectors[kMaxVectors];
   void* workspace;
 };

@@ -203,8 +203,7 @@ inline Tiling tile(const Device& device, const CellInfo& cell, const Problem& p,
   Tiling best{};
   double best_cycles = 0;
   const int64_t batch = p.batch > 1 ? p.batch : 1;
-  bool matrix = false;
-  for (int s = 0; s < cell.stages; ++s) matrix |= cell.hidden_slots(s) > 0;
+  const bool matrix = cell.has_matrix();
   const auto consider = [&](Exchange exchange, int unit_ctas, int64_t row_tiles) {
     row_tiles = ceil_div(batch, ceil_div(batch, row_tiles));  // no tile without rows
     if (row_tiles > (1 << 20) || (exchange == Exchange::Grid && unit_ctas * row_tiles > device.multiprocessors)) return;

@@ -126,7 +126,7 @@ void test(const Case& c) {
   const int64_t N = c.tokens(), G = 4 * H;
   auto unknown = [](int64_t n) { return std::vector<double>(size_t(n), NAN); };
   std::vector<double> gates(r.kept.size(), NAN), dh0 = unknown(B * H), dx = unknown(N * G), dw = unknown(G * G), du0 = unknown(2 * H * H),
-                                                 du1 = unknown(H * H), db = unknown(G), db_hh = unknown(2 * H), dp = unknown(H);
+                                                 du1 = unknown(H * H), db = unknown(G), db_hh = unknown(3 * H), dp = unknown(H);
   std::vector<double> unit(size_t(G * G), 0.0);
   for (int64_t i = 0; i < G; ++i) unit[size_t(i * G + i)] = 1;
   Backward g{};
@@ -190,7 +190,7 @@ void test(const Case& c) {
       for (int64_t j = 0; j < G; ++j) sum_w[size_t(i * G + j)] += dx[size_t(n * G + i)] * in.x[size_t(n * G + j)];
     }
   const double sums =
-      std::fmax(std::fmax(distance(dw, sum_w), distance(db, sum_b)), distance(db_hh, {sum_b.begin(), sum_b.begin() + 2 * H}));
+      std::fmax(std::fmax(distance(dw, sum_w), distance(db, sum_b)), distance(db_hh, {sum_b.begin(), sum_b.begin() + 3 * H}));
 
   std::printf("two stages, %s, %s, %d threads: outputs %.1e, gradients %.1e, sums %.1e\n", c.ragged ? "ragged" : "padded",
               c.reverse ? "reverse" : "forward", c.threads, outputs, gradients, sums);

@@ -19,11 +19,12 @@ from torch.autograd import forward_ad
 
 from .. import _C
 from . import cpu, peer, steps
-from .cells import CELLS, PERSISTENT, STORAGE, Sizes, Weights, problem
+from .cells import CELLS, PERSISTENT, STORAGE, Sizes, Weights, grad_shapes, problem
 
 __all__ = ["CELLS", "ENGINES", "Sequence", "build_info", "plan", "sequence", "set_isa"]
 
 ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT, "torch")
+_COUNT = len(Weights._fields)
 _RUNS: dict[str, Any] = {"cpu": cpu, "stepwise": steps, **dict.fromkeys(PERSISTENT, steps)}
 
 
@@ -145,8 +146,8 @@ class Sequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, s: Sizes, rows: Tensor | None, input: Tensor, *args: Tensor | None) -> Any:
-        weights = Weights(*args[:5])  # type: ignore[arg-type]
-        states = [state for state in args[5:] if state is not None]
+        weights = Weights(*args[:_COUNT])  # type: ignore[arg-type]
+        states = [state for state in args[_COUNT:] if state is not None]
         output, final, kept, history = _RUNS[s.engine].forward(s, True, input, states, weights, rows)
         ctx.sizes, ctx.own = s, not _hooked()
         ctx.set_materialize_grads(False)
@@ -159,7 +160,7 @@ class Sequence(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor | None, *grad_final: Tensor | None) -> Any:
         s: Sizes = ctx.sizes
         input, *saved = ctx.saved_tensors
-        weights, (rows, output, kept, *rest) = Weights(*saved[:5]), saved[5:]
+        weights, (rows, output, kept, *rest) = Weights(*saved[:_COUNT]), saved[_COUNT:]
         n = len(rest) - len(s.cell.states) + 1  # the rest are initial states, if there were any, and histories
         overwrite = ctx.own and _last_use()
         with torch.no_grad():
@@ -210,7 +211,7 @@ def _checked(
     recompute: bool,
     concrete: bool,
 ) -> Sizes:
-    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr = weights
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v = weights
     spec = CELLS.get(cell)
     if spec is None:
         raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
@@ -222,8 +223,10 @@ def _checked(
         )
     if weight_ih.dim() != 2 or weight_ih.shape[0] % spec.input_gates or weight_ih.shape[0] == 0:
         raise RuntimeError(f"weight_ih: expected shape ({spec.input_gates}·hidden_size, input_size), got {tuple(weight_ih.shape)}")
-    if spec.projected != (weight_hr is not None):
-        raise RuntimeError(f"weight_hr: expected {'a tensor' if spec.projected else 'None'} for cell {cell!r}")
+    wanted = (("weight_hh", weight_hh, spec.hidden_gates), ("weight_hr", weight_hr, spec.projected), ("weight_v", weight_v, spec.learned))
+    for name, weight, has in wanted:
+        if bool(has) != (weight is not None):
+            raise RuntimeError(f"{name}: expected {'a tensor' if has else 'None'} for cell {cell!r}")
     if states is not None and len(states) != len(spec.states):
         raise RuntimeError(f"states: expected {len(spec.states)} ({', '.join(spec.states)}) for cell {cell!r}, got {len(states)}")
     H = weight_ih.shape[0] // spec.input_gates
@@ -245,7 +248,10 @@ def _checked(
     if concrete and max(input.numel(), input.numel() // max(input.shape[-1], 1) * spec.room * H) >= 2**60:
         raise RuntimeError(f"input: {T} steps of {B} rows with {H} hidden units are more than memory can address")
     _expect("weight_ih", weight_ih, (spec.input_gates * H, input.shape[-1]), input)
-    _expect("weight_hh", weight_hh, (spec.hidden_gates * H, P), input)
+    if weight_hh is not None:
+        _expect("weight_hh", weight_hh, (spec.hidden_gates * H, P), input)
+    if weight_v is not None:
+        _expect("weight_v", weight_v, (spec.learned * H,), input)
     for i, state in enumerate(states or ()):
         _expect(f"states[{i}] ({spec.states[i]})", state, (B, H if i else P), input)
     if bias_ih is not None:
@@ -312,10 +318,11 @@ def sequence(
     input: Tensor,
     states: Seq[Tensor] | None,
     weight_ih: Tensor,
-    weight_hh: Tensor,
+    weight_hh: Tensor | None,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
     weight_hr: Tensor | None = None,
+    weight_v: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
@@ -330,7 +337,8 @@ def sequence(
             bfloat16 or float16.
         states: one tensor a state before the first step, ``h [B, P]`` and for LSTM ``c [B, H]``; None: zeros.
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in torch.nn: ``[gates·H, I]``, ``[gates·H, P]``, ``[gates·H]``,
-            ``[gates·H]``, ``[P, H]``.
+            ``[gates·H]``, ``[P, H]``. weight_hh is None for a cell without a matrix, weight_hr for one without a projection.
+        weight_v: ``[vectors·H]``, for cells that multiply a state by a number a unit (peephole LSTM, IndRNN), None for others.
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
         reverse: run from the last step (a ragged row's own last step) to the first. The output keeps the input's order.
         engine: ``"auto"``; ``"cpu"``; ``"stepwise"``, a product by torch and one run of the cell a step, on any device; ``"persistent"``,
@@ -352,7 +360,7 @@ def sequence(
     >>> y.shape, torch.equal(y[-1], h_n)
     (torch.Size([5, 2, 4]), True)
     """
-    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
     if engine == "torch" or (engine == "auto" and input.is_cuda and _torch_is_faster(cell, input, weights, batch_sizes, reverse)):
         s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, not torch.compiler.is_compiling())
         theirs: tuple[Tensor, ...] = peer.run(s, input, states, weights, batch_sizes)
@@ -383,7 +391,8 @@ def sequence(
     if needs_grad:
         result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, *tensors)  # type: ignore[no-untyped-call]
         return result
-    output, final, _, _ = _RUNS[s.engine].forward(s, False, input, tensors[6:], Weights(*tensors[1:6]), batch_sizes)
+    dense = Weights(*tensors[1 : 1 + _COUNT])
+    output, final, _, _ = _RUNS[s.engine].forward(s, False, input, tensors[1 + _COUNT :], dense, batch_sizes)
     return (output, *final)
 
 
@@ -391,7 +400,7 @@ def _torch_is_faster(cell: str, input: Tensor, weights: Weights, batch_sizes: Te
     if cell not in CELLS or batch_sizes is not None or input.dim() != 3 or torch.compiler.is_compiling():
         return False  # what is wrong with it is said elsewhere
     H = weights.ih.shape[0] // CELLS[cell].input_gates
-    return peer.is_faster(Sizes(CELLS[cell], reverse, input.shape[0], input.shape[1], H, weights.hh.shape[-1]), input.dtype, input.device)
+    return peer.is_faster(Sizes(CELLS[cell], reverse, input.shape[0], input.shape[1], H, H), input.dtype, input.device)
 
 
 def _traceable(
@@ -408,8 +417,9 @@ def _traceable(
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
     if states is None:
         batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        widths = [weights.hh.shape[1]] + [weights.hh.shape[0] // CELLS[cell].hidden_gates] * (len(CELLS[cell].states) - 1)
-        states = [input.new_zeros(batch, width) for width in widths]
+        H = weights.ih.shape[0] // CELLS[cell].input_gates
+        P = H if weights.hr is None else weights.hr.shape[0]
+        states = [input.new_zeros(batch, width) for width in [P] + [H] * (len(CELLS[cell].states) - 1)]
     s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, False)
     results: list[Tensor] = torch.ops.rnnkernels.sequence(
         cell, input, list(states), *weights, batch_sizes, reverse, engine, recompute, training
@@ -421,13 +431,13 @@ def _traceable(
 
 _library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "sequence(str cell, Tensor input, Tensor[] states, Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? batch_sizes, bool reverse, str engine, bool recompute, bool training) -> Tensor[]"
+    "sequence(str cell, Tensor input, Tensor[] states, Tensor weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, bool reverse, str engine, bool recompute, bool training) -> Tensor[]"
 )
 _library.define(
     "sequence_backward(str cell, bool[] needs, Tensor? grad_output, Tensor?[] grad_final, Tensor input, Tensor[] states,"
-    " Tensor weight_ih, Tensor weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? batch_sizes, bool reverse,"
-    " str engine, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
+    " Tensor weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes,"
+    " bool reverse, str engine, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
 )
 
 
@@ -436,10 +446,11 @@ def _op_forward(
     input: Tensor,
     states: Seq[Tensor],
     weight_ih: Tensor,
-    weight_hh: Tensor,
+    weight_hh: Tensor | None,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
+    weight_v: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
@@ -447,7 +458,7 @@ def _op_forward(
     training: bool,
 ) -> list[Tensor]:
     """output, final states, and for training the kept values, if not to be recomputed, and the histories of the other states"""
-    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
     s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, True)
     rows = None if batch_sizes is None else batch_sizes.contiguous()
     dense = [state.contiguous() for state in states]
@@ -460,10 +471,11 @@ def _op_forward_fake(
     input: Tensor,
     states: Seq[Tensor],
     weight_ih: Tensor,
-    weight_hh: Tensor,
+    weight_hh: Tensor | None,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
+    weight_v: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
@@ -471,7 +483,8 @@ def _op_forward_fake(
     training: bool,
 ) -> list[Tensor]:
     spec = CELLS[cell]
-    H, P = weight_ih.shape[0] // spec.input_gates, weight_hh.shape[1]
+    H = weight_ih.shape[0] // spec.input_gates
+    P = H if weight_hr is None else weight_hr.shape[0]
     N = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
     results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
     if training and not recompute:
@@ -489,10 +502,11 @@ def _op_backward(
     input: Tensor,
     states: Seq[Tensor],
     weight_ih: Tensor,
-    weight_hh: Tensor,
+    weight_hh: Tensor | None,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
+    weight_v: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
@@ -501,11 +515,12 @@ def _op_backward(
     history: Seq[Tensor],
 ) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
-    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)
+    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
     s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, kept is None, True)
     N = s.steps * s.batch if batch_sizes is None else input.shape[0]
-    if len(needs) != 6 + len(states) or len(grad_final) != len(states) or len(history) != len(states) - 1:
-        raise RuntimeError(f"needs, grad_final, history: expected {6 + len(states)}, {len(states)}, {len(states) - 1} of them")
+    counts = (1 + _COUNT + len(states), len(states), len(states) - 1)
+    if (len(needs), len(grad_final), len(history)) != counts:
+        raise RuntimeError("needs, grad_final, history: expected {}, {}, {} of them".format(*counts))
     _expect("output", output, (*input.shape[:-1], s.output), input)
     if kept is not None:
         _expect("kept", kept, (N, s.cell.room * s.hidden), input)
@@ -539,10 +554,11 @@ def _op_backward_fake(
     input: Tensor,
     states: Seq[Tensor],
     weight_ih: Tensor,
-    weight_hh: Tensor,
+    weight_hh: Tensor | None,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
+    weight_v: Tensor | None,
     batch_sizes: Tensor | None,
     reverse: bool,
     engine: str,
@@ -550,11 +566,9 @@ def _op_backward_fake(
     kept: Tensor | None,
     history: Seq[Tensor],
 ) -> list[Tensor]:
-    spec = CELLS[cell]
-    bias = (weight_hh.shape[0],)
-    H = weight_ih.shape[0] // spec.input_gates
-    projection = (0,) if weight_hr is None else weight_hr.shape
-    shapes = (input.shape, weight_ih.shape, weight_hh.shape, (spec.input_gates * H,), bias, projection, *(state.shape for state in states))
+    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
+    s = Sizes(CELLS[cell], reverse, 0, 0, weight_ih.shape[0] // CELLS[cell].input_gates, 0)
+    shapes = [*grad_shapes(s, input, weights), *(state.shape for state in states)]
     return [input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
 
 
@@ -575,13 +589,13 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
         raise RuntimeError("training: expected True for an op that is differentiated, got False")
     n = ctx.states
     input, *saved = ctx.saved_tensors
-    weights, (batch_sizes, y, kept, *rest) = saved[:5], saved[5:]
+    weights, (batch_sizes, y, kept, *rest) = saved[:_COUNT], saved[_COUNT:]
     results = torch.ops.rnnkernels.sequence_backward(
         ctx.cell, ctx.needs, grads[0], grads[1 : 1 + n], input, rest[:n], *weights, batch_sizes, ctx.reverse, ctx.engine, y, kept, rest[n:]
     )
     needed = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
-    input_grad, *others = needed[:6]
-    return (None, input_grad, needed[6:], *others, None, None, None, None, None)
+    input_grad, *others = needed[: 1 + _COUNT]
+    return (None, input_grad, needed[1 + _COUNT :], *others, None, None, None, None, None)
 
 
 for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):

@@ -24,7 +24,7 @@ class Cell:
     name: str
     states: tuple[str, ...]
     slots: tuple[tuple[str, bool, bool], ...]  # name, fed by the input, fed by the state
-    vectors: tuple[tuple[str, int], ...]
+    vectors: tuple[tuple[str, int, bool, bool, int], ...]  # name, slot, learned (else a bias of U), times a state: after the step, which
     stages: tuple[tuple[int, int, int, bool], ...]  # first slot, slots, what its matrix multiplies (-1: state 0), as wide as the output
     kept: int
     room: int  # values of a token between forward and backward
@@ -32,13 +32,19 @@ class Cell:
     input_gates: int
     hidden_gates: int
     hidden_runs: tuple[tuple[int, int, int], ...]  # consecutive slots that U feeds: first row block of weight_hh, first slot, last slot + 1
+    stage_rows: tuple[tuple[int, int], ...]  # of each stage: first and last + 1 row block of weight_hh; (0, 0): none
+    learned: int  # row blocks of weight_v
     uniform: bool  # the input and U feed all slots, and a token has room for nothing else
 
 
 def _cell(index: int, d: dict[str, Any]) -> Cell:
     slots: list[tuple[str, bool, bool]] = d["slots"]
-    first, count, *_ = d["stages"][0]
-    fed = [i for i in range(first, first + count) if slots[i][2]]
+    fed: list[int] = []
+    rows: list[tuple[int, int]] = []
+    for first, count, _, projects in d["stages"]:
+        begin = len(fed)
+        fed += [] if projects else [i for i in range(first, first + count) if slots[i][2]]
+        rows.append((begin, len(fed)) if len(fed) > begin else (0, 0))
     runs, row = [], 0
     for _, group in itertools.groupby(enumerate(fed), lambda pair: pair[1] - pair[0]):
         members = [slot for _, slot in group]
@@ -58,6 +64,8 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         inputs,
         len(fed),
         tuple(runs),
+        tuple(rows),
+        sum(learned for _, _, learned, *_ in d["vectors"]),
         runs == [(0, 0, inputs)] and d["room"] == inputs,
     )
 
@@ -66,13 +74,14 @@ CELLS: dict[str, Cell] = {d["name"]: _cell(i, d) for i, d in enumerate(_C.cells(
 
 
 class Weights(NamedTuple):
-    """Of one layer and direction, each row block a slot; ``hr``: the projection."""
+    """Of one layer and direction, each row block a slot; ``hr``: the projection; ``v``: a number a unit, each row block a vector."""
 
     ih: Tensor
-    hh: Tensor
+    hh: Tensor | None
     bias_ih: Tensor | None
     bias_hh: Tensor | None
     hr: Tensor | None
+    v: Tensor | None
 
     def dense(self) -> Weights:
         return Weights(*(None if w is None else w.contiguous() for w in self))  # type: ignore[arg-type]
@@ -93,7 +102,7 @@ class Sizes(NamedTuple):
     @property
     def complete(self) -> bool:
         """One step on the CPU: torch forms both products, since packing weights costs more than using them once."""
-        return self.steps == 1 and not self.cell.projected and self.engine == "cpu"
+        return self.steps == 1 and len(self.cell.stages) == 1 and self.engine == "cpu"
 
 
 def empty(like: Tensor, shape: Seq[int]) -> Tensor:
@@ -127,12 +136,31 @@ def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Tensor | None, 
     )
 
 
-def vectors(cell: Cell, hidden: int, bias_hh: Tensor | None) -> list[int]:
-    """The per-unit vectors that stand for biases of slots which U alone feeds (b_hn of GRU): blocks of bias_hh."""
-    if bias_hh is None or not cell.vectors:
-        return []
+def vectors(cell: Cell, hidden: int, weights: Weights) -> list[int]:
+    """The per-unit vectors: row blocks of weight_v, and the biases of slots which U alone feeds (b_hn of GRU), blocks of bias_hh."""
     block = {slot: row + slot - first for row, first, end in cell.hidden_runs for slot in range(first, end)}
-    return [bias_hh.data_ptr() + block[slot] * hidden * bias_hh.element_size() for _, slot in cell.vectors]
+    addresses, row = [], 0
+    for _, slot, learned, *_ in cell.vectors:
+        source = weights.v if learned else weights.bias_hh
+        start = row if learned else block[slot]
+        row += learned
+        addresses.append(0 if source is None else source.data_ptr() + start * hidden * source.element_size())
+    return addresses
+
+
+def stage_blocks(cell: Cell, hidden: int, hh: Tensor | None, hr: Tensor | None) -> list[Tensor | None]:
+    """What each stage multiplies with: row blocks of weight_hh, or the projection. Likewise their gradients."""
+    return [
+        hr if projects else None if hh is None or begin == end else hh[begin * hidden : end * hidden]
+        for (begin, end), (*_, projects) in zip(cell.stage_rows, cell.stages, strict=True)
+    ]
+
+
+def grad_shapes(s: Sizes, input: Tensor, weights: Weights) -> list[Seq[int]]:
+    """Of the input's gradient and the weights'; biases have one where the weight is absent too."""
+    biases = [(s.cell.input_gates * s.hidden,), (s.cell.hidden_gates * s.hidden,)]
+    ih, hh, _, _, hr, v = ((0,) if w is None else w.shape for w in weights)
+    return [input.shape, ih, hh, *biases, hr, v]
 
 
 def new_kept(s: Sizes, like: Tensor, tokens: int) -> Tensor:
@@ -160,6 +188,17 @@ def before_each_token(s: Sizes, states: Tensor, initial: Tensor | None, rows: Te
         if known < active:
             parts.append(torch.arange(N + known, N + active))
     return torch.cat([states, initial]).index_select(0, torch.cat(parts).to(states.device))
+
+
+def grad_vectors(s: Sizes, gates: Tensor, states: Seq[Tensor], after: Seq[Tensor], rows: Tensor | None) -> Tensor:
+    """Of weight_v: sums over all tokens of a slot's gradient times the state that the vector multiplied."""
+    H, number = s.hidden, torch.promote_types(gates.dtype, torch.float32)
+    sums = []
+    for _, slot, learned, new, i in s.cell.vectors:
+        if learned:
+            factor = after[i] if new else before_each_token(s, after[i], states[i] if states else None, rows)
+            sums.append((gates[:, slot * H : (slot + 1) * H].to(number) * factor.to(number)).sum(0))
+    return torch.cat(sums).to(gates.dtype)
 
 
 def summed_bias(cell: Cell, hidden: int, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:

@@ -9,7 +9,21 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cells import Cell, Sizes, Weights, address, before_each_token, empty, new_kept, problem, summed_bias, vectors
+from .cells import (
+    Cell,
+    Sizes,
+    Weights,
+    address,
+    before_each_token,
+    empty,
+    grad_shapes,
+    grad_vectors,
+    new_kept,
+    problem,
+    stage_blocks,
+    summed_bias,
+    vectors,
+)
 
 
 class Memory(threading.local):
@@ -74,8 +88,8 @@ def _run(
         address(weights.bias_hh),
         address(kept),
         cell.room * H,
-        [weights.hh.data_ptr(), address(weights.hr)],
-        vectors(cell, H, weights.bias_hh),
+        [address(block) for block in stage_blocks(cell, H, weights.hh, weights.hr)],
+        vectors(cell, H, weights),
         [state.data_ptr() for state in states],
         [state.data_ptr() for state in final],
         output.data_ptr(),
@@ -123,6 +137,7 @@ def _complete(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, we
         return
     for row, first, end in cell.hidden_runs:
         both = max(min(end, inputs), first)  # slots [first, both) have W's part, [both, end) do not
+        assert weights.hh is not None
         u = weights.hh[row * H : (row + end - first) * H]
         if first < both:
             gates[:, first * H : both * H].addmm_(h, u[: (both - first) * H].t())
@@ -155,20 +170,17 @@ def backward(
     task = problem(s, input.dtype, input.shape[-1], rows, True)
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
-    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
-    bias = (weights.ih.shape[:1], weights.hh.shape[:1])
-    projection = () if weights.hr is None else weights.hr.shape
-    shapes = (input.shape, weights.ih.shape, weights.hh.shape, *bias, projection)
-    grads = [empty(input, shape) if need else None for shape, need in zip(shapes, needs[:6], strict=True)]
-    grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr = map(address, grads)
+    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[1 + len(weights) :], strict=True)]
+    grads = [empty(input, shape) if need else None for shape, need in zip(grad_shapes(s, input, weights), needs, strict=False)]
+    grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr, grad_v = grads
     bytes = _C.workspace_bytes(task, True)
     workspace = memory.take(bytes)
     _C.backward(
         task,
         kept.data_ptr(),
         gates.data_ptr(),
-        [weights.hh.data_ptr(), address(weights.hr)],
-        vectors(cell, H, weights.bias_hh),
+        [address(block) for block in stage_blocks(cell, H, weights.hh, weights.hr)],
+        vectors(cell, H, weights),
         [state.data_ptr() for state in states],
         output.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
@@ -177,18 +189,25 @@ def backward(
         [address(g) for g in initial],
         tokens.data_ptr(),
         weights.ih.data_ptr(),
-        grad_x,
-        grad_ih,
-        [grad_hh, grad_hr],
-        grad_bias_ih,
-        grad_bias_hh,
-        [],
+        address(grad_x),
+        address(grad_ih),
+        [address(block) for block in stage_blocks(cell, H, grad_hh, grad_hr)],
+        address(grad_bias_ih),
+        address(grad_bias_hh),
+        _grad_vectors(cell, H, grad_v),
         workspace.data_ptr(),
         bytes,
     )
     if s.complete:
-        _complete_backward(s, grads, initial, gates, tokens, states[0] if states else None, weights)
+        _complete_backward(s, grads, initial, gates, tokens, states, weights, [output.view(tokens.shape[0], s.output), *history])
     return [*grads, *initial]
+
+
+def _grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:
+    if grad_v is None:
+        return []
+    rows = iter(range(cell.learned))
+    return [grad_v[next(rows) * H :].data_ptr() if learned else 0 for _, _, learned, *_ in cell.vectors]
 
 
 def _complete_backward(
@@ -197,12 +216,13 @@ def _complete_backward(
     initial: list[Tensor | None],
     gates: Tensor,
     x: Tensor,
-    h: Tensor | None,
+    states: Seq[Tensor],
     weights: Weights,
+    after: Seq[Tensor],
 ) -> None:
     """The products of a single step's gate gradients, by torch."""
-    cell, H = s.cell, s.hidden
-    grad_x, grad_ih, grad_hh, bias_ih, bias_hh, _ = grads
+    cell, H, h = s.cell, s.hidden, states[0] if states else None
+    grad_x, grad_ih, grad_hh, bias_ih, bias_hh, _, grad_v = grads
     x_gates = gates[:, : cell.input_gates * H]
     if grad_x is not None:
         torch.mm(x_gates, weights.ih, out=grad_x.view(x.shape))
@@ -210,6 +230,8 @@ def _complete_backward(
         torch.mm(x_gates.t(), x, out=grad_ih)
     if bias_ih is not None:
         torch.sum(x_gates, 0, out=bias_ih)
+    if grad_v is not None:
+        grad_v.copy_(grad_vectors(s, gates, states, after, None))
     for row, first, end in cell.hidden_runs:
         rows, run = slice(row * H, (row + end - first) * H), gates[:, first * H : end * H]
         if grad_hh is not None:
@@ -219,5 +241,5 @@ def _complete_backward(
                 torch.mm(run.t(), h, out=grad_hh[rows])
         if bias_hh is not None:
             torch.sum(run, 0, out=bias_hh[rows])
-        if initial and initial[0] is not None:
+        if initial and initial[0] is not None and weights.hh is not None:
             initial[0].addmm_(run, weights.hh[rows])

@@ -18,6 +18,7 @@ _FUNCTIONS: dict[str, Any] = {
     "lstm_projected": torch._VF.lstm,
 }
 
+CELLS = tuple(_FUNCTIONS)
 WHY = "torch's cuDNN is taken to be faster here (a guess, not yet measured)"
 
 
@@ -52,6 +53,7 @@ def run(s: Sizes, input: Tensor, states: Seq[Tensor] | None, weights: Weights, b
     if states is None:
         states = [input.new_zeros(s.batch, s.hidden if i else s.output) for i in range(len(s.cell.states))]
     hx = tuple(state.unsqueeze(0) for state in states)
+    assert weights.hh is not None
     flat = [weights.ih, weights.hh]
     biased = weights.bias_ih is not None or weights.bias_hh is not None
     if biased:

@@ -14,7 +14,21 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cells import PERSISTENT, Cell, Sizes, Weights, address, before_each_token, empty, new_kept, problem, summed_bias, vectors
+from .cells import (
+    PERSISTENT,
+    Cell,
+    Sizes,
+    Weights,
+    address,
+    before_each_token,
+    empty,
+    grad_vectors,
+    new_kept,
+    problem,
+    stage_blocks,
+    summed_bias,
+    vectors,
+)
 
 
 def device_of(t: Tensor) -> tuple[int, int]:
@@ -59,11 +73,6 @@ def _widths(s: Sizes) -> list[int]:
 def _columns(cell: Cell, stage: int) -> int:
     first, count, *_ = cell.stages[stage]
     return sum(h for _, _, h in cell.slots[first : first + count])
-
-
-def _matrices(weights: Weights) -> tuple[Tensor, Tensor | None]:
-    """What each stage multiplies with."""
-    return weights.hh, weights.hr
 
 
 def _width(s: Sizes, stage: int) -> int:
@@ -138,8 +147,8 @@ def _walk_together(
         task,
         gates.data_ptr(),
         gates.shape[1],
-        [address(w) for w in _matrices(weights)],
-        vectors(s.cell, s.hidden, weights.bias_hh),
+        [address(block) for block in stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)],
+        vectors(s.cell, s.hidden, weights),
         [state.data_ptr() for state in states],
         [state.data_ptr() for state in final],
         output.data_ptr(),
@@ -162,12 +171,12 @@ def _walk(
     output: Tensor,
     history: Seq[Tensor],
 ) -> list[Tensor]:
-    cell, H, dtype, matrices = s.cell, s.hidden, gates.dtype, _matrices(weights)
+    cell, H, dtype, matrices = s.cell, s.hidden, gates.dtype, stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)
     steps, task = _Steps(s, rows), problem(s, dtype, 0, None, training)
     number = _number(dtype)
     carried = [state.to(number, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=number) for width in _widths(s)]
     between = gates.new_empty(s.batch, cell.kept * H, dtype=number) if len(cell.stages) > 1 else None
-    y, unit_vectors, place = output.view(-1, s.output), vectors(cell, H, weights.bias_hh), device_of(gates)
+    y, unit_vectors, place = output.view(-1, s.output), vectors(cell, H, weights), device_of(gates)
     for n, step in enumerate(steps.forward()):
         active, token, before = steps.size[step], steps.start[step], steps.before(step)
         for stage, (_, _, operand, _) in enumerate(cell.stages):
@@ -228,21 +237,21 @@ def backward(
         kept, overwrite = recompute(s, input, states, weights, rows, output, history), True
     # The stages of a cell hand kept values on to each other where the gradients go.
     gates = kept if overwrite else kept.clone() if len(cell.stages) > 1 else torch.empty_like(kept)
-    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[6:], strict=True)]
+    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[1 + len(weights) :], strict=True)]
     upstream = None if grad_output is None else grad_output.contiguous().view(-1, P)
     finals = [None if g is None else g.contiguous() for g in grad_final]
     if s.batch:
         walk = _walk_back_together if s.engine in PERSISTENT else _walk_back
         walk(s, gates, kept, upstream, finals, initial, states, weights, rows, y, history)
-    grads: list[Tensor | None] = [None] * 6
+    grads: list[Tensor | None] = [None] * (1 + len(weights))
+    after = [y, *history]
     x_gates = gates[:, : cell.input_gates * H]
     if needs[0]:
         grads[0] = torch.mm(x_gates, weights.ih).view(input.shape)
     if needs[1]:
         grads[1] = torch.mm(x_gates.t(), tokens)
     if needs[2]:
-        before = before_each_token(s, y, states[0] if states else None, rows)
-        grads[2] = torch.cat([torch.mm(gates[:, first * H : end * H].t(), before) for _, first, end in cell.hidden_runs])
+        grads[2] = _grad_hh(s, gates, kept, before_each_token(s, y, states[0] if states else None, rows))
     if needs[3] or needs[4]:
         total = gates.sum(0)
         if needs[3]:
@@ -252,7 +261,19 @@ def backward(
     if needs[5]:
         slots = len(cell.slots)
         grads[5] = torch.mm(gates[:, (slots - 1) * H : (slots - 1) * H + P].t(), kept[:, slots * H : (slots + 1) * H])
+    if needs[6]:
+        grads[6] = grad_vectors(s, gates, states, after, rows)
     return [*grads, *initial]
+
+
+def _grad_hh(s: Sizes, gates: Tensor, kept: Tensor, before: Tensor) -> Tensor:
+    """Each stage's slots times what its matrix multiplied."""
+    H, products = s.hidden, []
+    for (begin, end), (first, count, operand, _) in zip(s.cell.stage_rows, s.cell.stages, strict=True):
+        fed = [i for i in range(first, first + count) if s.cell.slots[i][2]]
+        read = before if operand < 0 else kept[:, operand * H : (operand + 1) * H]
+        products += [torch.mm(gates[:, i * H : (i + 1) * H].t(), read) for i in fed[: end - begin]]
+    return torch.cat(products)
 
 
 def _walk_back_together(
@@ -276,8 +297,8 @@ def _walk_back_together(
         task,
         (gates if len(s.cell.stages) > 1 else kept).data_ptr(),
         gates.data_ptr(),
-        [address(w) for w in _matrices(weights)],
-        vectors(s.cell, s.hidden, weights.bias_hh),
+        [address(block) for block in stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)],
+        vectors(s.cell, s.hidden, weights),
         [state.data_ptr() for state in states],
         y.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
@@ -304,7 +325,7 @@ def _walk_back(
     y: Tensor,
     history: Seq[Tensor],
 ) -> None:
-    cell, dtype, matrices = s.cell, gates.dtype, _matrices(weights)
+    cell, dtype, matrices = s.cell, gates.dtype, stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)
     steps, task = _Steps(s, rows), problem(s, dtype, 0, None, True)
     number, last = _number(dtype), len(cell.stages) - 1
     carried = [
@@ -313,7 +334,7 @@ def _walk_back(
     ]
     # The gate gradients that the next product reads; a row that has left keeps those of its last visit.
     staged = [gates.new_zeros(s.batch, _columns(cell, stage) * _width(s, stage), dtype=number) for stage in range(last + 1)]
-    unit_vectors, place = vectors(cell, s.hidden, weights.bias_hh), device_of(gates)
+    unit_vectors, place = vectors(cell, s.hidden, weights), device_of(gates)
     source = gates if last else kept
     for n, step in enumerate(reversed(steps.forward())):
         active, token, before = steps.size[step], steps.start[step], steps.before(step)
@@ -345,6 +366,6 @@ def _walk_back(
             )
     for i, (to, state) in enumerate(zip(initial, carried, strict=False)):
         if to is not None:
-            if i == 0 and staged[0].shape[1]:
-                state = state + torch.mm(staged[0].to(dtype), weights.hh)
+            if i == 0 and matrices[0] is not None:
+                state = state + torch.mm(staged[0].to(dtype), matrices[0])
             to.copy_(state)

@@ -46,7 +46,7 @@ class Gradients {
       for (int i = 0, x = 0, h = 0; i < w.cell.slots; ++i) {
         const void* sums = slot_sums(i * w.p.hidden + begin);
         if (w.cell.slot[i].feeds & X) store(sums, g.grad_bias_ih, x++);
-        if (w.cell.in_stage(0, i) && (w.cell.slot[i].feeds & H)) store(sums, g.grad_bias_hh, h++);
+        if (w.cell.biased(i)) store(sums, g.grad_bias_hh, h++);
       }
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
@@ -184,13 +184,21 @@ class Gradients {
       w.ops.add(all.data(), n, slot_sums(begin));
     });
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
-      std::vector<double> gate(static_cast<size_t>(n)), factor(static_cast<size_t>(n)), sum(static_cast<size_t>(n));
+      std::vector<double> gate(static_cast<size_t>(n)), factor(static_cast<size_t>(n)), some(static_cast<size_t>(n)),
+          all(static_cast<size_t>(n));
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
         if (!g.grad_vectors[i] || vector.factor == Factor::One) continue;
-        std::fill(sum.begin(), sum.end(), 0.0);
+        std::fill(some.begin(), some.end(), 0.0);
+        std::fill(all.begin(), all.end(), 0.0);
+        int64_t chain = 0;
         for (int64_t t = t0; t < t1; ++t)
           for (int64_t b = 0; b < w.rows(t); ++b) {
+            if (chain++ == kTokensInAChain) {
+              w.ops.add(some.data(), n, all.data());
+              std::fill(some.begin(), some.end(), 0.0);
+              chain = 1;
+            }
             const int64_t place = w.offsets[size_t(t)] + b;
             const void* states = vector.state == 0 ? g.output : g.history[vector.state];
             const void* state = vector.factor == Factor::OldState ? before(vector.state, t, b)
@@ -198,9 +206,10 @@ class Gradients {
             if (!state) continue;
             w.storage.load(at(state, begin * w.storage_bytes), n, factor.data());
             w.storage.load(at(gates_of(place), (vector.slot * w.p.hidden + begin) * w.storage_bytes), n, gate.data());
-            w.ops.multiply_add(factor.data(), gate.data(), n, sum.data());
+            w.ops.multiply_add(factor.data(), gate.data(), n, some.data());
           }
-        w.ops.add(sum.data(), n, vector_sums(i * w.p.hidden + begin));
+        w.ops.add(some.data(), n, all.data());
+        w.ops.add(all.data(), n, vector_sums(i * w.p.hidden + begin));
       }
     });
   }

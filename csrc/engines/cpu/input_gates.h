@@ -13,7 +13,7 @@ class InputGates {
   void start(const Walk::Member& me) const {
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
       for (int i = 0, h = 0; i < w.cell.slots; ++i) {
-        const bool u = w.cell.in_stage(0, i) && (w.cell.slot[i].feeds & H), x = w.cell.slot[i].feeds & X;
+        const bool u = w.cell.biased(i), x = w.cell.slot[i].feeds & X;
         void* const to = at(bias, (i * w.p.hidden + begin) * w.number_bytes);
         if (x) w.load_or_zero(at(f.bias_ih, (i * w.p.hidden + begin) * w.storage_bytes), 0, n, to);
         if (x && u && f.bias_hh) w.storage.add(at(f.bias_hh, (h * w.p.hidden + begin) * w.storage_bytes), n, to);

@@ -10,14 +10,14 @@
 
 namespace rnnkernels::cuda {
 
-#define RNN_CELL(name, ...) extern const CellKernels kernels_##name;
+#define RNN_CELL(name, heat, ...) extern const CellKernels kernels_##name;
 #include "cells/cells.def"
 #undef RNN_CELL
 
 namespace {
 
 const CellKernels* const kKernels[] = {
-#define RNN_CELL(name, ...) &kernels_##name,
+#define RNN_CELL(name, heat, ...) &kernels_##name,
 #include "cells/cells.def"
 #undef RNN_CELL
 };
@@ -119,6 +119,8 @@ std::string fits(const Problem& p, bool backward, int index) {
     if (cell.stage[s].reduction != Reduction::None)
       return std::string("the persistent engine has no reduction across units, which ") + cell.name + " asks for";
   const PersistentKernels& kernels = kernels_of(p);
+  if (!kKernels[p.cell]->persistent[int(Storage::F32)].forward)
+    return std::string("the persistent engine is not compiled for ") + cell.name + ", which is not among the hot cells of cells.def";
   if (!kernels.forward) return "the persistent engine computes in float32: float64 runs stepwise";
   if (p.steps >= int64_t(1) << 32) return "the persistent engine counts steps in 32 bits";
   const Use device_of_call(index);

@@ -253,15 +253,23 @@ constexpr StepKernels step_kernels() {
   return k;
 }
 
-template <class Cell>
+// As cells.def has it.
+enum class Heat { COLD, HOT };
+
+template <Heat heat, class Cell>
 constexpr CellKernels cell_kernels() {
-  return {{persistent_kernels<Cell, float, Exact>(),
-           {},
-           persistent_kernels<Cell, bf16, Tensor<Fragment::Bf16>>(),
-           persistent_kernels<Cell, f16, Tensor<Fragment::F16>>()},
-          persistent_kernels<Cell, float, Tensor<Fragment::Tf32>>(),
-          {step_kernels<Cell, scalar::F32, float>(), step_kernels<Cell, scalar::F64, double>(), step_kernels<Cell, scalar::F32, bf16>(),
-           step_kernels<Cell, scalar::F32, f16>()}};
+  CellKernels k{};
+  if constexpr (heat == Heat::HOT) {
+    k.persistent[int(Storage::F32)] = k.tf32 = persistent_kernels<Cell, float, Exact>();
+    k.persistent[int(Storage::BF16)] = persistent_kernels<Cell, bf16, Tensor<Fragment::Bf16>>();
+    k.persistent[int(Storage::F16)] = persistent_kernels<Cell, f16, Tensor<Fragment::F16>>();
+    if constexpr (InfoOf<Cell>::value.has_matrix()) k.tf32 = persistent_kernels<Cell, float, Tensor<Fragment::Tf32>>();
+  }
+  k.step[int(Storage::F32)] = step_kernels<Cell, scalar::F32, float>();
+  k.step[int(Storage::F64)] = step_kernels<Cell, scalar::F64, double>();
+  k.step[int(Storage::BF16)] = step_kernels<Cell, scalar::F32, bf16>();
+  k.step[int(Storage::F16)] = step_kernels<Cell, scalar::F32, f16>();
+  return k;
 }
 
 }  // namespace rnnkernels::cuda
