@@ -1,6 +1,12 @@
-"""A stack of sequences: layers and directions, with dropout between the layers. Time comes first throughout."""
+"""A stack of sequences: layers and directions, with dropout between the layers; and how a padded batch is cut into what runs unbroken.
+
+Time comes first throughout.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,7 +14,7 @@ from torch import Tensor
 
 from . import ops
 
-__all__ = ["stack"]
+__all__ = ["Segments", "segments", "stack"]
 
 
 def stack(
@@ -55,3 +61,50 @@ def stack(
     if len(finals) == 1:
         return input, *[state.unsqueeze(0) for state in finals[0]]
     return input, *[torch.stack(column) for column in zip(*finals, strict=True)]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """What of a padded batch runs unbroken: each segment is a row of a ragged batch of its own, the longest first.
+
+    ``index [N]``: of each of the ragged batch's tokens, ``t · B + b`` in the padded one. ``batch_sizes``: as PackedSequence has it.
+    ``row [S]``, ``start [S]``, ``end [S]``: where each segment lies. ``reset [S]``: whether it starts at a reset and not at the sequence's
+    own start. ``first [B]``, ``last [B]``: the segment in which each row starts and the one in which it ends, S where it has none.
+    """
+
+    index: Tensor
+    batch_sizes: Tensor
+    row: Tensor
+    start: Tensor
+    end: Tensor
+    reset: Tensor
+    first: Tensor
+    last: Tensor
+
+
+def segments(T: int, B: int, lengths: Tensor | None, reset_mask: Tensor | None) -> Segments:
+    """Cut T steps of B rows, of which row b has ``lengths[b]`` (None: T), before every step that ``reset_mask [T, B]`` marks."""
+    given = lengths if reset_mask is None else reset_mask
+    device = None if given is None else given.device
+    ends = torch.full((B,), T, device=device) if lengths is None else lengths.to(device, torch.int64)
+    steps = torch.arange(T, device=device)
+    begins = (steps == 0).expand(B, T)
+    if reset_mask is not None:
+        begins = begins | reset_mask.t()
+    row, start = (begins & (steps < ends.unsqueeze(1))).nonzero(as_tuple=True)  # row by row
+    S = len(row)
+    final = torch.ones(S, dtype=torch.bool, device=device)
+    final[:-1] = row[1:] != row[:-1]
+    end = torch.where(final, ends[row], start.roll(-1)) if S else start
+    reset = start > 0 if reset_mask is None else reset_mask[start, row]
+    order = (end - start).argsort(descending=True, stable=True)
+    place = torch.empty_like(order)
+    place[order] = torch.arange(S, device=device)
+    first, last = (torch.full((B,), S, device=device) for _ in range(2))
+    last[row[final]] = place[final]
+    first[row[start == 0]] = place[start == 0]
+    row, start, end, reset = row[order], start[order], end[order], reset[order]
+    sizes = S - torch.bincount(end - start, minlength=1).cumsum(0)[:-1]  # how many are longer than 0, 1, …
+    step = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
+    segment = torch.arange(len(step), device=device) - (sizes.cumsum(0) - sizes)[step]
+    return Segments((start[segment] + step) * B + row[segment], sizes.cpu(), row, start, end, reset, first, last)

@@ -95,27 +95,135 @@ class _Layer(nn.RNNBase):
         engine = f", engine={self.engine}" if self.engine != "auto" else ""
         return super().extra_repr() + engine + (", recompute=True" if self.recompute else "")
 
-    def forward(self, input: Any, hx: Any = None) -> tuple[Any, Any]:
-        """Run the layer; see the class for shapes and errors."""
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_state: Any = None,
+    ) -> tuple[Any, Any]:
+        """Run the layer; see the class for shapes and errors.
+
+        Args:
+            lengths: ``[B]``, integers from 0 to T, in any order, on any device: how many steps each row has. Outputs past them are
+                zero, the final state is that after a row's last step, and the reverse direction starts there.
+            reset_mask: ``[T, B]`` booleans (``[B, T]`` if batch_first, ``[T]`` unbatched): the state before a marked step is replaced by
+                ``reset_state``, and nothing flows across, neither forward nor, in the reverse direction, back over the same boundary.
+            reset_state: as hx; each of its tensors ``[L · D, H]``, as hx ``[L · D, B, H]``, or one for each step that may be marked
+                ``[T, L · D, B, H]``. Zeros if None. Gradients flow into it.
+
+        Raises, beyond what the class says: ``ValueError`` for lengths or reset_mask beside a PackedSequence, reset_state without
+        reset_mask, lengths out of range; ``RuntimeError`` for wrong shapes or dtypes of the three.
+        """
         data, states, batch_sizes, weights = self._prepare(input, hx)
-        output, *finals = functional.stack(
-            self._cell,
-            data,
-            states,
-            weights,
-            bidirectional=self.bidirectional,
-            dropout=self.dropout,
-            training=self.training,
-            batch_sizes=batch_sizes,
-            engine=self.engine,
-            recompute=self.recompute,
-        )
+        cut = None
+        if lengths is not None or reset_mask is not None or reset_state is not None:
+            lengths, reset_mask = self._check_cuts(input, data, lengths, reset_mask, reset_state)
+            cut = functional.segments(data.size(0), data.size(1), lengths, reset_mask)
+            padded, data, batch_sizes = data, data.flatten(0, 1).index_select(0, cut.index.to(data.device)), cut.batch_sizes
+            initial, states = states, self._initial(padded, cut, states, reset_state)
+        finals: Sequence[Tensor]
+        if cut is not None and len(cut.batch_sizes) == 0:
+            assert states is not None
+            output, finals = data.new_zeros(0, self._output_width), states
+        else:
+            output, *finals = functional.stack(
+                self._cell,
+                data,
+                states,
+                weights,
+                bidirectional=self.bidirectional,
+                dropout=self.dropout,
+                training=self.training,
+                batch_sizes=batch_sizes,
+                engine=self.engine,
+                recompute=self.recompute,
+            )
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
             return packed, self.permute_hidden(self._join(finals), input.unsorted_indices)
+        if cut is not None:
+            output, finals = self._join_segments(padded, cut, output, finals, initial)
         if input.dim() == 2:
             return output.squeeze(1), self._join([state.squeeze(1) for state in finals])
         return output.transpose(0, 1) if self.batch_first else output, self._join(finals)
+
+    @property
+    def _output_width(self) -> int:
+        return (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
+
+    def _check_cuts(
+        self, input: Any, data: Tensor, lengths: Tensor | None, reset_mask: Tensor | None, reset_state: Any
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Raise, or return lengths and a mask [T, B]."""
+        if isinstance(input, PackedSequence):
+            raise ValueError("lengths and reset_mask go with a padded input, got a PackedSequence: pad it with pad_packed_sequence")
+        if reset_state is not None and reset_mask is None:
+            raise ValueError("reset_state: expected a reset_mask beside it, got None")
+        T, B = data.shape[:2]
+        if lengths is not None:
+            if lengths.shape != (B,) or lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64):
+                raise RuntimeError(f"lengths: expected integers of shape ({B},), got {lengths.dtype} of shape {tuple(lengths.shape)}")
+            if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
+                raise ValueError(f"lengths: expected 0 to {T}, got {int(lengths.min())} to {int(lengths.max())}")
+        if reset_mask is not None:
+            shape = (T,) if input.dim() == 2 else (B, T) if self.batch_first else (T, B)
+            if reset_mask.shape != shape or reset_mask.dtype is not torch.bool:
+                raise RuntimeError(
+                    f"reset_mask: expected torch.bool of shape {shape}, got {reset_mask.dtype} of shape {tuple(reset_mask.shape)}"
+                )
+            reset_mask = reset_mask.unsqueeze(1) if input.dim() == 2 else reset_mask.t() if self.batch_first else reset_mask
+        return lengths, reset_mask
+
+    def _initial(self, data: Tensor, cut: functional.Segments, states: Sequence[Tensor] | None, reset_state: Any) -> list[Tensor]:
+        """States [L · D, S, ·] from which the segments start, in the direction of each."""
+        T, B = data.shape[:2]
+        layers, directions = self.num_layers, 2 if self.bidirectional else 1
+        K, row, S = layers * directions, cut.row.to(data.device), len(cut.row)
+        resets = None if reset_state is None else self._split(reset_state)
+        # Forward a segment's state comes from before its start, in reverse from after its end.
+        own = torch.stack([~cut.reset, cut.last[cut.row] == torch.arange(S, device=cut.row.device)][:directions]).to(data.device)
+        at = torch.stack([cut.start, cut.end.clamp(max=T - 1)][:directions]).to(data.device)
+        initial = []
+        for i, width in enumerate(self._widths):
+            given = data.new_zeros(K, S, width) if states is None else states[i].index_select(1, row)
+            if resets is None:
+                reset = data.new_zeros(1, 1, 1)
+            elif resets[i].shape == (K, width):
+                reset = resets[i].unsqueeze(1)
+            elif resets[i].shape == (K, B, width):
+                reset = resets[i].index_select(1, row)
+            elif resets[i].shape == (T, K, B, width):
+                both = [resets[i][at[d], :, row].transpose(0, 1)[d::directions] for d in range(directions)]
+                reset = torch.stack(both, 1).flatten(0, 1)
+            else:
+                raise RuntimeError(
+                    f"reset_state: expected shape {(K, width)}, {(K, B, width)} or {(T, K, B, width)}, got {tuple(resets[i].shape)}"
+                )
+            initial.append(torch.where(own.repeat(layers, 1).unsqueeze(2), given, reset))
+        return initial
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return (self.hidden_size,)
+
+    def _join_segments(
+        self, data: Tensor, cut: functional.Segments, output: Tensor, finals: Sequence[Tensor], initial: Sequence[Tensor] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The padded output and the rows' final states; a row without a step keeps its initial one."""
+        T, B = data.shape[:2]
+        padded = output.new_zeros(T * B, output.size(1)).index_copy(0, cut.index.to(data.device), output).view(T, B, -1)
+        ends = [cut.last, cut.first][: 2 if self.bidirectional else 1]
+        joined = []
+        for i, state in enumerate(finals):
+            K, S, width = state.shape
+            kept = state.new_zeros(K, B, width) if initial is None else initial[i]
+            found = torch.cat([state, state.new_zeros(K, 1, width)], 1)
+            place = torch.stack(ends).repeat(self.num_layers, 1).to(data.device).unsqueeze(2).expand(K, B, width)
+            joined.append(torch.where(place < S, found.gather(1, place), kept))
+        return padded, joined
 
     def _prepare(self, input: Any, hx: Any) -> tuple[Tensor, Sequence[Tensor] | None, Tensor | None, list[list[Any]]]:
         """Check what forward was given; return the input time-major, the states as a sequence, batch_sizes, and the weights."""
@@ -242,6 +350,10 @@ class GRU(_Layer):
 
 class _PairLayer(_Layer):
     """A layer of a cell of two states, h and c."""
+
+    @property
+    def _widths(self) -> tuple[int, ...]:
+        return (self.proj_size or self.hidden_size, self.hidden_size)
 
     # torch.nn's own, so that sizes and texts are its by construction.
     get_expected_cell_size = nn.LSTM.get_expected_cell_size

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pack_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence, pad_packed_sequence
 
 import rnnkernels
 from rnnkernels import reference
@@ -150,3 +150,124 @@ def test_bad_input(name: str) -> None:
 def test_an_unknown_nonlinearity_is_refused(kind: str) -> None:
     with pytest.raises(ValueError, match="Unknown nonlinearity 'swish'"):
         getattr(rnnkernels, kind)(SIZE, H, nonlinearity="swish")
+
+
+def by_hand(cell: str, layer: Any, x: Tensor, states: list[Tensor], lengths: list[int], mask: Tensor, reset: Any) -> Any:
+    """Row by row and segment by segment; reset(i, k, t, b) is what state i of layer-direction k becomes before step t of row b."""
+    T, B = x.shape[:2]
+    finals = [[[state[k, b] for b in range(B)] for k in range(len(state))] for state in states]
+    k = 0
+    for depth in range(layer.num_layers):
+        outputs = []
+        for direction in ("", "_reverse") if layer.bidirectional else ("",):
+            columns = []
+            for b in range(B):
+                steps: list[Tensor] = [x.new_zeros(H)] * T
+                current = [state[k, b] for state in states]
+                for t in reversed(range(lengths[b])) if direction else range(lengths[b]):
+                    boundary = t + 1 if direction else t
+                    if boundary < lengths[b] and mask[boundary, b]:
+                        current = [reset(i, k, boundary, b) for i in range(len(states))]
+                    initial = [state.unsqueeze(0) for state in current]
+                    y, *after = reference.sequence(cell, x[t, b].view(1, 1, -1), initial, *weights_of(layer, f"_l{depth}{direction}"))
+                    steps[t], current = y.view(-1), [state.view(-1) for state in after]
+                columns.append(torch.stack(steps))
+                for i, state in enumerate(current):
+                    finals[i][k][b] = state
+            outputs.append(torch.stack(columns, 1))
+            k += 1
+        x = torch.cat(outputs, -1)
+    return x, [torch.stack([torch.stack(rows) for rows in state]) for state in finals]
+
+
+ALL = {**LAYERS, "LSTM": ("LSTM", "lstm", {}), "GRU": ("GRU", "gru", {}), "RNN": ("RNN", "srn_tanh", {})}
+
+
+@pytest.mark.parametrize("kind", ["zeros", "learned", "rows", "steps"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "PeepholeLSTM", "IndRNN tanh"])
+def test_lengths_and_resets(name: str, kind: str) -> None:
+    layer_kind, cell, more = ALL[name]
+    T, B, count = 6, 5, len(reference.CELLS[cell].states)
+    for both, given in itertools.product((False, True), (False, True)):
+        torch.manual_seed(both + 2 * given)
+        layer = getattr(rnnkernels, layer_kind)(SIZE, H, num_layers=2, bidirectional=both, dtype=torch.float64, **more)
+        K = 2 * (1 + both)
+        x = torch.randn(T, B, SIZE, dtype=torch.float64, requires_grad=True)
+        states = [torch.randn(K, B, H, dtype=torch.float64, requires_grad=given) * given for _ in range(count)]
+        mask = torch.rand(T, B) < 0.3
+        lengths = [4, 6, 0, 1, 5]
+        shape = {"zeros": (1,), "learned": (K, H), "rows": (K, B, H), "steps": (T, K, B, H)}[kind]
+        resets = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for _ in range(count)]
+
+        def reset(i: int, k: int, t: int, b: int, resets: list[Tensor] = resets) -> Tensor:
+            full = {"zeros": None, "learned": (k,), "rows": (k, b), "steps": (t, k, b)}[kind]
+            return resets[i].new_zeros(H) if full is None else resets[i][full]
+
+        def bundle(tensors: list[Tensor]) -> Any:
+            return tuple(tensors) if count > 1 else tensors[0]
+
+        output, last = layer(
+            x,
+            bundle(states) if given else None,
+            lengths=torch.tensor(lengths),
+            reset_mask=mask,
+            reset_state=None if kind == "zeros" else bundle(resets),
+        )
+        truth, finals = by_hand(cell, layer, x, states, lengths, mask, reset)
+        for a, b in zip((output, *as_list(last)), (truth, *finals), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        leaves = [x, *layer.parameters(), *(resets if kind != "zeros" else [])]
+        ours = torch.autograd.grad(output.square().sum() + sum(s.sin().sum() for s in as_list(last)), leaves)
+        theirs = torch.autograd.grad(truth.square().sum() + sum(s.sin().sum() for s in finals), leaves)
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_lengths_are_what_packing_gives() -> None:
+    ours, theirs = (
+        rnnkernels.LSTM(SIZE, H, bidirectional=True, batch_first=True),
+        torch.nn.LSTM(SIZE, H, bidirectional=True, batch_first=True),
+    )
+    theirs.load_state_dict(ours.state_dict())
+    x, lengths = torch.randn(3, 6, SIZE), torch.tensor([2, 6, 3], dtype=torch.int32)
+    packed, (h, c) = theirs(pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False))
+    output, (our_h, our_c) = ours(x, lengths=lengths)
+    torch.testing.assert_close(output, pad_packed_sequence(packed, batch_first=True)[0])
+    torch.testing.assert_close((our_h, our_c), (h, c))
+
+
+def test_a_mask_in_the_layouts_of_the_input() -> None:
+    layer = rnnkernels.GRU(SIZE, H)
+    first = rnnkernels.GRU(SIZE, H, batch_first=True)
+    first.load_state_dict(layer.state_dict())
+    x, mask = torch.randn(6, 3, SIZE), torch.rand(6, 3) < 0.4
+    output, h = layer(x, reset_mask=mask)
+    torch.testing.assert_close(first(x.transpose(0, 1), reset_mask=mask.t())[0], output.transpose(0, 1))
+    single, h_of_one = layer(x[:, 1], reset_mask=mask[:, 1])
+    torch.testing.assert_close(single, output[:, 1])
+    torch.testing.assert_close(h_of_one, h[:, 1])
+    nothing = torch.zeros(6, 3, dtype=torch.bool)
+    torch.testing.assert_close(layer(x, reset_mask=nothing)[0], layer(x)[0])
+    empty, h_empty = layer(x, lengths=torch.zeros(3, dtype=torch.int64))
+    assert not empty.any()
+    assert not h_empty.any()
+
+
+def test_contradictory_cuts_are_refused() -> None:
+    layer, x = rnnkernels.GRU(SIZE, H), torch.randn(6, 3, SIZE)
+    mask, lengths = torch.zeros(6, 3, dtype=torch.bool), torch.tensor([1, 2, 3])
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
+        ({"reset_mask": mask.t()}, RuntimeError, r"reset_mask: expected torch.bool of shape \(6, 3\), got torch.bool of shape \(3, 6\)"),
+        ({"reset_mask": mask.float()}, RuntimeError, "reset_mask: expected torch.bool"),
+        ({"lengths": lengths.float()}, RuntimeError, "lengths: expected integers"),
+        ({"lengths": lengths[:2]}, RuntimeError, r"lengths: expected integers of shape \(3,\)"),
+        ({"lengths": lengths + 4}, ValueError, "lengths: expected 0 to 6, got 5 to 7"),
+        ({"lengths": lengths - 2}, ValueError, "lengths: expected 0 to 6, got -1 to 1"),
+        ({"reset_state": torch.zeros(1, H)}, ValueError, "reset_state: expected a reset_mask"),
+        ({"reset_mask": mask, "reset_state": torch.zeros(2, H)}, RuntimeError, r"reset_state: expected shape \(1, 5\), \(1, 3, 5\)"),
+    ]
+    for arguments, error, text in cases:
+        with pytest.raises(error, match=text):
+            layer(x, **arguments)
+    with pytest.raises(ValueError, match="got a PackedSequence"):
+        layer(pack_sequence([x[:, 0]]), lengths=torch.tensor([3]))
