@@ -20,6 +20,9 @@ _SRNS = {"tanh": "RNN_TANH", "relu": "RNN_RELU", "sigmoid": "RNN_SIGMOID", "iden
 _CELLS = {mode: f"srn_{name}" for name, mode in _SRNS.items()} | {"GRU": "gru", "LSTM": "lstm"}
 
 
+_RECURRENT_INITS: dict[str, Any] = {"uniform": None, "orthogonal": nn.init.orthogonal_, "identity": nn.init.eye_}
+
+
 def _checked_engine(engine: str) -> str:
     if engine not in ops.ENGINES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ops.ENGINES))}, got {engine!r}")
@@ -65,12 +68,55 @@ class _Layer(nn.RNNBase):
     # Defaults on the class serve modules unpickled from a state that has none.
     engine: str = "auto"
     recompute: bool = False
+    forget_bias: float | None = None
+    recurrent_init: str = "uniform"
     _rank_text: str
 
-    def __init__(self, mode: str, /, *args: Any, engine: str = "auto", recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        mode: str,
+        /,
+        *args: Any,
+        engine: str = "auto",
+        recompute: bool = False,
+        forget_bias: float | None = None,
+        recurrent_init: str = "uniform",
+        **kwargs: Any,
+    ) -> None:
         _checked_engine(engine)
-        super().__init__(mode, *args, **kwargs)
+        if recurrent_init not in _RECURRENT_INITS:
+            raise ValueError(f"recurrent_init must be one of {', '.join(map(repr, _RECURRENT_INITS))}, got {recurrent_init!r}")
+        # The base reads the shapes of the weights off the mode, and knows those of torch.nn.
+        super().__init__(mode if mode in ("LSTM", "GRU") else "RNN_TANH", *args, **kwargs)
+        self.mode = mode
+        self._reshape_weights()
         self.engine, self.recompute = engine, recompute
+        self.forget_bias, self.recurrent_init = forget_bias, recurrent_init
+        self._reset_beyond_torch()
+
+    def _reshape_weights(self) -> None:
+        """Where the cell's weights have other shapes than the base gave them, give them these."""
+
+    def reset_parameters(self) -> None:
+        """Draw all weights anew: as torch.nn, then as ``forget_bias`` and ``recurrent_init`` have it."""
+        super().reset_parameters()
+        self._reset_beyond_torch()
+
+    def _reset_beyond_torch(self) -> None:
+        if self.forget_bias is None and self.recurrent_init == "uniform":
+            return
+        slots = [name for name, fed, _ in ops.CELLS[self._cell].slots if fed]
+        if self.forget_bias is not None and ("f" not in slots or not self.bias):
+            raise ValueError(f"forget_bias: expected None for a layer without a forget gate or without biases, got {self.forget_bias}")
+        with torch.no_grad():
+            for _, weight_hh, bias_ih, bias_hh, *_ in self._weights():
+                if self.forget_bias is not None:
+                    rows = slice(slots.index("f") * self.hidden_size, (slots.index("f") + 1) * self.hidden_size)
+                    bias_ih[rows].fill_(self.forget_bias)
+                    bias_hh[rows].zero_()
+                if weight_hh is not None and self.recurrent_init != "uniform":
+                    for block in weight_hh.split(self.hidden_size):
+                        _RECURRENT_INITS[self.recurrent_init](block)
 
     @property
     def _cell(self) -> str:
@@ -121,6 +167,7 @@ class _Layer(nn.RNNBase):
         cut = None
         if lengths is not None or reset_mask is not None or reset_state is not None:
             lengths, reset_mask = self._check_cuts(input, data, lengths, reset_mask, reset_state)
+        if lengths is not None or reset_mask is not None:
             cut = functional.segments(data.size(0), data.size(1), lengths, reset_mask)
             padded, data, batch_sizes = data, data.flatten(0, 1).index_select(0, cut.index.to(data.device)), cut.batch_sizes
             initial, states = states, self._initial(padded, cut, states, reset_state)
@@ -166,8 +213,11 @@ class _Layer(nn.RNNBase):
         if lengths is not None:
             if lengths.shape != (B,) or lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64):
                 raise RuntimeError(f"lengths: expected integers of shape ({B},), got {lengths.dtype} of shape {tuple(lengths.shape)}")
-            if B and (int(lengths.min()) < 0 or int(lengths.max()) > T):
-                raise ValueError(f"lengths: expected 0 to {T}, got {int(lengths.min())} to {int(lengths.max())}")
+            shortest, longest = (int(lengths.min()), int(lengths.max())) if B else (T, T)
+            if shortest < 0 or longest > T:
+                raise ValueError(f"lengths: expected 0 to {T}, got {shortest} to {longest}")
+            if shortest == T:
+                lengths = None  # nothing to cut
         if reset_mask is not None:
             shape = (T,) if input.dim() == 2 else (B, T) if self.batch_first else (T, B)
             if reset_mask.shape != shape or reset_mask.dtype is not torch.bool:
@@ -175,6 +225,8 @@ class _Layer(nn.RNNBase):
                     f"reset_mask: expected torch.bool of shape {shape}, got {reset_mask.dtype} of shape {tuple(reset_mask.shape)}"
                 )
             reset_mask = reset_mask.unsqueeze(1) if input.dim() == 2 else reset_mask.t() if self.batch_first else reset_mask
+            if reset_state is None and not reset_mask.any():
+                reset_mask = None
         return lengths, reset_mask
 
     def _initial(self, data: Tensor, cut: functional.Segments, states: Sequence[Tensor] | None, reset_state: Any) -> list[Tensor]:
@@ -279,6 +331,8 @@ class RNN(_Layer):
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN, in
             this order. ``nonlinearity`` is also "sigmoid" or "identity", besides "tanh" and "relu".
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
+            does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
 
     Shape, with D = 2 if bidirectional else 1 and L = num_layers:
         * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
@@ -312,10 +366,8 @@ class RNN(_Layer):
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
         if nonlinearity not in _SRNS:
             raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh', 'relu', 'sigmoid' or 'identity'.")
-        # RNNBase reads the shapes of the weights off the mode and knows two SRNs; the shapes of all are the same.
-        super().__init__("RNN_TANH", *args, **kwargs)
+        super().__init__(_SRNS[nonlinearity], *args, **kwargs)
         self.nonlinearity = nonlinearity
-        self.mode = _SRNS[nonlinearity]
 
 
 class GRU(_Layer):
@@ -330,6 +382,8 @@ class GRU(_Layer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
+            does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
 
     Shapes, dtypes and errors: as :class:`RNN`.
 
@@ -380,6 +434,8 @@ class LSTM(_PairLayer):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
             this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
+            does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
 
     Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
     proj_size or else hidden_size, the output is D · P wide, h ``(L · D, B, P)`` and c ``(L · D, B, H)``.

@@ -271,3 +271,68 @@ def test_contradictory_cuts_are_refused() -> None:
             layer(x, **arguments)
     with pytest.raises(ValueError, match="got a PackedSequence"):
         layer(pack_sequence([x[:, 0]]), lengths=torch.tensor([3]))
+
+
+@pytest.mark.parametrize("learn_alpha", [False, True], ids=["fixed", "learned"])
+def test_scrn(learn_alpha: bool) -> None:
+    S = 4
+    layer = rnnkernels.SCRN(SIZE, H, S, learn_alpha=learn_alpha, alpha=0.8, dtype=torch.float64)
+    assert [name for name, _ in layer.named_parameters()].count("alpha") == learn_alpha
+    x = torch.randn(6, 3, SIZE, dtype=torch.float64, requires_grad=True)
+    h, s = torch.randn(3, H, dtype=torch.float64, requires_grad=True), torch.randn(3, S, dtype=torch.float64, requires_grad=True)
+    output, (h_n, s_n) = layer(x, (h, s))
+    now, context, steps = h, s, []
+    for t in range(6):
+        context = (1 - layer.alpha) * (x[t] @ layer.weight_is.t()) + layer.alpha * context
+        now = (context @ layer.weight_sh.t() + x[t] @ layer.weight_ih.t() + now @ layer.weight_hh.t() + layer.bias).sigmoid()
+        steps.append(torch.cat([now, context], -1))
+    truth = torch.stack(steps)
+    for a, b in zip((output, h_n, s_n), (truth, now, context), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    leaves = [x, h, s, *layer.parameters()]
+    for a, b in zip(
+        torch.autograd.grad(output.square().sum() + s_n.sum(), leaves),
+        torch.autograd.grad(truth.square().sum() + context.sum(), leaves),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+    first = copy.deepcopy(layer)
+    first.batch_first = True
+    torch.testing.assert_close(first(x.transpose(0, 1), (h, s))[0], output.transpose(0, 1))
+    torch.testing.assert_close(layer(x[:, 0], (h[0], s[0]))[0], output[:, 0])
+    rows = [x[:2, 0].detach(), x[:, 1].detach(), x[:4, 2].detach()]
+    packed, (h_p, s_p) = layer(pack_sequence(rows, enforce_sorted=False), (h, s))
+    padded, _ = pad_packed_sequence(packed)
+    for b, length in enumerate((2, 6, 4)):
+        torch.testing.assert_close(padded[:length, b], output[:length, b])
+        torch.testing.assert_close(torch.cat([h_p[b], s_p[b]]), output[length - 1, b])
+
+
+def test_scrn_refuses() -> None:
+    with pytest.raises(ValueError, match="alpha: expected 0 to 1, got 1.5"):
+        rnnkernels.SCRN(SIZE, H, 2, alpha=1.5)
+    layer = rnnkernels.SCRN(SIZE, H, 2)
+    with pytest.raises(ValueError, match="got 1D tensor"):
+        layer(torch.zeros(SIZE))
+    with pytest.raises(RuntimeError, match="weight_ih: expected shape"):
+        layer(torch.zeros(4, 1, SIZE + 1))
+
+
+def test_initial_weights_by_name() -> None:
+    plain, same = (rnnkernels.LSTM(SIZE, H, **options) for options in ({}, {"forget_bias": None}) if torch.manual_seed(5))
+    assert all(torch.equal(a, b) for a, b in zip(plain.parameters(), same.parameters(), strict=True))
+    layer = rnnkernels.LSTM(SIZE, H, num_layers=2, bidirectional=True, forget_bias=2.0, recurrent_init="orthogonal")
+    for suffix in ("_l0", "_l0_reverse", "_l1", "_l1_reverse"):
+        assert (getattr(layer, f"bias_ih{suffix}")[H : 2 * H] == 2).all()
+        assert not getattr(layer, f"bias_hh{suffix}")[H : 2 * H].any()
+        for block in getattr(layer, f"weight_hh{suffix}").split(H):
+            torch.testing.assert_close(block @ block.t(), torch.eye(H), rtol=1e-5, atol=1e-5)
+    identity = rnnkernels.RNN(SIZE, H, nonlinearity="relu", recurrent_init="identity")
+    identity.reset_parameters()
+    assert torch.equal(identity.weight_hh_l0, torch.eye(H))
+    assert (rnnkernels.PeepholeLSTM(SIZE, H, forget_bias=1.0).bias_ih_l0[H : 2 * H] == 1).all()
+    with pytest.raises(ValueError, match="recurrent_init must be one of"):
+        rnnkernels.GRU(SIZE, H, recurrent_init="zeros")
+    for make_bad in (lambda: rnnkernels.GRU(SIZE, H, forget_bias=1.0), lambda: rnnkernels.LSTM(SIZE, H, bias=False, forget_bias=1.0)):
+        with pytest.raises(ValueError, match="forget_bias: expected None for a layer without"):
+            make_bad()
