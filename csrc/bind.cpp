@@ -60,8 +60,8 @@ Forward forward_call(const Problem& p, Address gates, int64_t gates_row, const A
 }
 
 Backward backward_call(const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
-                       const Addresses& initial, Address output, const Addresses& history, Address grad_output, const Addresses& grad_final,
-                       const Addresses& grad_initial, Address workspace) {
+                       const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
+                       const Addresses& grad_final, const Addresses& grad_initial, Address workspace) {
   Backward g{};
   g.problem = p;
   g.kept = pointer(kept);
@@ -71,7 +71,7 @@ Backward backward_call(const Problem& p, Address kept, Address grad_gates, const
   fill(g.initial, initial);
   g.output = pointer(output);
   fill(g.history, history);
-  g.grad_output = pointer(grad_output);
+  fill(g.grad_states, grad_states);
   fill(g.grad_final, grad_final);
   fill(g.grad_initial, grad_initial);
   g.workspace = pointer(workspace);
@@ -166,13 +166,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     cpu::forward(f, cpu::page_of(p));
   });
   m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
-                       const Addresses& initial, Address output, const Addresses& history, Address grad_output, const Addresses& grad_final,
-                       const Addresses& grad_initial, Address input, Address weight_ih, Address grad_input, Address grad_weight_ih,
-                       const Addresses& grad_weights, Address grad_bias_ih, Address grad_bias_hh, const Addresses& grad_vectors,
-                       Address workspace, int64_t bytes) {
+                       const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
+                       const Addresses& grad_final, const Addresses& grad_initial, Address input, Address weight_ih, Address grad_input,
+                       Address grad_weight_ih, const Addresses& grad_weights, Address grad_bias_ih, Address grad_bias_hh,
+                       const Addresses& grad_vectors, Address workspace, int64_t bytes) {
     need(p, true, bytes);
     Backward g =
-        backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_output, grad_final, grad_initial, workspace);
+        backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_states, grad_final, grad_initial, workspace);
     g.input = pointer(input);
     g.weight_ih = pointer(weight_ih);
     g.grad_input = pointer(grad_input);
@@ -212,34 +212,34 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           cuda::forward_step(p, stage, step, rows, pointer(sums), device, pointer(stream));
 #endif
         });
-  m.def("backward_step",
-        [](const Problem& p, int stage, Address kept, Address grad_gates, const Addresses& vectors, int64_t previous_rows,
-           const Addresses& previous, const Addresses& initial, const Addresses& states, Address grad_output, const Addresses& carried,
-           Address operand, int64_t rows, int64_t summed_rows, Address sums, int device, [[maybe_unused]] Address stream) {
-          const CellInfo& cell = kCells[p.cell];
-          BackwardStep step{};
-          step.hidden = p.hidden;
-          step.output = p.output;
-          step.kept = pointer(kept);
-          step.grad_gates = pointer(grad_gates);
-          fill(step.vectors, vectors);
-          step.previous_rows = previous_rows;
-          fill(step.previous, previous);
-          fill(step.initial, initial);
-          fill(step.states, states);
-          step.grad_output = pointer(grad_output);
-          fill(step.carried, carried);
-          fill(step.carried_row, cell, p);
-          step.operand[stage] = pointer(operand);
-          step.operand_slot[stage] = width_of(p, cell.stage[stage].width);
-          step.operand_row[stage] = cell.hidden_slots(stage) * step.operand_slot[stage];
-          py::gil_scoped_release release;
-          if (device < 0) return cpu::backward_step(p, stage, step, rows, summed_rows, pointer(sums));
-          need_cuda();
+  m.def("backward_step", [](const Problem& p, int stage, Address kept, Address grad_gates, const Addresses& vectors, int64_t previous_rows,
+                            const Addresses& previous, const Addresses& initial, const Addresses& states, const Addresses& grad_states,
+                            const Addresses& carried, Address operand, int64_t rows, int64_t summed_rows, Address sums, int device,
+                            [[maybe_unused]] Address stream) {
+    const CellInfo& cell = kCells[p.cell];
+    BackwardStep step{};
+    step.hidden = p.hidden;
+    step.output = p.output;
+    step.kept = pointer(kept);
+    step.grad_gates = pointer(grad_gates);
+    fill(step.vectors, vectors);
+    step.previous_rows = previous_rows;
+    fill(step.previous, previous);
+    fill(step.initial, initial);
+    fill(step.states, states);
+    fill(step.grad_states, grad_states);
+    fill(step.carried, carried);
+    fill(step.carried_row, cell, p);
+    step.operand[stage] = pointer(operand);
+    step.operand_slot[stage] = width_of(p, cell.stage[stage].width);
+    step.operand_row[stage] = cell.hidden_slots(stage) * step.operand_slot[stage];
+    py::gil_scoped_release release;
+    if (device < 0) return cpu::backward_step(p, stage, step, rows, summed_rows, pointer(sums));
+    need_cuda();
 #if RNNKERNELS_CUDA
-          cuda::backward_step(p, stage, step, rows, summed_rows, pointer(sums), device, pointer(stream));
+    cuda::backward_step(p, stage, step, rows, summed_rows, pointer(sums), device, pointer(stream));
 #endif
-        });
+  });
 
 #if RNNKERNELS_CUDA
   m.def("cuda_device", [](int device) {
@@ -256,11 +256,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     cuda::forward(f, pointer<const int64_t>(offsets), device, pointer(stream));
   });
   m.def("cuda_backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
-                            const Addresses& initial, Address output, const Addresses& history, Address grad_output,
+                            const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
                             const Addresses& grad_final, const Addresses& grad_initial, Address workspace, Address offsets, int device,
                             Address stream) {
     const Backward g =
-        backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_output, grad_final, grad_initial, workspace);
+        backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_states, grad_final, grad_initial, workspace);
     py::gil_scoped_release release;
     cuda::backward(g, pointer<const int64_t>(offsets), device, pointer(stream));
   });

@@ -29,6 +29,7 @@ def stack(
     batch_sizes: Tensor | None = None,
     engine: str = "auto",
     recompute: bool = False,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run layers × directions of ``cell`` and return ``(output, *final_states)``.
 
@@ -39,6 +40,8 @@ def stack(
     * ``weights``: K times ``(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)``, what is absent None or, at the end, left out; a layer's
       forward direction comes before its reverse one.
     * output ``[T, B, D · P]`` or ``[N, D · P]``; final states as ``states``.
+
+    * with ``return_states``, after the final states: every state after each step, ``[K, T, B, ·]`` or ``[K, N, ·]``, in the cell's order.
 
     ``dropout`` falls on the outputs of every layer but the last, while ``training``. Dtypes, engines, ``recompute`` and errors are those
     of ``ops.sequence``.
@@ -52,11 +55,20 @@ def stack(
         outputs = []
         for k in range(start, start + directions):
             initial = None if slots is None else [slot[k] for slot in slots]
-            output, *final = ops.sequence(
-                cell, input, initial, *weights[k], batch_sizes=batch_sizes, reverse=k > start, engine=engine, recompute=recompute
+            output, *rest = ops.sequence(
+                cell,
+                input,
+                initial,
+                *weights[k],
+                batch_sizes=batch_sizes,
+                reverse=k > start,
+                engine=engine,
+                recompute=recompute,
+                return_states=return_states,
             )
             outputs.append(output)
-            finals.append(final)
+            count = len(ops.CELLS[cell].states)
+            finals.append([*rest[:count], output, *rest[count:]] if return_states else rest)
         input = torch.cat(outputs, dim=-1) if bidirectional else output
     if len(finals) == 1:
         return input, *[state.unsqueeze(0) for state in finals[0]]

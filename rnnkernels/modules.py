@@ -149,7 +149,8 @@ class _Layer(nn.RNNBase):
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_state: Any = None,
-    ) -> tuple[Any, Any]:
+        return_states: bool = False,
+    ) -> tuple[Any, ...]:
         """Run the layer; see the class for shapes and errors.
 
         Args:
@@ -159,6 +160,10 @@ class _Layer(nn.RNNBase):
                 ``reset_state``, and nothing flows across, neither forward nor, in the reverse direction, back over the same boundary.
             reset_state: as hx; each of its tensors ``[L · D, H]``, as hx ``[L · D, B, H]``, or one for each step that may be marked
                 ``[T, L · D, B, H]``. Zeros if None. Gradients flow into it.
+
+            return_states: also return, third, every state of the cell after each step, a tuple of tensors ``[L · D, T, B, ·]``
+                (``[L · D, B, T, ·]`` if batch_first, ``[L · D, T, ·]`` unbatched, ``[L · D, N, ·]`` for a PackedSequence), through which
+                gradients flow.
 
         Raises, beyond what the class says: ``ValueError`` for lengths or reset_mask beside a PackedSequence, reset_state without
         reset_mask, lengths out of range; ``RuntimeError`` for wrong shapes or dtypes of the three.
@@ -175,6 +180,8 @@ class _Layer(nn.RNNBase):
         if cut is not None and len(cut.batch_sizes) == 0:
             assert states is not None
             output, finals = data.new_zeros(0, self._output_width), states
+            if return_states:
+                finals = [*states, *(state[:, :0] for state in states)]
         else:
             output, *finals = functional.stack(
                 self._cell,
@@ -187,15 +194,24 @@ class _Layer(nn.RNNBase):
                 batch_sizes=batch_sizes,
                 engine=self.engine,
                 recompute=self.recompute,
+                return_states=return_states,
             )
+        count = len(self._widths)
+        finals, histories = finals[:count], finals[count:]
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
-            return packed, self.permute_hidden(self._join(finals), input.unsorted_indices)
+            final = self.permute_hidden(self._join(finals), input.unsorted_indices)
+            return (packed, final, tuple(histories)) if return_states else (packed, final)
         if cut is not None:
-            output, finals = self._join_segments(padded, cut, output, finals, initial)
+            finals = self._join_segments(padded, cut, finals, initial)
+            output = _spread(padded, cut, output)
+            histories = [_spread(padded, cut, history) for history in histories]
         if input.dim() == 2:
-            return output.squeeze(1), self._join([state.squeeze(1) for state in finals])
-        return output.transpose(0, 1) if self.batch_first else output, self._join(finals)
+            output, finals = output.squeeze(1), [state.squeeze(1) for state in finals]
+            histories = [history.squeeze(2) for history in histories]
+        elif self.batch_first:
+            output, histories = output.transpose(0, 1), [history.transpose(1, 2) for history in histories]
+        return (output, self._join(finals), tuple(histories)) if return_states else (output, self._join(finals))
 
     @property
     def _output_width(self) -> int:
@@ -262,11 +278,10 @@ class _Layer(nn.RNNBase):
         return (self.hidden_size,)
 
     def _join_segments(
-        self, data: Tensor, cut: functional.Segments, output: Tensor, finals: Sequence[Tensor], initial: Sequence[Tensor] | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The padded output and the rows' final states; a row without a step keeps its initial one."""
-        T, B = data.shape[:2]
-        padded = output.new_zeros(T * B, output.size(1)).index_copy(0, cut.index.to(data.device), output).view(T, B, -1)
+        self, data: Tensor, cut: functional.Segments, finals: Sequence[Tensor], initial: Sequence[Tensor] | None
+    ) -> list[Tensor]:
+        """The rows' final states; a row without a step keeps its initial one."""
+        B = data.size(1)
         ends = [cut.last, cut.first][: 2 if self.bidirectional else 1]
         joined = []
         for i, state in enumerate(finals):
@@ -275,7 +290,7 @@ class _Layer(nn.RNNBase):
             found = torch.cat([state, state.new_zeros(K, 1, width)], 1)
             place = torch.stack(ends).repeat(self.num_layers, 1).to(data.device).unsqueeze(2).expand(K, B, width)
             joined.append(torch.where(place < S, found.gather(1, place), kept))
-        return padded, joined
+        return joined
 
     def _prepare(self, input: Any, hx: Any) -> tuple[Tensor, Sequence[Tensor] | None, Tensor | None, list[list[Any]]]:
         """Check what forward was given; return the input time-major, the states as a sequence, batch_sizes, and the weights."""
@@ -320,6 +335,14 @@ class _Layer(nn.RNNBase):
 
     def _join(self, states: Sequence[Tensor]) -> Any:
         return states[0]
+
+
+def _spread(data: Tensor, cut: functional.Segments, tokens: Tensor) -> Tensor:
+    """Tokens of segments ``[…, N, ·]`` where they lie in the padded batch ``[…, T, B, ·]``, zero elsewhere."""
+    T, B = data.shape[:2]
+    shape = (*tokens.shape[:-2], T * B, tokens.shape[-1])
+    padded = tokens.new_zeros(shape).index_copy(-2, cut.index.to(data.device), tokens)
+    return padded.view(*shape[:-2], T, B, shape[-1])
 
 
 class RNN(_Layer):

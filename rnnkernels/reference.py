@@ -152,13 +152,15 @@ def sequence(
     *,
     batch_sizes: Tensor | None = None,
     reverse: bool = False,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run ``cell`` over one sequence in one direction and return ``(output, *final_states)``.
 
     Padded: input ``[T, B, I]``, output ``[T, B, P]``. Ragged (``batch_sizes`` as PackedSequence has it): ``[N, I]`` and ``[N, P]``.
     States are ``[B, ·]``, in the cell's order, None for zeros. P is H or, projected, the rows of ``weight_hr``. Weights: as in torch.nn;
     weight_v stacks the cell's per-unit vectors.
-    ``reverse`` runs from the last step (of each row) to the first; the output keeps the input's order.
+    ``reverse`` runs from the last step (of each row) to the first; the output keeps the input's order. With ``return_states`` the states
+    beyond the first after each step follow, in the output's shape.
     """
     spec = CELLS[cell]
     hidden = weight_ih.size(0) // spec.input_gates
@@ -176,6 +178,7 @@ def sequence(
         widths = [hidden if weight_hr is None else weight_hr.size(0)] + [hidden] * (len(spec.states) - 1)
         states = [input.new_zeros(len(inputs[0]), width) for width in widths]
     current = tuple(states)
+    histories = [list(inputs) for _ in spec.states[1:]]
     for t in reversed(order) if reverse else order:
         # The rows that have a step t are a prefix. The others have either ended, or, in reverse, not begun: they keep their state.
         active = len(inputs[t])
@@ -184,5 +187,8 @@ def sequence(
         if weight_hr is not None:
             h = linear(h, weight_hr)
         outputs[t] = h
+        for history, state in zip(histories, others, strict=True):
+            history[t] = state
         current = tuple(torch.cat((new, state[active:])) for new, state in zip((h, *others), current, strict=True))
-    return torch.stack(outputs) if batch_sizes is None else torch.cat(outputs), *current
+    join = torch.stack if batch_sizes is None else torch.cat
+    return join(outputs), *current, *([join(history) for history in histories] if return_states else [])

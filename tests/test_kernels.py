@@ -151,6 +151,27 @@ def test_recompute(cell: str, dtype: torch.dtype, engine: str) -> None:
         assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=} {bias=}"
 
 
+@pytest.mark.parametrize("engine", ["cpu", "stepwise", "compiled"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
+@pytest.mark.parametrize("cell", [c for c, spec in ops.CELLS.items() if len(spec.states) > 1])
+@pytest.mark.usefixtures("poison")
+def test_states_come_out_with_gradients(cell: str, recompute: bool, engine: str) -> None:
+    options = {"recompute": recompute, "engine": "auto" if engine == "compiled" else engine, "return_states": True}
+    sequence = functools.partial(ops.sequence, **options)
+    if engine == "compiled":
+        torch._dynamo.reset()
+        sequence = torch.compile(sequence, fullgraph=True, backend="aot_eager", dynamic=True)
+    expected = functools.partial(reference.sequence, return_states=True)
+    for ragged, reverse, steps in itertools.product((False, True), (False, True), (7,) if engine == "compiled" else (1, 7)):
+        tensors, sizes, upstream = arguments(cell, steps, 5, 4, 17, ragged=ragged)
+        upstream.append(torch.randn(*tensors[0].shape[:-1], 17, dtype=torch.float64))
+        found, truth = run(sequence, cell, tensors, sizes, upstream, reverse), run(expected, cell, tensors, sizes, upstream, reverse)
+        assert error(found, truth) < 1e-12, f"{ragged=} {reverse=} {steps=}"
+        with torch.no_grad():
+            inference = sequence(cell, tensors[0], tensors[7:], *tensors[1:7], batch_sizes=sizes, reverse=reverse)
+        assert error(list(inference), truth[: len(inference)]) < 1e-12
+
+
 def test_recompute_saves_states_only() -> None:
     saved: list[Tensor] = []
     T, B, H = 5, 3, 7

@@ -198,7 +198,7 @@ def test_opcheck(cell: str, ragged: bool, engine: str, recompute: bool) -> None:
     leaves, states = [None if t is None else t.requires_grad_() for t in rest[:6]], rest[6:]
     op = torch.ops.rnnkernels.sequence.default
     torch.library.opcheck(
-        op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, engine, recompute, True)
+        op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, engine, recompute, True, True)
     )
 
 
@@ -327,7 +327,7 @@ def test_the_backward_op_checks_its_arguments() -> None:
 
     def call(output: Tensor, kept: Tensor, needs: list[bool]) -> Any:
         return torch.ops.rnnkernels.sequence_backward(
-            "gru", needs, output, [None], x, [h], w_ih, w_hh, b_ih, b_hh, None, None, None, False, "auto", output, kept, []
+            "gru", needs, [output], [None], x, [h], w_ih, w_hh, b_ih, b_hh, None, None, None, False, "auto", output, kept, []
         )
 
     call(output, kept, needs)

@@ -336,3 +336,27 @@ def test_initial_weights_by_name() -> None:
     for make_bad in (lambda: rnnkernels.GRU(SIZE, H, forget_bias=1.0), lambda: rnnkernels.LSTM(SIZE, H, bias=False, forget_bias=1.0)):
         with pytest.raises(ValueError, match="forget_bias: expected None for a layer without"):
             make_bad()
+
+
+@pytest.mark.parametrize("cut", [False, True], ids=["whole", "cut"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "PeepholeLSTM"])
+def test_every_state_comes_out(name: str, cut: bool) -> None:
+    kind, cell, _ = ALL[name]
+    layer = getattr(rnnkernels, kind)(SIZE, H, num_layers=2, bidirectional=True, batch_first=True, dtype=torch.float64)
+    x = torch.randn(3, 6, SIZE, dtype=torch.float64, requires_grad=True)
+    options = {"lengths": torch.tensor([4, 6, 0])} if cut else {}
+    output, last, states = layer(x, return_states=True, **options)
+    torch.testing.assert_close(output, layer(x, **options)[0])
+    assert [s.shape for s in states] == [(4, 3, 6, H)] * len(reference.CELLS[cell].states)
+    torch.testing.assert_close(torch.cat([states[0][2], states[0][3]], -1), output)
+    for state, final in zip(states, as_list(last), strict=True):
+        torch.testing.assert_close(state[1, :, 0], final[1])
+        if not cut:
+            torch.testing.assert_close(state[2, :, -1], final[2])
+        (grad,) = torch.autograd.grad(state.square().sum(), x, retain_graph=True)
+        assert grad[:2].abs().sum() > 0
+    assert layer(x[0], return_states=True)[2][0].shape == (4, 6, H)
+    packed = pack_sequence([x[0], x[1, :2]], enforce_sorted=False)
+    assert layer(packed, return_states=True)[2][-1].shape == (4, 8, H)
+    nothing = layer(x, return_states=True, lengths=torch.zeros(3, dtype=torch.int64))
+    assert nothing[2][0].shape == (4, 3, 6, H)

@@ -110,6 +110,11 @@ struct CellInfo {
   RNN_FN constexpr bool projected() const { return stage[stages - 1].width == Width::Output; }
   RNN_FN constexpr Width state_width(int i) const { return i == 0 && projected() ? Width::Output : Width::Hidden; }
   RNN_FN constexpr bool sees(int s, int i) const { return state_width(i) == stage[s].width; }
+  RNN_FN constexpr int last_to_see(int i) const {
+    int s = stages - 1;
+    while (!sees(s, i)) --s;
+    return s;
+  }
   RNN_FN constexpr bool writes(int s, int i) const { return sees(s, i) && s == (i == 0 ? stages - 1 : 0); }
   RNN_FN constexpr bool keeps(int s, int i) const { return i < kept && (in_stage(s, i) || (s == 0 && i >= slots)); }
 };

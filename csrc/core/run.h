@@ -57,9 +57,9 @@ struct Backward {
   const void* initial[kMaxStates];
   const void* output;
   const void* history[kMaxStates];
-  const void* grad_output;             // [N, P], or null for zero
-  const void* grad_final[kMaxStates];  // [B, width], or null for zero
-  void* grad_initial[kMaxStates];      // [B, width], or null where nobody asks; of a complete run without U's part
+  const void* grad_states[kMaxStates];  // [N, width]: of each state after each step, the output's first; each null for zero
+  const void* grad_final[kMaxStates];   // [B, width], or null for zero
+  void* grad_initial[kMaxStates];       // [B, width], or null where nobody asks; of a complete run without U's part
   // Sums over all tokens, each null where nobody asks; a complete run leaves them to its caller.
   const void* input;               // [N, I]
   const void* weight_ih;           // [X slots · H, I]

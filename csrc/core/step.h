@@ -27,16 +27,16 @@ struct ForwardStep {
 
 struct BackwardStep {
   int64_t hidden, output;
-  const void* kept;                  // storage, rows of room()·H
-  void* grad_gates;                  // storage, likewise
-  const void* vectors[kMaxVectors];  // storage
-  int64_t ahead;                     // tokens from this step's row 0 to that of the step to come, to fetch it early
-  int64_t previous_rows;             // rows below it have a step before this one; for the others that is the initial state
-  const void* previous[kMaxStates];  // storage
-  const void* initial[kMaxStates];   // storage
-  const void* states[kMaxStates];    // storage: after the step
-  const void* grad_output;           // storage
-  void* carried[kMaxStates];         // numbers: gradients of the states, on their way back
+  const void* kept;                     // storage, rows of room()·H
+  void* grad_gates;                     // storage, likewise
+  const void* vectors[kMaxVectors];     // storage
+  int64_t ahead;                        // tokens from this step's row 0 to that of the step to come, to fetch it early
+  int64_t previous_rows;                // rows below it have a step before this one; for the others that is the initial state
+  const void* previous[kMaxStates];     // storage
+  const void* initial[kMaxStates];      // storage
+  const void* states[kMaxStates];       // storage: after the step
+  const void* grad_states[kMaxStates];  // storage: of the states after the step, as far as others ask
+  void* carried[kMaxStates];            // numbers: gradients of the states, on their way back
   int64_t carried_row[kMaxStates];
   void* operand[kMaxStages];  // numbers: gate gradients for the product of the step to come, or of the stage before
   int64_t operand_row[kMaxStages], operand_slot[kMaxStages];
@@ -147,13 +147,20 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
   if (stage == 0) {
     each<kept>(
         [&](auto i) { prefetch(static_cast<const S*>(step.kept) + token + step.ahead * room * step.hidden + i.value * step.hidden); });
-    if (step.grad_output) prefetch(static_cast<const S*>(step.grad_output) + at + step.ahead * width);
+    if (step.grad_states[0]) prefetch(static_cast<const S*>(step.grad_states[0]) + at + step.ahead * width);
   }
   if constexpr (stage == Info::value.stages - 1) {
     d1 = d1 + d[0];
-    if (step.grad_output) d1 = d1 + V::load(static_cast<const S*>(step.grad_output) + at, n);
+    if (step.grad_states[0]) d1 = d1 + V::load(static_cast<const S*>(step.grad_states[0]) + at, n);
     d[0] = V(0);
   }
+
+  each<states>([&](auto index) {
+    constexpr int i = decltype(index)::value;
+    // Once a step: at the first stage to come that sees the state.
+    if constexpr (i > 0 && Info::value.last_to_see(i) == stage)
+      if (step.grad_states[i]) d[i] = d[i] + V::load(static_cast<const S*>(step.grad_states[i]) + at, n);
+  });
 
   Cell::template backward<stage>(d1, w, s, s1, k, d);
 

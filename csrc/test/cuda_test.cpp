@@ -73,7 +73,7 @@ void test(const char* name, const cpu::Page& page, Storage storage, Products pro
     initial[i] = draw<S>(random, c.B * (i ? c.H : P), 1);
     grad_final[i] = draw<S>(random, c.B * (i ? c.H : P), 1);
   }
-  const std::vector<S> grad_output = draw<S>(random, N * P, 1);
+  const std::vector<S> grad_output = draw<S>(random, N * P, 1), grad_history = draw<S>(random, N * c.H, 1);
 
   const S nan = narrow<S>(NAN);
   Arrays<S> ours, theirs;
@@ -119,7 +119,7 @@ void test(const char* name, const cpu::Page& page, Storage storage, Products pro
       if (i) g.history[i] = a.history.data();
     }
     g.output = a.output.data();
-    g.grad_output = grad_output.data();
+    for (int i = 0; i < cell.states; ++i) g.grad_states[i] = i ? grad_history.data() : grad_output.data();
     return g;
   };
 

@@ -139,7 +139,7 @@ void test(const Case& c) {
   g.vectors[0] = in.p.data();
   g.initial[0] = in.h0.data();
   g.output = r.y.data();
-  g.grad_output = dy.data();
+  g.grad_states[0] = dy.data();
   g.grad_final[0] = dlast.data();
   g.grad_initial[0] = dh0.data();
   g.input = in.x.data();

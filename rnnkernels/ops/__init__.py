@@ -140,7 +140,8 @@ class _Once(torch.autograd.Function):
 class Sequence(torch.autograd.Function):
     """A cell over a sequence, as autograd sees it. Use :func:`sequence`, which checks its arguments.
 
-    ``apply(sizes, batch_sizes, input, *weights, *states) -> (output, *final_states)``.
+    ``apply(sizes, batch_sizes, input, *weights, *states) -> (output, *final_states)``, with ``sizes.returns`` also the states beyond the
+    first after each token, ``[N, H]`` each.
     Saves 5·H numbers a token for LSTM, 4·H for GRU and H for SRN, besides input and output; with ``sizes.recompute`` only the states.
     """
 
@@ -154,21 +155,23 @@ class Sequence(torch.autograd.Function):
         if not s.recompute:
             weights = weights._replace(bias_ih=None)  # not needed, so whoever changes it is free to
         ctx.save_for_backward(input, *weights, rows, output, kept, *states, *history)
-        return (output, *final)
+        return (output, *final, *(history if s.returns else []))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *grad_final: Tensor | None) -> Any:
+    def backward(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> Any:
         s: Sizes = ctx.sizes
+        grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
         input, *saved = ctx.saved_tensors
         weights, (rows, output, kept, *rest) = Weights(*saved[:_COUNT]), saved[_COUNT:]
         n = len(rest) - len(s.cell.states) + 1  # the rest are initial states, if there were any, and histories
         overwrite = ctx.own and _last_use()
+        grad_states = [grad_output, *grad_history]
         with torch.no_grad():
             grads = _RUNS[s.engine].backward(
-                s, ctx.needs_input_grad[2:], grad_output, grad_final, input, rest[:n], weights, rows, output, kept, rest[n:], overwrite
+                s, ctx.needs_input_grad[2:], grad_states, grad_final, input, rest[:n], weights, rows, output, kept, rest[n:], overwrite
             )
         if torch.is_grad_enabled():
-            grads = _Once.apply(len(grads), *grads, grad_output, *grad_final, input, *weights, *rest[:n])  # type: ignore[no-untyped-call]
+            grads = _Once.apply(len(grads), *grads, grad_output, *others, input, *weights, *rest[:n])  # type: ignore[no-untyped-call]
         return (None, None, *grads)
 
 
@@ -328,6 +331,7 @@ def sequence(
     reverse: bool = False,
     engine: str = "auto",
     recompute: bool = False,
+    return_states: bool = False,
 ) -> tuple[Tensor, ...]:
     """Run ``cell`` over a sequence in one direction.
 
@@ -347,9 +351,11 @@ def sequence(
             tensor cores, nearly as exact; ``"torch"``, torch.nn's own function (cuDNN on a GPU), for the cells it has. "auto" never takes
             the last but where a table in ``ops/peer.py`` says that it is faster.
         recompute: save the states alone for backward, which then makes the rest anew: less memory, more work.
+        return_states: return the states beyond the first after each step too.
 
     Returns:
-        ``(output, *final_states)``, the output ``[T, B, P]`` or ``[N, P]``.
+        ``(output, *final_states)``, the output ``[T, B, P]`` or ``[N, P]``; with ``return_states`` also ``c`` and the like after each step,
+        ``[T, B, H]`` or ``[N, H]``.
 
     Raises:
         ValueError: an unknown cell or engine. RuntimeError: a tensor of the wrong rank, size, dtype or device, or an engine that cannot run
@@ -361,7 +367,13 @@ def sequence(
     (torch.Size([5, 2, 4]), True)
     """
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
-    if engine == "torch" or (engine == "auto" and input.is_cuda and _torch_is_faster(cell, input, weights, batch_sizes, reverse)):
+    if return_states:
+        more = len(CELLS[cell].states) - 1 if cell in CELLS else 0
+        if engine == "torch" and more:
+            raise RuntimeError("return_states: torch.nn's functions do not give them; choose another engine")
+    if engine == "torch" or (
+        engine == "auto" and input.is_cuda and not return_states and _torch_is_faster(cell, input, weights, batch_sizes, reverse)
+    ):
         s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, not torch.compiler.is_compiling())
         theirs: tuple[Tensor, ...] = peer.run(s, input, states, weights, batch_sizes)
         return theirs
@@ -386,14 +398,21 @@ def sequence(
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
     if not plain:
-        return _traceable(cell, input, states, weights, batch_sizes, reverse, engine, recompute, needs_grad)
+        return _traceable(cell, input, states, weights, batch_sizes, reverse, engine, recompute, return_states, needs_grad)
     s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, True)
+    if return_states:
+        s = s._replace(returns=True)
     if needs_grad:
         result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, *tensors)  # type: ignore[no-untyped-call]
-        return result
+        return _shaped(result, len(s.cell.states), input) if return_states else result
     dense = Weights(*tensors[1 : 1 + _COUNT])
-    output, final, _, _ = _RUNS[s.engine].forward(s, False, input, tensors[1 + _COUNT :], dense, batch_sizes)
-    return (output, *final)
+    output, final, _, history = _RUNS[s.engine].forward(s, False, input, tensors[1 + _COUNT :], dense, batch_sizes)
+    return _shaped((output, *final, *history), len(final), input)
+
+
+def _shaped(results: Seq[Tensor], count: int, input: Tensor) -> tuple[Tensor, ...]:
+    """Histories, which come last, in the input's shape."""
+    return (*results[: 1 + count], *(t.view(*input.shape[:-1], t.shape[-1]) for t in results[1 + count :]))
 
 
 def _torch_is_faster(cell: str, input: Tensor, weights: Weights, batch_sizes: Tensor | None, reverse: bool) -> bool:
@@ -412,6 +431,7 @@ def _traceable(
     reverse: bool,
     engine: str,
     recompute: bool,
+    return_states: bool,
     training: bool,
 ) -> tuple[Tensor, ...]:
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
@@ -422,9 +442,11 @@ def _traceable(
         states = [input.new_zeros(batch, width) for width in [P] + [H] * (len(CELLS[cell].states) - 1)]
     s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, False)
     results: list[Tensor] = torch.ops.rnnkernels.sequence(
-        cell, input, list(states), *weights, batch_sizes, reverse, engine, recompute, training
+        cell, input, list(states), *weights, batch_sizes, reverse, engine, recompute, return_states, training
     )
-    return tuple(results[: 1 + len(s.cell.states)])
+    n = len(s.cell.states)
+    histories = results[len(results) - n + 1 :] if return_states else []
+    return _shaped([*results[: 1 + n], *histories], n, input)
 
 
 # ---- torch.library: the same code for torch.compile, torch.export and fake tensors
@@ -432,10 +454,11 @@ def _traceable(
 _library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "sequence(str cell, Tensor input, Tensor[] states, Tensor weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, bool reverse, str engine, bool recompute, bool training) -> Tensor[]"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, bool reverse, str engine, bool recompute, bool return_states,"
+    " bool training) -> Tensor[]"
 )
 _library.define(
-    "sequence_backward(str cell, bool[] needs, Tensor? grad_output, Tensor?[] grad_final, Tensor input, Tensor[] states,"
+    "sequence_backward(str cell, bool[] needs, Tensor?[] grad_states, Tensor?[] grad_final, Tensor input, Tensor[] states,"
     " Tensor weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes,"
     " bool reverse, str engine, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
 )
@@ -455,11 +478,13 @@ def _op_forward(
     reverse: bool,
     engine: str,
     recompute: bool,
+    return_states: bool,
     training: bool,
 ) -> list[Tensor]:
-    """output, final states, and for training the kept values, if not to be recomputed, and the histories of the other states"""
+    """output, final states, for training the kept values, if not to be recomputed, and, if asked for too, the other states' histories"""
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
     s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, True)
+    s = s._replace(returns=return_states)
     rows = None if batch_sizes is None else batch_sizes.contiguous()
     dense = [state.contiguous() for state in states]
     output, final, kept, history = _RUNS[s.engine].forward(s, training, input, dense, weights.dense(), rows)
@@ -480,6 +505,7 @@ def _op_forward_fake(
     reverse: bool,
     engine: str,
     recompute: bool,
+    return_states: bool,
     training: bool,
 ) -> list[Tensor]:
     spec = CELLS[cell]
@@ -489,7 +515,7 @@ def _op_forward_fake(
     results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
     if training and not recompute:
         results.append(input.new_empty(N, spec.room * H))
-    if training:
+    if training or return_states:
         results += [input.new_empty(N, H) for _ in states[1:]]
     return results
 
@@ -497,7 +523,7 @@ def _op_forward_fake(
 def _op_backward(
     cell: str,
     needs: Seq[bool],
-    grad_output: Tensor | None,
+    grad_states: Seq[Tensor | None],
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
@@ -519,20 +545,24 @@ def _op_backward(
     s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, kept is None, True)
     N = s.steps * s.batch if batch_sizes is None else input.shape[0]
     counts = (1 + _COUNT + len(states), len(states), len(states) - 1)
-    if (len(needs), len(grad_final), len(history)) != counts:
+    if (len(needs), len(grad_final), len(history)) != counts or not 1 <= len(grad_states) <= len(states):
         raise RuntimeError("needs, grad_final, history: expected {}, {}, {} of them".format(*counts))
     _expect("output", output, (*input.shape[:-1], s.output), input)
     if kept is not None:
         _expect("kept", kept, (N, s.cell.room * s.hidden), input)
-    for name, tensors, first in (("grad_output", [grad_output], output), ("grad_final", grad_final, None), ("history", history, None)):
-        for i, tensor in enumerate(tensors):
-            shape = first.shape if first is not None else states[i].shape if name == "grad_final" else (N, s.hidden)
+    wide = (N, s.hidden)
+    for name, tensors, shapes in (
+        ("grad_states", grad_states, [output.shape, *[wide] * len(history)]),
+        ("grad_final", grad_final, [state.shape for state in states]),
+        ("history", history, [wide] * len(history)),
+    ):
+        for tensor, shape in zip(tensors, shapes, strict=False):
             if tensor is not None:
                 _expect(name, tensor, shape, input)
     grads = _RUNS[s.engine].backward(
         s,
         needs,
-        grad_output,
+        grad_states,
         grad_final,
         input,
         [state.contiguous() for state in states],
@@ -549,7 +579,7 @@ def _op_backward(
 def _op_backward_fake(
     cell: str,
     needs: Seq[bool],
-    grad_output: Tensor | None,
+    grad_states: Seq[Tensor | None],
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
@@ -573,7 +603,7 @@ def _op_backward_fake(
 
 
 def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    cell, input, states, *weights, batch_sizes, reverse, engine, recompute, training = inputs
+    cell, input, states, *weights, batch_sizes, reverse, engine, recompute, _, training = inputs
     n = len(states)
     ctx.cell, ctx.reverse, ctx.engine, ctx.states, ctx.training = cell, reverse, engine, n, training
     if not training:
@@ -591,11 +621,23 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
     input, *saved = ctx.saved_tensors
     weights, (batch_sizes, y, kept, *rest) = saved[:_COUNT], saved[_COUNT:]
     results = torch.ops.rnnkernels.sequence_backward(
-        ctx.cell, ctx.needs, grads[0], grads[1 : 1 + n], input, rest[:n], *weights, batch_sizes, ctx.reverse, ctx.engine, y, kept, rest[n:]
+        ctx.cell,
+        ctx.needs,
+        [grads[0], *grads[len(grads) - n + 1 :]],
+        grads[1 : 1 + n],
+        input,
+        rest[:n],
+        *weights,
+        batch_sizes,
+        ctx.reverse,
+        ctx.engine,
+        y,
+        kept,
+        rest[n:],
     )
     needed = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
     input_grad, *others = needed[: 1 + _COUNT]
-    return (None, input_grad, needed[1 + _COUNT :], *others, None, None, None, None, None)
+    return (None, input_grad, needed[1 + _COUNT :], *others, None, None, None, None, None, None)
 
 
 for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):

@@ -98,6 +98,7 @@ class Sizes(NamedTuple):
     output: int
     engine: str = "cpu"
     recompute: bool = False  # backward makes the kept values anew
+    returns: bool = False  # the states beyond the first are asked for after each step
 
     @property
     def complete(self) -> bool:

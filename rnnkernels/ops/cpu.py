@@ -49,14 +49,14 @@ memory = Memory()
 def forward(
     s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
-    """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
+    """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for)."""
     H, P = s.hidden, s.output
     tokens = input.flatten(0, -2).contiguous()
     keeps = training and not s.recompute
     kept = new_kept(s, input, tokens.shape[0]) if keeps or s.complete else None
     output = empty(input, (*input.shape[:-1], P))
     final = [input.new_empty(s.batch, H if i else P) for i in range(len(s.cell.states))]
-    history = [empty(input, (tokens.shape[0], H)) for _ in s.cell.states[1:]] if training else []
+    history = [empty(input, (tokens.shape[0], H)) for _ in s.cell.states[1:]] if training or s.returns else []
     _run(s, keeps, tokens, states, weights, rows, kept, output, final, history)
     return output, final, kept if keeps else None, history
 
@@ -148,7 +148,7 @@ def _complete(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, we
 def backward(
     s: Sizes,
     needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states
-    grad_output: Tensor | None,
+    grad_states: Seq[Tensor | None],  # of each state after each token, the output's first
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
@@ -164,8 +164,7 @@ def backward(
     tokens = input.flatten(0, -2).contiguous()
     if kept is None:
         kept, overwrite = recompute(s, input, states, weights, rows, output, history), True
-    if grad_output is not None:
-        grad_output = grad_output.contiguous()
+    upstream = [None if g is None else g.contiguous() for g in grad_states]
     finals = [None if g is None else g.contiguous() for g in grad_final]
     task = problem(s, input.dtype, input.shape[-1], rows, True)
     gates = kept if overwrite else empty(kept, kept.shape)
@@ -184,7 +183,7 @@ def backward(
         [state.data_ptr() for state in states],
         output.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
-        address(grad_output),
+        [address(g) for g in upstream],
         [address(g) for g in finals],
         [address(g) for g in initial],
         tokens.data_ptr(),

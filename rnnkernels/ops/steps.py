@@ -82,14 +82,14 @@ def _width(s: Sizes, stage: int) -> int:
 def forward(
     s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
-    """-> output, final states, kept values, histories of the states beyond the first (the last two for training only)."""
+    """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for)."""
     H, keeps = s.hidden, training and not s.recompute
     tokens = input.flatten(0, -2).contiguous()
     N = tokens.shape[0]
     gates = new_kept(s, input, N) if keeps else empty(input, (N, s.cell.input_gates * H))
     _input_gates(s, gates, tokens, weights)
     output = input.new_empty(*input.shape[:-1], s.output)
-    history = [input.new_empty(N, H) for _ in s.cell.states[1:]] if training else []
+    history = [input.new_empty(N, H) for _ in s.cell.states[1:]] if training or s.returns else []
     if s.batch == 0:
         return output, [input.new_empty(0, width) for width in _widths(s)], gates if keeps else None, history
     walk = _walk_together if s.engine in PERSISTENT else _walk
@@ -219,7 +219,7 @@ def _at(t: Tensor | None, row: int) -> int:
 def backward(
     s: Sizes,
     needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states
-    grad_output: Tensor | None,
+    grad_states: Seq[Tensor | None],  # of each state after each token, the output's first
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
@@ -238,7 +238,7 @@ def backward(
     # The stages of a cell hand kept values on to each other where the gradients go.
     gates = kept if overwrite else kept.clone() if len(cell.stages) > 1 else torch.empty_like(kept)
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[1 + len(weights) :], strict=True)]
-    upstream = None if grad_output is None else grad_output.contiguous().view(-1, P)
+    upstream = [None if g is None else g.contiguous().view(y.shape[0], g.shape[-1]) for g in grad_states]
     finals = [None if g is None else g.contiguous() for g in grad_final]
     if s.batch:
         walk = _walk_back_together if s.engine in PERSISTENT else _walk_back
@@ -280,7 +280,7 @@ def _walk_back_together(
     s: Sizes,
     gates: Tensor,
     kept: Tensor,
-    upstream: Tensor | None,
+    upstream: Seq[Tensor | None],
     finals: Seq[Tensor | None],
     initial: Seq[Tensor | None],
     states: Seq[Tensor],
@@ -302,7 +302,7 @@ def _walk_back_together(
         [state.data_ptr() for state in states],
         y.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
-        address(upstream),
+        [address(g) for g in upstream],
         [address(g) for g in finals],
         [address(g) for g in initial],
         workspace.data_ptr(),
@@ -316,7 +316,7 @@ def _walk_back(
     s: Sizes,
     gates: Tensor,
     kept: Tensor,
-    upstream: Tensor | None,
+    upstream: Seq[Tensor | None],
     finals: Seq[Tensor | None],
     initial: Seq[Tensor | None],
     states: Seq[Tensor],
@@ -356,7 +356,7 @@ def _walk_back(
                 [] if before is None else [_at(t, steps.start[before]) for t in (y, *history)],
                 [state.data_ptr() for state in states],
                 [_at(t, token) for t in (y, *history)],
-                _at(upstream, token),
+                [_at(g, token) for g in upstream],
                 [state.data_ptr() for state in carried],
                 staged[stage].data_ptr(),
                 active,

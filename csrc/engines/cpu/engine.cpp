@@ -136,7 +136,7 @@ void backward(const Backward& g, const Page& page) {
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = g.vectors[i];
       step.ahead = n + 1 < p.steps ? w.offsets[size_t(w.step(n + 1, false))] - token : 0;
       step.previous_rows = has_before ? std::min(active, w.rows(before)) : 0;
-      step.grad_output = at(g.grad_output, token * w.width(0) * w.storage_bytes);
+      for (int i = 0; i < w.cell.states; ++i) step.grad_states[i] = at(g.grad_states[i], token * w.width(i) * w.storage_bytes);
       for (int i = 0; i < w.cell.states; ++i) {
         const void* states = i == 0 ? g.output : g.history[i];
         step.states[i] = at(states, token * w.width(i) * w.storage_bytes);

@@ -202,12 +202,12 @@ RNN_FN void backward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const type
     x.grad_gates = static_cast<S*>(g.grad_gates) + token * room;
     x.ahead = has_before ? b.offsets[before] - begin : 0;
     x.previous_rows = has_before ? b.active(before) : 0;
-    x.grad_output = plus(static_cast<const S*>(g.grad_output), token * width);
     each<states>([&](auto index) {
       constexpr int i = decltype(index)::value;
       if constexpr (Info::value.sees(s, i)) {
         const S* after_steps = static_cast<const S*>(i == 0 ? g.output : g.history[i]);
         x.states[i] = after_steps + token * width;
+        x.grad_states[i] = plus(static_cast<const S*>(g.grad_states[i]), token * width);
         x.previous[i] = has_before ? after_steps + (b.offsets[before] + b.first_row) * width : nullptr;
         x.initial[i] = plus(static_cast<const S*>(g.initial[i]), b.first_row * width);
         x.carried[i] = b.numbers(t.state[i]) - u0;
