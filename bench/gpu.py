@@ -48,7 +48,7 @@ def sides(cell: str, dtype: torch.dtype, batch: int, hidden: int, steps: int, tr
         return train if training else inference
 
     found = {"torch": made(peer)}
-    for engine in ("persistent", "stepwise", *(("persistent_3xtf32",) if dtype is torch.float32 else ())):
+    for engine in ("persistent", "stepwise", *(("persistent_3xtf32",) if dtype is torch.float32 else ()), "torch"):
         layer = ours(hidden, hidden, engine=engine).to("cuda", dtype)
         layer.load_state_dict(peer.state_dict())
         try:
@@ -73,6 +73,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--cells", nargs="+", default=["lstm", "gru"])
     arguments = parser.parse_args()
+    torch.backends.cudnn.allow_tf32 = False  # else the peer's float32 would be TF32
     cases = []
     grid = itertools.product(arguments.cells, (torch.bfloat16, torch.float32), arguments.hidden, arguments.batch, (False, True))
     for cell, dtype, hidden, batch, training in grid:

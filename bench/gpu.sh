@@ -1,10 +1,10 @@
 #!/bin/bash
-# On a machine with a GPU and its own torch, nvcc, cmake, ninja, pybind11 and pytest, and nothing to download: build, test, check memory and races,
+# On a machine with a GPU and its own torch, nvcc, cmake, ninja, pybind11, pytest and pytest-xdist, and nothing to download: build, test, check memory and races,
 # measure. Results go to $OUT (build/gpu without it). Parts, each on its own: bench/gpu.sh build tests sanitizer floors bench
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-build/gpu}
-mkdir -p "$out"
+mkdir -p "$out" build
 python=${PYTHON:-python3}
 parts=${*:-build tests sanitizer floors bench}
 status=0
@@ -20,10 +20,10 @@ for part in $parts; do
         cmake --install build/gpu-build --component python --prefix . > /dev/null &&
         "$python" -m rnnkernels info || exit 1
       ;;
-    tests) "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_cuda.py 2>&1 | tee "$out/tests.log" | tail -30 || status=1 ;;
+    tests) "$python" -m pytest -q -n 8 -p no:cacheprovider -m gpu tests/test_cuda.py 2>&1 | tee "$out/tests.log" | tail -30 || status=1 ;;
     sanitizer)
       for tool in memcheck racecheck; do
-        compute-sanitizer --tool "$tool" --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_cuda.py \
+        compute-sanitizer --tool "$tool" --kernel-regex kns=rnnkernels --error-exitcode 9 "$python" -m pytest -q -p no:cacheprovider -m gpu tests/test_cuda.py \
           -k 'odd and float32 and (lstm or gru)' > "$out/$tool.log" 2>&1 || status=1
         tail -3 "$out/$tool.log"
       done

@@ -320,6 +320,30 @@ def test_autocast_takes_any_mixture(cell: str, dtype: torch.dtype) -> None:
     assert w_ih.grad.dtype == torch.float32
 
 
+@pytest.mark.parametrize("engine", ["cpu", "stepwise", "torch"])
+def test_autocast_does_not_reach_into_an_engine(engine: str) -> None:
+    tensors, _, upstream = arguments("gru", 4, 3, 5, 6, dtype=torch.float32)
+    plain = run(functools.partial(ops.sequence, engine=engine), "gru", tensors, None, upstream)
+    leaves = [None if t is None else t.clone().requires_grad_() for t in tensors]
+    wanted = [leaf for leaf in leaves if leaf is not None]
+    results = ops.sequence("gru", leaves[0], leaves[7:], *leaves[1:7], engine=engine)
+    with torch.autocast("cpu"):
+        grads = torch.autograd.grad(results, wanted, upstream)
+        inside = ops.sequence("gru", leaves[0], leaves[7:], *leaves[1:7], engine=engine)
+    if engine != "torch":  # whose products are autocast's to choose
+        for a, b in zip((*inside, *grads), plain, strict=True):
+            assert torch.equal(a, b)
+    assert [g.dtype for g in grads] == [torch.float32] * len(wanted)
+    with torch.autocast("cpu"):
+        half = ops.sequence("lstm", *_lstm_in_mixed_dtypes(), engine=engine)
+    assert half[0].dtype == torch.bfloat16
+
+
+def _lstm_in_mixed_dtypes() -> list[Any]:
+    (x, *rest), _, _ = arguments("lstm", 4, 3, 5, 6, dtype=torch.float32)
+    return [x.bfloat16(), rest[6:], *rest[:6]]
+
+
 def test_the_backward_op_checks_its_arguments() -> None:
     (x, w_ih, w_hh, b_ih, b_hh, _, _, h), _, _ = arguments("gru", 4, 3, 5, 6)
     output, kept = torch.zeros(4, 3, 6, dtype=x.dtype), torch.zeros(12, 24, dtype=x.dtype)

@@ -144,10 +144,11 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
     k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
   });
   V d1 = sum ? V::load(sum) : V(0);
-  if (stage == 0) {
+  if (stage == 0 && row < step.previous_rows) {
     each<kept>(
         [&](auto i) { prefetch(static_cast<const S*>(step.kept) + token + step.ahead * room * step.hidden + i.value * step.hidden); });
-    if (step.grad_states[0]) prefetch(static_cast<const S*>(step.grad_states[0]) + at + step.ahead * width);
+    if (step.grad_states[0] && stage_width<Cell, Info::value.stages - 1>(step.hidden, step.output) == width)
+      prefetch(static_cast<const S*>(step.grad_states[0]) + at + step.ahead * width);
   }
   if constexpr (stage == Info::value.stages - 1) {
     d1 = d1 + d[0];

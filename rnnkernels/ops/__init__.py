@@ -76,11 +76,15 @@ def plan(
     facts = {"engine": chosen, "isa": "cuda" if on_gpu else "scalar", "threads": 1, "bytes_workspace": 0}
     if chosen == "stepwise":
         return {**facts, "schedule": "a product by torch and one run of the cell a step", "reason": why}
-    index = torch.device(device).index or 0
+    index = _index(torch.device(device))
     exchange, unit_ctas, row_tiles, shared, _ = _C.tiling(task, training, *_C.cuda_device(index))
     how = {"near": "in clusters" if unit_ctas > 1 else "apart", "grid": "all together", "none": "apart"}[exchange]
     schedule = f"{unit_ctas} × {row_tiles} blocks of units × rows, {how}, {shared} bytes of shared memory each"
     return {**facts, "bytes_workspace": _C.cuda_workspace_bytes(task, training, index), "schedule": schedule, "reason": why}
+
+
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
 
 
 def _cpu_plan(sizes: Sizes, task: _C.Problem, training: bool) -> dict[str, Any]:
@@ -288,7 +292,7 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
         return engine, asked
     chosen = "persistent" if engine == "auto" else engine
     task = problem(s._replace(engine=chosen), dtype, input_size, None, True)
-    why_not = next(filter(None, (_C.cuda_why_not(task, backward, device.index or 0) for backward in (False, True))), "")
+    why_not = next(filter(None, (_C.cuda_why_not(task, backward, _index(device)) for backward in (False, True))), "")
     if engine in PERSISTENT and why_not:
         raise RuntimeError(f"engine: {engine!r} cannot run this: {why_not}")
     return ("stepwise", why_not) if why_not else (chosen, "the weights fit on the chip" if engine == "auto" else asked)
@@ -367,6 +371,13 @@ def sequence(
     (torch.Size([5, 2, 4]), True)
     """
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
+    place = input.device.type
+    if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
+        # As torch.nn, whose GRU keeps the input's dtype on a CPU.
+        dtype = input.dtype if cell == "gru" and place == "cpu" else torch.get_autocast_dtype(place)
+        input, *cast = (_autocast(t, dtype) for t in (input, *weights))
+        weights = Weights(*cast)
+        states = None if states is None else [_autocast(state, dtype) for state in states]
     if return_states:
         more = len(CELLS[cell].states) - 1 if cell in CELLS else 0
         if engine == "torch" and more:
@@ -377,13 +388,6 @@ def sequence(
         s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, not torch.compiler.is_compiling())
         theirs: tuple[Tensor, ...] = peer.run(s, input, states, weights, batch_sizes)
         return theirs
-    place = input.device.type
-    if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
-        # As torch.nn, whose GRU keeps the input's dtype on a CPU.
-        dtype = input.dtype if cell == "gru" and place == "cpu" else torch.get_autocast_dtype(place)
-        input, *cast = (_autocast(t, dtype) for t in (input, *weights))
-        weights = Weights(*cast)
-        states = None if states is None else [_autocast(state, dtype) for state in states]
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         _refuse_transforms(input, *weights, *(states or ()))
     tensors: list[Any] = [input, *weights, *(states or ())]

@@ -119,6 +119,13 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def _tf32_allowed() -> bool:
+    try:
+        return bool(torch.backends.cuda.matmul.allow_tf32)
+    except RuntimeError:  # torch's newer setting was used, and forbids reading the older one
+        return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
+
+
 def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Tensor | None, training: bool) -> _C.Problem:
     return _C.Problem(
         s.cell.index,
@@ -133,7 +140,7 @@ def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Tensor | None, 
         training,
         s.complete,
         torch.get_num_threads(),
-        1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and torch.backends.cuda.matmul.allow_tf32 else 0,
+        1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and _tf32_allowed() else 0,
     )
 
 

@@ -52,7 +52,7 @@ def run(s: Sizes, input: Tensor, states: Seq[Tensor] | None, weights: Weights, b
             input = input.index_select(0, turned)
     if states is None:
         states = [input.new_zeros(s.batch, s.hidden if i else s.output) for i in range(len(s.cell.states))]
-    hx = tuple(state.unsqueeze(0) for state in states)
+    hx = tuple(state.unsqueeze(0).contiguous() for state in states)
     assert weights.hh is not None
     flat = [weights.ih, weights.hh]
     biased = weights.bias_ih is not None or weights.bias_hh is not None
@@ -72,8 +72,9 @@ def run(s: Sizes, input: Tensor, states: Seq[Tensor] | None, weights: Weights, b
 
 def _turned(batch_sizes: Tensor) -> Tensor:
     """For each token of a ragged batch the token of its row that is as far from the row's other end: its own inverse."""
-    steps = torch.arange(len(batch_sizes)).repeat_interleave(batch_sizes)
+    device = batch_sizes.device
+    steps = torch.arange(len(batch_sizes), device=device).repeat_interleave(batch_sizes)
     starts = batch_sizes.cumsum(0) - batch_sizes
-    row = torch.arange(len(steps)) - starts[steps]
-    lengths = (batch_sizes > torch.arange(int(batch_sizes[0])).unsqueeze(1)).sum(1)
+    row = torch.arange(len(steps), device=device) - starts[steps]
+    lengths = (batch_sizes > torch.arange(int(batch_sizes[0]), device=device).unsqueeze(1)).sum(1)
     return starts[lengths[row] - 1 - steps] + row

@@ -7,8 +7,11 @@ torch's.
 
 from __future__ import annotations
 
+import functools
 import itertools
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from typing import ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -29,6 +32,23 @@ from .cells import (
     summed_bias,
     vectors,
 )
+
+_Arguments = ParamSpec("_Arguments")
+_Result = TypeVar("_Result")
+
+
+def _in_given_dtypes(run: Callable[_Arguments, _Result]) -> Callable[_Arguments, _Result]:
+    """Autograd calls with the caller's autocast on: products would come out in another dtype than the kernels are told."""
+
+    @functools.wraps(run)
+    def plain(*args: _Arguments.args, **kwargs: _Arguments.kwargs) -> _Result:
+        kinds = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+        if not kinds:
+            return run(*args, **kwargs)
+        with torch.autocast(kinds[0], enabled=False), torch.autocast(kinds[-1], enabled=False):
+            return run(*args, **kwargs)
+
+    return plain
 
 
 def device_of(t: Tensor) -> tuple[int, int]:
@@ -79,6 +99,7 @@ def _width(s: Sizes, stage: int) -> int:
     return s.output if s.cell.stages[stage][3] else s.hidden
 
 
+@_in_given_dtypes
 def forward(
     s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
@@ -216,6 +237,7 @@ def _at(t: Tensor | None, row: int) -> int:
     return 0 if t is None else t.data_ptr() + row * t.stride(0) * t.element_size()
 
 
+@_in_given_dtypes
 def backward(
     s: Sizes,
     needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states

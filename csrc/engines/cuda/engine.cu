@@ -27,25 +27,41 @@ class Use {
  public:
   explicit Use(int device) {
     check(cudaGetDevice(&before_), "device");
-    if (device != before_) check(cudaSetDevice(device), "device");
+    changed_ = device != before_;  // setting a device makes it a context, which one that nobody uses need not have
+    if (changed_) check(cudaSetDevice(device), "device");
   }
-  ~Use() { cudaSetDevice(before_); }
+  ~Use() {
+    if (changed_) cudaSetDevice(before_);
+  }
   Use(const Use&) = delete;
   Use& operator=(const Use&) = delete;
 
  private:
   int before_ = 0;
+  bool changed_ = false;
 };
+
+template <class Arithmetic, class S>
+__global__ void pack_kernel(const __grid_constant__ Tiling t, int s, Matrix m, void* workspace) {
+  const int words = Arithmetic::shape.item_words, items = t.stage[s].items();
+  const int word = int(blockIdx.x) % words, item = int(blockIdx.x) / words % items, block = int(blockIdx.x) / words / items;
+  packed_item<Arithmetic>(t, s, workspace, block, item)[word * kThreads + int(threadIdx.x)] =
+      pack<Arithmetic, S>(t, s, m, block, item, word, int(threadIdx.x));
+}
 
 }  // namespace
 
 Device device(int index) {
+  const Use device_of_call(index);
   int multiprocessors = 0, shared = 0, major = 0, minor = 0;
+  cudaFuncAttributes compiled{};  // for clusters the code must know them too
+  check(cudaFuncGetAttributes(&compiled, pack_kernel<Exact, float>), "device");
   check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index), "device");
   check(cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index), "device");
   check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index), "device");
   check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index), "device");
-  return {multiprocessors, shared, major * 10 + minor >= kClusterNumber ? kClusterBlocks : 1};
+  const bool clusters = major * 10 + minor >= kClusterNumber && compiled.ptxVersion >= kClusterNumber;
+  return {multiprocessors, shared, clusters ? kClusterBlocks : 1};
 }
 
 namespace {
@@ -85,14 +101,6 @@ Cut cut_of(const Problem& p, bool backward, int index) {
   const int together = t.fits ? kernels_of(p).residents(backward, t, d.multiprocessors) : 0;
   known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, p.products, backward, index, {t, together}});
   return known.back().cut;
-}
-
-template <class Arithmetic, class S>
-__global__ void pack_kernel(const __grid_constant__ Tiling t, int s, Matrix m, void* workspace) {
-  const int words = Arithmetic::shape.item_words, items = t.stage[s].items();
-  const int word = int(blockIdx.x) % words, item = int(blockIdx.x) / words % items, block = int(blockIdx.x) / words / items;
-  packed_item<Arithmetic>(t, s, workspace, block, item)[word * kThreads + int(threadIdx.x)] =
-      pack<Arithmetic, S>(t, s, m, block, item, word, int(threadIdx.x));
 }
 
 // Every stage's matrix into the workspace, in the order in which the blocks' threads load it.
@@ -138,18 +146,31 @@ std::string fits(const Problem& p, bool backward, int index) {
   return "";
 }
 
-int64_t workspace_bytes(const Problem& p, bool backward, int index) { return cut_of(p, backward, index).tiling.workspace_bytes; }
+namespace {
+
+Tiling fitting(const Problem& p, bool backward, int index) {
+  const Tiling t = cut_of(p, backward, index).tiling;
+  if (!t.fits) throw CudaError("persistent engine", "it was asked for what does not fit");
+  return t;
+}
+
+}  // namespace
+
+int64_t workspace_bytes(const Problem& p, bool backward, int index) {
+  const Use device_of_call(index);
+  return fitting(p, backward, index).workspace_bytes;
+}
 
 void forward(const Forward& f, const int64_t* offsets, int index, void* stream) {
   const Use device_of_call(index);
-  const Tiling t = cut_of(f.problem, false, index).tiling;
+  const Tiling t = fitting(f.problem, false, index);
   pack_weights(f.problem, t, f.weights, false, f.workspace, stream);
   kernels_of(f.problem).forward({f, t, offsets, f.workspace}, stream);
 }
 
 void backward(const Backward& g, const int64_t* offsets, int index, void* stream) {
   const Use device_of_call(index);
-  const Tiling t = cut_of(g.problem, true, index).tiling;
+  const Tiling t = fitting(g.problem, true, index);
   pack_weights(g.problem, t, g.weights, true, g.workspace, stream);
   kernels_of(g.problem).backward({g, t, offsets, g.workspace}, stream);
 }

@@ -103,7 +103,8 @@ struct DeviceCta {
 #endif
   }
 
-  // A look takes a trip to L2, more than half a microsecond, so a peer is given up after some ten seconds: an error, not a hang.
+  // A look takes a trip to L2, more than half a microsecond, or some tens of nanoseconds in a cluster, so a peer is given up after ten
+  // seconds, or a half: an error, not a hang.
   RNN_FN void waiting(uint32_t tries) const {
 #ifdef __CUDA_ARCH__
     if (tries == 1u << 24) __trap();
@@ -154,7 +155,9 @@ __global__ void __launch_bounds__(kThreads)
 // ---- launches
 
 inline void check(cudaError_t error, const char* what) {
-  if (error != cudaSuccess) throw CudaError(what, cudaGetErrorString(error));
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // said here, not again at the next launch
+  throw CudaError(what, cudaGetErrorString(error));
 }
 
 // How a tiling is launched: shared memory, and blocks that are on the chip together where they wait for each other.
@@ -182,15 +185,18 @@ struct Launch {
   Launch& operator=(const Launch&) = delete;
 };
 
-inline void allow_shared_memory(const void* kernel, const Tiling& t) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(t.shared_bytes)),
-        "shared memory of a persistent kernel");
+// All that the device gives: the limit is the kernel's, not the launch's, and threads launch the same kernel with different sizes.
+inline void allow_shared_memory(const void* kernel) {
+  int device = 0, most = 0;
+  check(cudaGetDevice(&device), "device");
+  check(cudaDeviceGetAttribute(&most, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "device");
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most), "shared memory of a persistent kernel");
 }
 
 template <class Argument>
 void launch_together(void (*kernel)(Argument), const Argument& argument, void* stream) {
   const Tiling& t = argument.tiling;
-  allow_shared_memory(reinterpret_cast<const void*>(kernel), t);
+  allow_shared_memory(reinterpret_cast<const void*>(kernel));
   if (t.packet_count)
     check(cudaMemsetAsync(argument.workspace, 0, size_t(t.packet_count) * sizeof(uint64_t), static_cast<cudaStream_t>(stream)), "packets");
   const Launch launch(t, stream);
@@ -200,12 +206,13 @@ void launch_together(void (*kernel)(Argument), const Argument& argument, void* s
 
 // How many blocks of the tiling the device holds at once, as the driver sees it.
 inline int residents(const void* kernel, const Tiling& t, int multiprocessors) {
-  allow_shared_memory(kernel, t);
+  allow_shared_memory(kernel);
   const Launch launch(t, nullptr);
   int n = 0;
   if (t.exchange == Exchange::Near && t.unit_ctas > 1) {
-    check(cudaOccupancyMaxActiveClusters(&n, kernel, &launch.config), "clusters of a persistent kernel");
-    return n * t.unit_ctas;
+    if (cudaOccupancyMaxActiveClusters(&n, kernel, &launch.config) == cudaSuccess) return n * t.unit_ctas;
+    cudaGetLastError();
+    return 0;  // a cluster of this size the device has not
   }
   check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&n, kernel, kThreads, launch.config.dynamicSmemBytes),
         "blocks of a persistent kernel");
