@@ -146,6 +146,8 @@ def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Tensor | None, 
 
 def vectors(cell: Cell, hidden: int, weights: Weights) -> list[int]:
     """The per-unit vectors: row blocks of weight_v, and the biases of slots which U alone feeds (b_hn of GRU), blocks of bias_hh."""
+    if not cell.vectors:
+        return []
     block = {slot: row + slot - first for row, first, end in cell.hidden_runs for slot in range(first, end)}
     addresses, row = [], 0
     for _, slot, learned, *_ in cell.vectors:
@@ -158,6 +160,8 @@ def vectors(cell: Cell, hidden: int, weights: Weights) -> list[int]:
 
 def stage_blocks(cell: Cell, hidden: int, hh: Tensor | None, hr: Tensor | None) -> list[Tensor | None]:
     """What each stage multiplies with: row blocks of weight_hh, or the projection. Likewise their gradients."""
+    if cell.stage_rows[0] == (0, cell.hidden_gates):  # all of it in the first stage; a view would cost microseconds
+        return [hh if cell.hidden_gates else None, hr][: len(cell.stages)]
     return [
         hr if projects else None if hh is None or begin == end else hh[begin * hidden : end * hidden]
         for (begin, end), (*_, projects) in zip(cell.stage_rows, cell.stages, strict=True)
