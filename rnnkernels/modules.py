@@ -734,11 +734,12 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
         steps, batch = (data.size(0), data.size(1)) if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
         directions = ("forward", "reverse") if module.bidirectional else ("forward",)
         names = [f"layer {layer} {direction}" for layer in range(module.num_layers) for direction in directions]
+        ragged = batch_sizes is not None
         output_size = module.proj_size or module.hidden_size
     elif isinstance(module, _Cell):
         data, states, weight = module._prepare(input, hx)  # type: ignore[arg-type]
         steps, batch = 1, data.size(0)
-        weights, names = [weight], ["step"]
+        weights, names, ragged = [weight], ["step"], False
         output_size = module.hidden_size
     else:
         raise TypeError(f"explain takes a layer or cell of rnnkernels, got {type(module).__module__}.{type(module).__qualname__}")
@@ -747,7 +748,18 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
     plans = []
     for name, (weight_ih, *_) in zip(names, weights, strict=True):
         facts = ops.plan(
-            module._cell, steps, batch, weight_ih.size(1), module.hidden_size, output_size, data.dtype, training, module.engine, data.device
+            module._cell,
+            steps,
+            batch,
+            weight_ih.size(1),
+            module.hidden_size,
+            output_size,
+            data.dtype,
+            training,
+            module.engine,
+            data.device,
+            name.endswith("reverse"),
+            ragged,
         )
         plans.append(Plan(name, facts["engine"], facts["isa"], facts["threads"], facts["schedule"], facts["reason"]))
     return Explanation(tuple(plans))

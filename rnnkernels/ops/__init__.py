@@ -52,6 +52,8 @@ def plan(
     training: bool = False,
     engine: str = "auto",
     device: torch.device | str = "cpu",
+    reverse: bool = False,
+    ragged: bool = False,
 ) -> dict[str, Any]:
     """What would run, and why: engine, isa, threads, schedule, bytes_workspace, reason; of the cpu engine also row_groups, unit_groups,
     units_per_panel, estimated_us.
@@ -63,8 +65,8 @@ def plan(
         raise ValueError(
             f"plan: no such cell, dtype or size: {cell!r}, {dtype}, {steps}, {batch}, {input_size}, {hidden_size}, {output_size}"
         )
-    sizes = Sizes(CELLS[cell], False, steps, batch, hidden_size, output_size or hidden_size)
-    if engine == "torch" or (engine == "auto" and peer.is_faster(sizes, dtype, torch.device(device))):
+    sizes = Sizes(CELLS[cell], reverse, steps, batch, hidden_size, output_size or hidden_size)
+    if engine == "torch" or (engine == "auto" and not ragged and peer.is_faster(sizes, dtype, torch.device(device))):
         peer.check(sizes.cell)
         why = "engine='torch' was asked for" if engine == "torch" else peer.WHY
         return {"engine": "torch", "isa": "torch", "threads": 1, "bytes_workspace": 0, "schedule": "torch.nn's own function", "reason": why}
@@ -378,10 +380,8 @@ def sequence(
         input, *cast = (_autocast(t, dtype) for t in (input, *weights))
         weights = Weights(*cast)
         states = None if states is None else [_autocast(state, dtype) for state in states]
-    if return_states:
-        more = len(CELLS[cell].states) - 1 if cell in CELLS else 0
-        if engine == "torch" and more:
-            raise RuntimeError("return_states: torch.nn's functions do not give them; choose another engine")
+    if return_states and engine == "torch" and cell in CELLS and len(CELLS[cell].states) > 1:
+        raise RuntimeError("return_states: torch.nn's functions do not give them; choose another engine")
     if engine == "torch" or (
         engine == "auto" and input.is_cuda and not return_states and _torch_is_faster(cell, input, weights, batch_sizes, reverse)
     ):

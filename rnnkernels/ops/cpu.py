@@ -147,7 +147,7 @@ def _complete(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, we
 
 def backward(
     s: Sizes,
-    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, *states
+    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v, *states
     grad_states: Seq[Tensor | None],  # of each state after each token, the output's first
     grad_final: Seq[Tensor | None],
     input: Tensor,
