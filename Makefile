@@ -70,7 +70,7 @@ test-python: build
 lint: build/.installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	find csrc examples -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
 
 clean:
 	rm -rf build dist *.egg-info rnnkernels/_C*.so .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -4,7 +4,7 @@
 
 #include <stdexcept>
 
-#include "cells/list.h"
+#include "core/registry.h"
 #include "core/tiling.h"
 #include "engines/cpu/engine.h"
 #if RNNKERNELS_CUDA
@@ -33,7 +33,7 @@ void fill(P* (&to)[n], const Addresses& from) {
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
                 bool reverse, bool training, bool complete, int threads, int products) {
-  if (cell < 0 || cell >= kCellCount || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32))
+  if (!registry.find(cell) || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32))
     throw std::invalid_argument("no such cell, storage type or way to multiply");
   const Problem p{
       cell,    Storage(storage),  steps, batch, input, hidden, output, pointer<const int64_t>(rows), reverse, training, complete,
@@ -92,7 +92,8 @@ py::dict description(const CellInfo& cell) {
   for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
   for (int i = 0; i < cell.vectors; ++i) {
     const PerUnit& v = cell.vector[i];
-    vectors.append(py::make_tuple(v.name, v.slot, v.factor != Factor::One, v.factor == Factor::NewState, v.state));
+    vectors.append(
+        py::make_tuple(v.name, v.slot, v.factor != Factor::One, v.factor == Factor::NewState, cell.times_a_state(i) ? v.state : -1));
   }
   return py::dict(py::arg("name") = cell.name, py::arg("slots") = slots, py::arg("stages") = stages, py::arg("states") = states,
                   py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
@@ -112,6 +113,9 @@ void need_cuda() {
 
 py::dict build() {
   py::dict d(py::arg("version") = RNNKERNELS_VERSION, py::arg("compiler") = "g++ " __VERSION__, py::arg("isas") = cpu::built_isas());
+  d["headers"] = RNNKERNELS_HEADERS;
+  d["flags"] = py::dict(py::arg("all") = RNNKERNELS_FLAGS, py::arg("scalar") = "", py::arg("avx2") = RNNKERNELS_FLAGS_AVX2,
+                        py::arg("avx512") = RNNKERNELS_FLAGS_AVX512, py::arg("cuda") = RNNKERNELS_FLAGS_CUDA);
   d["cuda"] = py::none();
 #if RNNKERNELS_CUDA
   const cuda::Probe probe = cuda::probe();
@@ -133,6 +137,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     for (const CellInfo& cell : kCells) all.append(description(cell));
     return all;
   });
+  // A page's addresses by instruction set: the number and the description of the cell that it now is.
+  m.def("add_cell", [](const std::map<std::string, Address>& pages) {
+    std::map<std::string, const cpu::Page*> of_isa;
+    for (const auto& [isa, page] : pages) of_isa[isa] = pointer<const cpu::Page>(page);
+    const int cell = cpu::add_page(of_isa);
+    return py::make_tuple(cell, description(registry[cell]));
+  });
   m.def("build", build);
   m.def("supported_isas", cpu::supported_isas);
   m.def("isa", cpu::isa);
@@ -145,7 +156,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   // What the persistent engine would do on a device of so many multiprocessors, so much shared memory a block and so many blocks a cluster:
   // how blocks exchange, how many along units and rows, bytes of shared memory, whether it fits.
   m.def("tiling", [](const Problem& p, bool backward, int multiprocessors, int64_t shared_bytes, int cluster_blocks) {
-    const Tiling t = tile({multiprocessors, shared_bytes, cluster_blocks}, kCells[p.cell], p, backward);
+    const Tiling t = tile({multiprocessors, shared_bytes, cluster_blocks}, registry[p.cell], p, backward);
     const char* const how = t.exchange == Exchange::None ? "none" : t.exchange == Exchange::Near ? "near" : "grid";
     return py::make_tuple(how, t.unit_ctas, t.row_tiles, t.shared_bytes, t.fits);
   });
@@ -189,7 +200,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("forward_step",
         [](const Problem& p, int stage, Address gates, int64_t gates_row, Address kept, Address between, const Addresses& vectors,
            const Addresses& states, const Addresses& history, int64_t rows, Address sums, int device, [[maybe_unused]] Address stream) {
-          const CellInfo& cell = kCells[p.cell];
+          const CellInfo& cell = registry[p.cell];
           ForwardStep step{};
           step.hidden = p.hidden;
           step.output = p.output;
@@ -216,7 +227,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                             const Addresses& previous, const Addresses& initial, const Addresses& states, const Addresses& grad_states,
                             const Addresses& carried, Address operand, int64_t rows, int64_t summed_rows, Address sums, int device,
                             [[maybe_unused]] Address stream) {
-    const CellInfo& cell = kCells[p.cell];
+    const CellInfo& cell = registry[p.cell];
     BackwardStep step{};
     step.hidden = p.hidden;
     step.output = p.output;
@@ -242,6 +253,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 
 #if RNNKERNELS_CUDA
+  m.def("add_cuda_cell", [](int cell, Address kernels) { cuda::add_kernels(cell, pointer<const cuda::CellKernels>(kernels)); });
   m.def("cuda_device", [](int device) {
     const Device d = cuda::device(device);
     return py::make_tuple(d.multiprocessors, d.shared_bytes, d.cluster_blocks);

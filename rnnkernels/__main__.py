@@ -105,8 +105,12 @@ def verify(arguments: argparse.Namespace) -> int:
     require("rich", "cli")
     from rich.table import Table
 
-    from rnnkernels.verify import DTYPES, FAMILIES, Check, checks
+    from rnnkernels.verify import DTYPES, FAMILIES, Check, add, checks
 
+    if bool(arguments.load) != bool(arguments.reference):
+        raise SystemExit("--load and --reference go together: a page, and the Python file whose step() it is held against")
+    if arguments.load:
+        arguments.cell = [*(arguments.cell or ()), add(arguments.load, arguments.reference)]
     build = ops.build_info()
     cells = chosen(arguments.cell, list(ops.CELLS), "cell")
     dtypes = chosen(arguments.dtype, list(DTYPES), "dtype")
@@ -167,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     command = commands.add_parser("verify", help="every cell, dtype, instruction set and shape family against the float64 reference")
     command.add_argument("--cell", nargs="+", help=f"of {', '.join(ops.CELLS)}")
+    command.add_argument("--load", metavar="PAGE", help="a cell of your own, see rnnkernels.load_cell; verify it alone, or with --cell")
+    command.add_argument("--reference", metavar="FILE", help="its reference: a Python file with step(x, u, v, *states)")
     command.add_argument("--dtype", nargs="+")
     command.add_argument("--isa", nargs="+", help="instruction sets")
     command.add_argument("--quick", action="store_true", help="the five shape families that find most")

@@ -8,11 +8,13 @@ where it has the cell and the reference loop where it has not.
 from __future__ import annotations
 
 import math
+import runpy
 import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -115,6 +117,17 @@ class Check:
     @property
     def severity(self) -> float:
         return self.error / self.limit
+
+
+def add(page: str, reference_file: str) -> str:
+    """Load a cell and, from a Python file, the ``step(x, u, v, *states)`` that it is held against (see reference.Cell); return its name."""
+    name = ops.load_page(Path(page))
+    spec = ops.CELLS[name]
+    step = runpy.run_path(reference_file).get("step")
+    if not callable(step):
+        raise ValueError(f"reference: expected a function step(x, u, v, *states) in {reference_file}")
+    reference.CELLS[name] = reference.Cell(step, spec.states, spec.input_gates, spec.hidden_gates, vectors=spec.learned)
+    return name
 
 
 def batch_sizes_of(T: int, B: int) -> Tensor:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINE = ["num", "cells", "core", "engines", "bind", "ops", "functional", "modules", "variants"]
+LINE = ["num", "cells", "core", "engines", "bind", "ops", "functional", "modules", "variants", "own"]
 
 
 def room(path: Path) -> str:
@@ -76,7 +76,7 @@ def test_pages_stay_pages_and_engines_stay_readable() -> None:
         lines = len(path.read_text().splitlines())
         if "engines" in path.parts:
             assert lines <= 450, f"{path.name} has {lines} lines"
-        if path.parent.name == "cells" and path.name not in {"contract.h", "list.h"}:
+        if path.parent.name == "cells" and path.name not in {"contract.h", "automatic.h", "list.h"}:
             assert lines <= 90, f"{path.name} has {lines} lines"
 
 

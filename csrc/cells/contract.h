@@ -5,12 +5,14 @@
 //   struct Cell {
 //     static constexpr Slot slots[] = {{"name", X | H}, …};   // the pre-activations, and which linear maps feed each; X slots come first
 //     static constexpr const char* states[] = {"h", …};       // state 0 is what the cell puts out and what U multiplies
-//     static constexpr int kept = …;                          // values of a step that backward needs
+//     static constexpr int kept = …;                          // values of a step that backward needs; absent: one a slot
 //     static constexpr Stage stages[] = {…};                  // absent: one stage of all slots
 //     static constexpr PerUnit vectors[] = {…};               // absent: none
 //     template <int S, class V> RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k);
-//     template <int S, class V> RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d);
+//     template <int S, class V> RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d);  // absent: automatic.h
 //   };
+//
+// A page made of others says all of the above but the functions at once: static constexpr CellInfo info.
 //
 // forward<S>: stage S. a: all slots' pre-activations (this stage's are set); w: per-unit vectors; s: states before the step; s1: states
 // after it; k: kept values. A stage writes the kept values of its own slots; those beyond the slots are the first stage's to write. The
@@ -19,7 +21,7 @@
 // backward<S>: the stages run last to first. d1: the gradient of what the stage gave: of state 0 after the step for the last stage, of the
 // next stage's operand otherwise. k arrives as kept (and as later stages left it) and leaves, slot by slot, as the gradients of the
 // pre-activations. d arrives as the gradients of the states after the step (d[0] as 0: it is in d1) and leaves as the gradients of the
-// states before it, less what flows through U, which the engine adds.
+// states before it, less what flows through U, which the engine adds. Stages after the first read no state but 0.
 //
 // How what comes next fits. Coupled or absent forget gates: other slots. Peephole: vectors, `o` after the new `c` inside forward. GRU
 // reset-before and projections: two stages, the second reading a kept value. SCRN, IndRNN: a stage without an H slot has no product, so no
@@ -56,8 +58,9 @@ struct Stage {
   Reduction reduction = Reduction::None;
 };
 
-// A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which the engine takes.
-enum class Factor { One, OldState, NewState };
+// A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which the engine takes. One: it is
+// the bias of a slot that U alone feeds. Itself: it enters anywhere, and backward leaves its gradient in the slot, which nothing feeds.
+enum class Factor { One, OldState, NewState, Itself };
 struct PerUnit {
   const char* name = nullptr;
   int slot = 0;
@@ -65,7 +68,7 @@ struct PerUnit {
   int state = 0;
 };
 
-constexpr int kMaxSlots = 8, kMaxStages = 3, kMaxStates = 4, kMaxVectors = 8;
+constexpr int kMaxSlots = 12, kMaxStages = 3, kMaxStates = 4, kMaxVectors = 8;
 
 // A page's shape with its defaults filled in: what engines, bindings and tests read.
 struct CellInfo {
@@ -117,6 +120,7 @@ struct CellInfo {
   }
   RNN_FN constexpr bool writes(int s, int i) const { return sees(s, i) && s == (i == 0 ? stages - 1 : 0); }
   RNN_FN constexpr bool keeps(int s, int i) const { return i < kept && (in_stage(s, i) || (s == 0 && i >= slots)); }
+  RNN_FN constexpr bool times_a_state(int v) const { return vector[v].factor == Factor::OldState || vector[v].factor == Factor::NewState; }
 };
 
 namespace detail {
@@ -142,24 +146,49 @@ struct Vectors<Cell, decltype(void(Cell::vectors))> {
   static constexpr PerUnit get(int i) { return Cell::vectors[i]; }
 };
 
+template <class Cell, class = void>
+struct Kept {
+  static constexpr int count = sizeof(Cell::slots) / sizeof(Slot);
+};
+template <class Cell>
+struct Kept<Cell, decltype(void(Cell::kept))> {
+  static constexpr int count = Cell::kept;
+};
+
+template <class Cell, class = void>
+struct Described {
+  static constexpr CellInfo get() {
+    static_assert(sizeof(Cell::slots) / sizeof(Slot) <= kMaxSlots && Stages<Cell>::count <= kMaxStages &&
+                      sizeof(Cell::states) / sizeof(const char*) <= kMaxStates && Vectors<Cell>::count <= kMaxVectors,
+                  "the page is larger than the contract's tables");
+    CellInfo info{"",
+                  int(sizeof(Cell::slots) / sizeof(Slot)),
+                  Stages<Cell>::count,
+                  int(sizeof(Cell::states) / sizeof(const char*)),
+                  Kept<Cell>::count,
+                  Vectors<Cell>::count,
+                  {},
+                  {},
+                  {},
+                  {}};
+    for (int i = 0; i < info.slots; ++i) info.slot[i] = Cell::slots[i];
+    for (int i = 0; i < info.stages; ++i) info.stage[i] = Stages<Cell>::get(i);
+    for (int i = 0; i < info.states; ++i) info.state[i] = Cell::states[i];
+    for (int i = 0; i < info.vectors; ++i) info.vector[i] = Vectors<Cell>::get(i);
+    return info;
+  }
+};
+template <class Cell>
+struct Described<Cell, decltype(void(Cell::info))> {
+  static constexpr CellInfo get() { return Cell::info; }
+};
+
 }  // namespace detail
 
 template <class Cell>
 constexpr CellInfo describe(const char* name) {
-  CellInfo info{name,
-                int(sizeof(Cell::slots) / sizeof(Slot)),
-                detail::Stages<Cell>::count,
-                int(sizeof(Cell::states) / sizeof(const char*)),
-                Cell::kept,
-                detail::Vectors<Cell>::count,
-                {},
-                {},
-                {},
-                {}};
-  for (int i = 0; i < info.slots; ++i) info.slot[i] = Cell::slots[i];
-  for (int i = 0; i < info.stages; ++i) info.stage[i] = detail::Stages<Cell>::get(i);
-  for (int i = 0; i < info.states; ++i) info.state[i] = Cell::states[i];
-  for (int i = 0; i < info.vectors; ++i) info.vector[i] = detail::Vectors<Cell>::get(i);
+  CellInfo info = detail::Described<Cell>::get();
+  info.name = name;
   return info;
 }
 
@@ -167,8 +196,31 @@ constexpr CellInfo describe(const char* name) {
 template <class Cell>
 struct InfoOf {
   static constexpr CellInfo value = describe<Cell>("");
-  static_assert(value.slots <= kMaxSlots && value.stages <= kMaxStages && value.states <= kMaxStates && value.vectors <= kMaxVectors,
-                "the page is larger than the contract's tables");
+  static_assert(value.slots <= kMaxSlots, "the page is larger than the contract's tables");
+  static constexpr bool slots_in_stages() {
+    int next = 0;
+    for (int s = 0; s < value.stages; ++s) {
+      if (value.stage[s].first != next) return false;
+      next += value.stage[s].count;
+    }
+    return next == value.slots;
+  }
+  static_assert(slots_in_stages(), "the stages have all slots between them, in their order");
+  static constexpr bool inputs_first() {
+    for (int i = 1; i < value.slots; ++i)
+      if ((value.slot[i].feeds & X) && !(value.slot[i - 1].feeds & X)) return false;
+    return true;
+  }
+  static_assert(inputs_first(), "the slots that the input feeds come first");
+  static constexpr bool vectors_have_slots() {
+    for (int i = 0; i < value.vectors; ++i) {
+      if (value.vector[i].slot < 0 || value.vector[i].slot >= value.slots || value.vector[i].state >= value.states) return false;
+      const unsigned feeds = value.slot[value.vector[i].slot].feeds;
+      if (value.vector[i].factor == Factor::Itself ? feeds != 0 : value.vector[i].factor == Factor::One && feeds != H) return false;
+    }
+    return true;
+  }
+  static_assert(vectors_have_slots(), "a vector's slot is there, fed by U alone for Factor::One, by nothing for Factor::Itself");
   static constexpr bool operands_survive() {
     for (int s = 0; s < value.stages; ++s)
       if (value.stage[s].operand != kPreviousState && value.stage[s].operand < value.slots) return false;

@@ -1,6 +1,7 @@
 // Every page, and the descriptions of all of them in the order of cells.def.
 #pragma once
 
+#include "cells/automatic.h"
 #include "cells/gru.h"
 #include "cells/lstm.h"
 #include "cells/lstm_variants.h"
@@ -11,7 +12,7 @@
 namespace rnnkernels {
 
 constexpr CellInfo kCells[] = {
-#define RNN_CELL(name, heat, ...) describe<__VA_ARGS__>(#name),
+#define RNN_CELL(name, heat, ...) describe<Complete<__VA_ARGS__>>(#name),
 #include "cells/cells.def"
 #undef RNN_CELL
 };

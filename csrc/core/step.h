@@ -81,7 +81,7 @@ RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int6
     constexpr unsigned feeds = Info::value.slot[i].feeds;
     constexpr int column = Info::value.hidden_slots(stage, i);
     if constexpr (Info::value.in_stage(stage, i)) {
-      a[i] = (feeds & X) || step.complete ? gates.get(index) : V(0);
+      a[i] = (feeds & X) || (step.complete && feeds) ? gates.get(index) : V(0);
       if ((feeds & H) && sum) a[i] = a[i] + V::load(sum + column * sum_slot);
     }
   });

@@ -2,6 +2,7 @@
 // that what an engine adds around a page (products, sums of gradients) is a line each.
 #include <cmath>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "num/scalar.h"
@@ -94,8 +95,7 @@ void test(const char* name) {
       if (cell.slot[i].feeds & X) backward_sum += value(k[i]) * u[size_t(i)];
     for (int i = 0; i < cell.vectors; ++i) {
       const PerUnit& vector = cell.vector[i];
-      const double factor =
-          vector.factor == Factor::One ? 1 : value(vector.factor == Factor::OldState ? in.s[vector.state] : s1[vector.state]);
+      const double factor = cell.times_a_state(i) ? value(vector.factor == Factor::OldState ? in.s[vector.state] : s1[vector.state]) : 1;
       backward_sum += value(k[vector.slot]) * factor * u[size_t(cell.slots + i)];
     }
     for (int i = 0; i < cell.states; ++i) {
@@ -107,8 +107,28 @@ void test(const char* name) {
     }
     worst = std::fmax(worst, std::fabs(forward_sum - backward_sum) / (1 + std::fabs(forward_sum)));
   }
-  std::printf("%-16s <v,Ju> - <J'v,u> %.1e\n", name, worst);
+  std::printf("%-34s <v,Ju> - <J'v,u> %.1e\n", name, worst);
   check(worst < 1e-12, "%s: backward is not the transpose of forward, off by %g", name, worst);
+}
+
+// A page without a backward and with a number a unit that no state multiplies.
+struct Leaky {
+  static constexpr Slot slots[] = {{"z", X | H}, {"rate", 0}};
+  static constexpr const char* states[] = {"h"};
+  static constexpr int kept = 2;
+  static constexpr PerUnit vectors[] = {{"rate", 1, Factor::Itself}};
+
+  template <int S, class V>
+  RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V*) {
+    s1[0] = fma(sigmoid(w[0]), tanh(a[0]) - s[0], s[0]);
+  }
+};
+
+// With its own backward and with the automatic one, which both must be forward's transpose.
+template <class Page>
+void test_both(const char* name) {
+  test<Complete<Page>>(name);
+  if constexpr (!InfoOf<Page>::value.projected()) test<Automatic<Page>>((std::string(name) + ", automatic").c_str());
 }
 
 }  // namespace
@@ -116,9 +136,10 @@ void test(const char* name) {
 
 int main() {
   using namespace rnnkernels;
-#define RNN_CELL(name, heat, ...) test<__VA_ARGS__>(#name);
+#define RNN_CELL(name, heat, ...) test_both<__VA_ARGS__>(#name);
 #include "cells/cells.def"
 #undef RNN_CELL
-  test<ResetBefore>("reset_before");
+  test_both<ResetBefore>("reset_before");
+  test<Complete<Leaky>>("leaky");
   return check_failures != 0;
 }

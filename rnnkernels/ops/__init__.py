@@ -20,8 +20,9 @@ from torch.autograd import forward_ad
 from .. import _C
 from . import cpu, peer, steps
 from .cells import CELLS, PERSISTENT, STORAGE, Sizes, Weights, grad_shapes, problem
+from .load import load_page, source_of
 
-__all__ = ["CELLS", "ENGINES", "Sequence", "build_info", "plan", "sequence", "set_isa"]
+__all__ = ["CELLS", "ENGINES", "Sequence", "build_info", "load_page", "plan", "sequence", "set_isa", "source_of"]
 
 ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT, "torch")
 _COUNT = len(Weights._fields)

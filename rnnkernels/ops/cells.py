@@ -24,7 +24,8 @@ class Cell:
     name: str
     states: tuple[str, ...]
     slots: tuple[tuple[str, bool, bool], ...]  # name, fed by the input, fed by the state
-    vectors: tuple[tuple[str, int, bool, bool, int], ...]  # name, slot, learned (else a bias of U), times a state: after the step, which
+    # name, slot, learned (else a bias of U), times a state: after the step, which (-1: none, its gradient is the slot's)
+    vectors: tuple[tuple[str, int, bool, bool, int], ...]
     stages: tuple[tuple[int, int, int, bool], ...]  # first slot, slots, what its matrix multiplies (-1: state 0), as wide as the output
     kept: int
     room: int  # values of a token between forward and backward
@@ -71,6 +72,11 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
 
 
 CELLS: dict[str, Cell] = {d["name"]: _cell(i, d) for i, d in enumerate(_C.cells())}
+
+
+def add_cell(index: int, description: dict[str, Any]) -> None:
+    """A cell that was loaded: from now on as the others."""
+    CELLS[description["name"]] = _cell(index, description)
 
 
 class Weights(NamedTuple):
@@ -208,8 +214,11 @@ def grad_vectors(s: Sizes, gates: Tensor, states: Seq[Tensor], after: Seq[Tensor
     sums = []
     for _, slot, learned, new, i in s.cell.vectors:
         if learned:
-            factor = after[i] if new else before_each_token(s, after[i], states[i] if states else None, rows)
-            sums.append((gates[:, slot * H : (slot + 1) * H].to(number) * factor.to(number)).sum(0))
+            grad = gates[:, slot * H : (slot + 1) * H].to(number)
+            if i >= 0:
+                factor = after[i] if new else before_each_token(s, after[i], states[i] if states else None, rows)
+                grad = grad * factor.to(number)
+            sums.append(grad.sum(0))
     return torch.cat(sums).to(gates.dtype)
 
 

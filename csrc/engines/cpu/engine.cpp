@@ -6,8 +6,6 @@
 
 namespace rnnkernels::cpu {
 
-const Page& page_of(const Problem& p) { return current().page[p.cell]; }
-
 std::string fits(const Problem& p, const Page& page) {
   const CellInfo& cell = page.cell;
   for (int s = 0; s < cell.stages; ++s)

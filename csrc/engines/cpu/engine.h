@@ -1,6 +1,7 @@
 // The CPU engine: any page over a sequence.
 #pragma once
 
+#include <map>
 #include <string>
 #include <vector>
 
@@ -17,8 +18,11 @@ std::string isa();
 void set_isa(const std::string& name);
 
 struct Page;
-// The page of the problem's cell for the chosen instruction set. A page made elsewhere must be of that instruction set's numbers.
+// The page of the problem's cell for the chosen instruction set.
 const Page& page_of(const Problem&);
+// A cell of one's own, its page compiled for each instruction set that this processor runs: the number by which a problem names it. The
+// pages live to the end of the program.
+int add_page(const std::map<std::string, const Page*>& of_isa);
 
 // Empty if the engine can run it, otherwise the reason why not.
 std::string fits(const Problem&, const Page&);

@@ -50,7 +50,7 @@ class Gradients {
       }
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
-        store(vector.factor == Factor::One ? slot_sums(vector.slot * w.p.hidden + begin) : vector_sums(i * w.p.hidden + begin),
+        store(!w.cell.times_a_state(i) ? slot_sums(vector.slot * w.p.hidden + begin) : vector_sums(i * w.p.hidden + begin),
               g.grad_vectors[i], 0);
       }
     });
@@ -188,7 +188,7 @@ class Gradients {
           all(static_cast<size_t>(n));
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
-        if (!g.grad_vectors[i] || vector.factor == Factor::One) continue;
+        if (!g.grad_vectors[i] || !w.cell.times_a_state(i)) continue;
         std::fill(some.begin(), some.end(), 0.0);
         std::fill(all.begin(), all.end(), 0.0);
         int64_t chain = 0;

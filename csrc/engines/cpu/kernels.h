@@ -254,7 +254,7 @@ constexpr Isa make_isa(const char* name) {
           {number_ops<F32, registers>(), number_ops<F64, registers>()},
           {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},
           {
-#define RNN_CELL(cell, heat, ...) make_page<__VA_ARGS__, F32, F64>(#cell),
+#define RNN_CELL(cell, heat, ...) make_page<Complete<__VA_ARGS__>, F32, F64>(#cell),
 #include "cells/cells.def"
 #undef RNN_CELL
           }};

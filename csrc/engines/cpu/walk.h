@@ -13,6 +13,7 @@
 namespace rnnkernels::cpu {
 
 const Isa& current();  // the chosen instruction set
+const Page& page_of(int cell, const Isa&);
 
 inline int number_of(Storage s) { return s == Storage::F64; }
 

@@ -5,7 +5,7 @@
 #include <mutex>
 #include <vector>
 
-#include "cells/list.h"
+#include "core/registry.h"
 #include "engines/cuda/kernels.cuh"
 
 namespace rnnkernels::cuda {
@@ -21,6 +21,16 @@ const CellKernels* const kKernels[] = {
 #include "cells/cells.def"
 #undef RNN_CELL
 };
+
+Loaded<CellKernels> loaded;
+
+const CellKernels* find(int cell) { return cell < kCellCount ? kKernels[cell] : loaded.find(cell); }
+
+const CellKernels& kernels_of(int cell) {
+  const CellKernels* kernels = find(cell);
+  if (!kernels) throw CudaError(registry[cell].name, "the cell was loaded without kernels for a GPU");
+  return *kernels;
+}
 
 // The device of a call, current while this lives: the thread's own may be another.
 class Use {
@@ -51,6 +61,8 @@ __global__ void pack_kernel(const __grid_constant__ Tiling t, int s, Matrix m, v
 
 }  // namespace
 
+void add_kernels(int cell, const CellKernels* kernels) { loaded.set(cell, kernels); }
+
 Device device(int index) {
   const Use device_of_call(index);
   int multiprocessors = 0, shared = 0, major = 0, minor = 0;
@@ -67,7 +79,7 @@ Device device(int index) {
 namespace {
 
 const PersistentKernels& kernels_of(const Problem& p) {
-  const CellKernels& kernels = *kKernels[p.cell];
+  const CellKernels& kernels = kernels_of(p.cell);
   return p.storage == Storage::F32 && p.products != Products::Exact ? kernels.tf32 : kernels.persistent[int(p.storage)];
 }
 
@@ -97,7 +109,7 @@ Cut cut_of(const Problem& p, bool backward, int index) {
       return k.cut;
   if (known.size() == 64) known.clear();
   const Device d = device(index);
-  const Tiling t = tile(d, kCells[p.cell], p, backward);
+  const Tiling t = tile(d, registry[p.cell], p, backward);
   const int together = t.fits ? kernels_of(p).residents(backward, t, d.multiprocessors) : 0;
   known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, p.products, backward, index, {t, together}});
   return known.back().cut;
@@ -105,7 +117,7 @@ Cut cut_of(const Problem& p, bool backward, int index) {
 
 // Every stage's matrix into the workspace, in the order in which the blocks' threads load it.
 void pack_weights(const Problem& p, const Tiling& t, const void* const* weights, bool backward, void* workspace, void* stream) {
-  const CellInfo& cell = kCells[p.cell];
+  const CellInfo& cell = registry[p.cell];
   auto* const kernel = p.storage == Storage::BF16      ? pack_kernel<Tensor<Fragment::Bf16>, bf16>
                        : p.storage == Storage::F16     ? pack_kernel<Tensor<Fragment::F16>, f16>
                        : p.products == Products::Exact ? pack_kernel<Exact, float>
@@ -122,12 +134,13 @@ void pack_weights(const Problem& p, const Tiling& t, const void* const* weights,
 }  // namespace
 
 std::string fits(const Problem& p, bool backward, int index) {
-  const CellInfo& cell = kCells[p.cell];
+  const CellInfo& cell = registry[p.cell];
+  if (!find(p.cell)) return std::string("the cell ") + cell.name + " was loaded without kernels for a GPU";
   for (int s = 0; s < cell.stages; ++s)
     if (cell.stage[s].reduction != Reduction::None)
       return std::string("the persistent engine has no reduction across units, which ") + cell.name + " asks for";
   const PersistentKernels& kernels = kernels_of(p);
-  if (!kKernels[p.cell]->persistent[int(Storage::F32)].forward)
+  if (!kernels_of(p.cell).persistent[int(Storage::F32)].forward)
     return std::string("the persistent engine is not compiled for ") + cell.name + ", which is not among the hot cells of cells.def";
   if (!kernels.forward) return "the persistent engine computes in float32: float64 runs stepwise";
   if (p.steps >= int64_t(1) << 32) return "the persistent engine counts steps in 32 bits";
@@ -177,13 +190,13 @@ void backward(const Backward& g, const int64_t* offsets, int index, void* stream
 
 void forward_step(const Problem& p, int stage, const ForwardStep& step, int64_t rows, const void* sums, int index, void* stream) {
   const Use device_of_call(index);
-  kKernels[p.cell]->step[int(p.storage)].forward[stage](step, rows, sums, stream);
+  kernels_of(p.cell).step[int(p.storage)].forward[stage](step, rows, sums, stream);
 }
 
 void backward_step(const Problem& p, int stage, const BackwardStep& step, int64_t rows, int64_t summed_rows, const void* sums, int index,
                    void* stream) {
   const Use device_of_call(index);
-  kKernels[p.cell]->step[int(p.storage)].backward[stage](step, rows, summed_rows, sums, stream);
+  kernels_of(p.cell).step[int(p.storage)].backward[stage](step, rows, summed_rows, sums, stream);
 }
 
 }  // namespace rnnkernels::cuda

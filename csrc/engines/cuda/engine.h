@@ -34,6 +34,9 @@ struct CellKernels {
   StepKernels step[kStorages];
 };
 
+// The kernels of a cell that was loaded; they live to the end of the program.
+void add_kernels(int cell, const CellKernels*);
+
 // A device as the persistent engine sees it.
 Device device(int index);
 

@@ -1,0 +1,170 @@
+"""Cells of one's own: a page compiled against the installed headers, cached by content, and run by every engine."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .. import _C
+from .cells import CELLS, add_cell
+
+_INCLUDE = Path(_C.__file__).parent / "include"
+_LINE = re.compile(r"^\s*RNN_CELL\s*\(\s*(\w+)\s*,\s*(HOT|COLD)\s*,", re.MULTILINE)
+_libraries: list[Any] = []  # they stay: layers may run them to the end
+_sources: dict[str, str] = {}
+
+# The page stands between these; the macro that names it expands to what the engines need of it.
+_CPU = """
+#include "num/{isa}.h"
+
+#include "engines/cpu/kernels.h"
+
+using namespace rnnkernels;
+#define RNN_CELL(name, heat, ...) \\
+  extern "C" __attribute__((visibility("default"))) const cpu::Page rnnkernels_page; \\
+  const cpu::Page rnnkernels_page = cpu::make_page<Complete<__VA_ARGS__>, {isa}::F32, {isa}::F64>(#name);
+#line 1 "{name}"
+"""
+_CUDA = """
+#include "engines/cuda/kernels.cuh"
+
+using namespace rnnkernels;
+#define RNN_CELL(name, heat, ...) \\
+  extern "C" __attribute__((visibility("default"))) const cuda::CellKernels rnnkernels_kernels; \\
+  const cuda::CellKernels rnnkernels_kernels = cuda::cell_kernels<cuda::Heat::heat, Complete<__VA_ARGS__>>();
+#line 1 "{name}"
+"""
+
+
+def load_page(source: str | os.PathLike[str], cuda: bool | None = None) -> str:
+    """Compile a page, register it as a cell, and return the cell's name. See :func:`rnnkernels.load_cell`."""
+    text, shown = _read(source)
+    named = _LINE.findall(text)
+    if len(named) != 1:
+        raise ValueError(f"source: expected one line RNN_CELL(name, HOT or COLD, page) in {shown}, got {len(named)}")
+    name: str = named[0][0]
+    if name != name.lower():
+        raise ValueError(f"source: expected a cell's name in lower case, got {name!r} in {shown}")
+    if name in _sources:
+        if _sources[name] != text:
+            raise ValueError(f"source: a cell {name!r} is loaded already, from another source: give this one another name")
+    elif name in CELLS:
+        raise ValueError(f"source: {name!r} is one of the library's own cells: give this one another name")
+    else:
+        _check_headers()
+        flags = _C.build()["flags"]
+        isas = _C.supported_isas()
+        with ThreadPoolExecutor() as pool:
+            made = [pool.submit(_compiled, text, shown, _CPU.format(isa=isa, name=shown), _cpu_command(flags, isa), ".cpp") for isa in isas]
+            paths = [future.result() for future in made]
+        addresses = [_address(path, "rnnkernels_page") for path in paths]
+        index, description = _C.add_cell(dict(zip(isas, addresses, strict=True)))
+        add_cell(index, description)
+        _sources[name] = text
+    if cuda or (cuda is None and hasattr(_C, "add_cuda_cell") and torch.cuda.is_available()):
+        _load_cuda(name, text, shown)
+    return name
+
+
+def source_of(name: str) -> str:
+    """The source that a cell was loaded from."""
+    return _sources[name]
+
+
+def _read(source: str | os.PathLike[str]) -> tuple[str, str]:
+    """-> text, what to call it"""
+    text = os.fspath(source)
+    if isinstance(source, os.PathLike) or "\n" not in text:
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"source: expected a file or the text of a page, got {text!r}")
+        return path.read_text(encoding="utf-8"), str(path)
+    return text, "page"
+
+
+@functools.cache
+def _headers() -> str:
+    """What CMake made of the headers when it built the module."""
+    files = sorted(str(path.relative_to(_INCLUDE)) for path in _INCLUDE.rglob("*") if path.is_file())
+    sums = "".join(f"{name} {hashlib.sha256((_INCLUDE / name).read_bytes()).hexdigest()}\n" for name in files)
+    return hashlib.sha256(sums.encode()).hexdigest()
+
+
+def _check_headers() -> None:
+    if _headers() != _C.build()["headers"]:
+        raise RuntimeError(f"load_cell: the headers under {_INCLUDE} are not those that the module was compiled with: install it again")
+
+
+def _cpu_command(flags: dict[str, str], isa: str) -> list[str]:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [shutil.which("c++") or shutil.which("g++") or "c++"]
+    machine = ["-DRNNKERNELS_X86=1"] if "avx2" in _C.build()["isas"] else []
+    plain = ["-std=c++17", "-fPIC", "-shared", "-fvisibility=hidden"]
+    return [*compiler, *plain, *shlex.split(flags["all"]), *shlex.split(flags[isa]), *machine]
+
+
+def _load_cuda(name: str, text: str, shown: str) -> None:
+    if not hasattr(_C, "add_cuda_cell"):
+        raise RuntimeError("cuda: this build of rnnkernels has no CUDA part")
+    kernels = _address(_compile_cuda(text, shown), "rnnkernels_kernels")
+    _C.add_cuda_cell(CELLS[name].index, kernels)
+
+
+def _compile_cuda(text: str, shown: str) -> Path:
+    """The kernels, for the devices at hand; where there is none, for those that the module was built for."""
+    compiler = shlex.split(os.environ.get("CUDACXX", "")) or [shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"]
+    if torch.cuda.is_available():
+        found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
+        numbers = sorted(f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in found)
+    else:
+        numbers = [number.split("-")[0] for number in _C.build()["cuda"]["architectures"].split() if number.endswith("-real")]
+    archs = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    plain = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared", "--cudart=static"]
+    command = [*compiler, *plain, *shlex.split(_C.build()["flags"]["cuda"]), *archs]
+    return _compiled(text, shown, _CUDA.format(name=shown), command, ".cu")
+
+
+def _compiled(text: str, shown: str, prologue: str, command: list[str], suffix: str) -> Path:
+    """The library of a page, made unless an equal one is in the cache."""
+    key = hashlib.sha256("\0".join([text, prologue, *command, _version(command[0]), _headers()]).encode()).hexdigest()
+    cache = Path(os.environ.get("RNNKERNELS_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "rnnkernels")
+    library = cache / f"{key}.so"
+    if library.is_file():
+        return library
+    cache.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache) as folder:
+        unit, made = Path(folder) / f"page{suffix}", Path(folder) / "page.so"
+        unit.write_text(prologue + text, encoding="utf-8")
+        try:
+            done = subprocess.run([*command, f"-I{_INCLUDE}", str(unit), "-o", str(made)], capture_output=True, text=True, check=False)
+        except FileNotFoundError:
+            raise RuntimeError(f"load_cell: no compiler {command[0]!r} here: put one on PATH or set CXX (for a GPU: CUDACXX)") from None
+        if done.returncode:
+            raise RuntimeError(f"load_cell: {shown} does not compile\n{done.stderr[-4000:]}")
+        made.replace(library)  # others may be making the same
+    return library
+
+
+@functools.cache
+def _version(compiler: str) -> str:
+    with contextlib.suppress(FileNotFoundError):  # said when it is to compile
+        return str(subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout)
+    return ""
+
+
+def _address(path: Path, symbol: str) -> int:
+    library = ctypes.CDLL(str(path))
+    _libraries.append(library)
+    return ctypes.addressof(ctypes.c_char.in_dll(library, symbol))
