@@ -19,6 +19,7 @@ namespace {
 
 using Address = uintptr_t;
 using Addresses = std::vector<Address>;
+using GivenSlots = std::vector<std::tuple<Address, int64_t, int64_t>>;  // address, elements from a token and from a row to the next
 
 template <class P = void>
 P* pointer(Address a) {
@@ -86,14 +87,15 @@ void need(const Problem& p, bool backward, int64_t given) {
 py::dict description(const CellInfo& cell) {
   py::list slots, stages, states, vectors;
   for (int i = 0; i < cell.slots; ++i)
-    slots.append(py::make_tuple(cell.slot[i].name, bool(cell.slot[i].feeds & X), bool(cell.slot[i].feeds & H)));
+    slots.append(py::make_tuple(cell.slot[i].name, bool(cell.slot[i].feeds & X), bool(cell.slot[i].feeds & H), bool(cell.slot[i].feeds & G),
+                                bool(cell.slot[i].feeds & M)));
   for (int i = 0; i < cell.stages; ++i)
     stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count, cell.stage[i].operand, cell.stage[i].width == Width::Output));
   for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
+  const char* const factors[] = {"one", "old", "new", "itself", "kept", "fixed"};  // as enum Factor
   for (int i = 0; i < cell.vectors; ++i) {
     const PerUnit& v = cell.vector[i];
-    vectors.append(
-        py::make_tuple(v.name, v.slot, v.factor != Factor::One, v.factor == Factor::NewState, cell.times_a_state(i) ? v.state : -1));
+    vectors.append(py::make_tuple(v.name, v.slot, v.factor != Factor::One, factors[int(v.factor)], v.state));
   }
   return py::dict(py::arg("name") = cell.name, py::arg("slots") = slots, py::arg("stages") = stages, py::arg("states") = states,
                   py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
@@ -164,18 +166,22 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
-  m.def("forward", [](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates,
-                      int64_t gates_row, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
-                      const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes) {
-    need(p, false, bytes);
-    Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
-    f.input = pointer(input);
-    f.weight_ih = pointer(weight_ih);
-    f.bias_ih = pointer(bias_ih);
-    f.bias_hh = pointer(bias_hh);
-    py::gil_scoped_release release;
-    cpu::forward(f, cpu::page_of(p));
-  });
+  m.def("forward",
+        [](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates, int64_t gates_row,
+           const Addresses& weights, const Addresses& vectors, const Addresses& initial, const Addresses& final, Address output,
+           const Addresses& history, Address workspace, int64_t bytes, const GivenSlots& given) {
+          need(p, false, bytes);
+          Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
+          f.input = pointer(input);
+          f.weight_ih = pointer(weight_ih);
+          f.bias_ih = pointer(bias_ih);
+          f.bias_hh = pointer(bias_hh);
+          if (given.size() > kMaxGiven) throw std::invalid_argument("more given slots than the contract's tables hold");
+          for (size_t i = 0; i < given.size(); ++i)
+            f.given[i] = {pointer(std::get<0>(given[i])), std::get<1>(given[i]), std::get<2>(given[i])};
+          py::gil_scoped_release release;
+          cpu::forward(f, cpu::page_of(p));
+        });
   m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
                        const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
                        const Addresses& grad_final, const Addresses& grad_initial, Address input, Address weight_ih, Address grad_input,
@@ -197,32 +203,34 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
 
   // One stage of one step, where the tensors are: on the CPU (device -1) or a CUDA device.
-  m.def("forward_step",
-        [](const Problem& p, int stage, Address gates, int64_t gates_row, Address kept, Address between, const Addresses& vectors,
-           const Addresses& states, const Addresses& history, int64_t rows, Address sums, int device, [[maybe_unused]] Address stream) {
-          const CellInfo& cell = registry[p.cell];
-          ForwardStep step{};
-          step.hidden = p.hidden;
-          step.output = p.output;
-          step.gates = pointer(gates);
-          step.gates_row = gates_row;
-          step.gates_slot = p.hidden;
-          step.kept = pointer(kept);
-          step.between = pointer(between);
-          step.between_row = cell.kept * p.hidden;
-          step.between_slot = p.hidden;
-          fill(step.vectors, vectors);
-          fill(step.previous, states);
-          fill(step.next, states);
-          fill(step.state_row, cell, p);
-          fill(step.history, history);
-          py::gil_scoped_release release;
-          if (device < 0) return cpu::forward_step(p, stage, step, rows, pointer(sums));
-          need_cuda();
+  m.def("forward_step", [](const Problem& p, int stage, Address gates, int64_t gates_row, Address kept, Address between,
+                           const Addresses& vectors, const Addresses& states, const Addresses& history, const Addresses& given,
+                           const std::vector<int64_t>& given_row, int64_t rows, Address sums, int device, [[maybe_unused]] Address stream) {
+    const CellInfo& cell = registry[p.cell];
+    ForwardStep step{};
+    step.hidden = p.hidden;
+    step.output = p.output;
+    step.gates = pointer(gates);
+    step.gates_row = gates_row;
+    step.gates_slot = p.hidden;
+    step.kept = pointer(kept);
+    step.between = pointer(between);
+    step.between_row = cell.kept * p.hidden;
+    step.between_slot = p.hidden;
+    fill(step.vectors, vectors);
+    fill(step.previous, states);
+    fill(step.next, states);
+    fill(step.state_row, cell, p);
+    fill(step.history, history);
+    fill(step.given, given);
+    for (size_t i = 0; i < given_row.size(); ++i) step.given_row[i] = given_row[i];
+    py::gil_scoped_release release;
+    if (device < 0) return cpu::forward_step(p, stage, step, rows, pointer(sums));
+    need_cuda();
 #if RNNKERNELS_CUDA
-          cuda::forward_step(p, stage, step, rows, pointer(sums), device, pointer(stream));
+    cuda::forward_step(p, stage, step, rows, pointer(sums), device, pointer(stream));
 #endif
-        });
+  });
   m.def("backward_step", [](const Problem& p, int stage, Address kept, Address grad_gates, const Addresses& vectors, int64_t previous_rows,
                             const Addresses& previous, const Addresses& initial, const Addresses& states, const Addresses& grad_states,
                             const Addresses& carried, Address operand, int64_t rows, int64_t summed_rows, Address sums, int device,

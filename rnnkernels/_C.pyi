@@ -50,6 +50,7 @@ def forward(
     history: Sequence[int],
     workspace: int,
     bytes: int,
+    given: Sequence[tuple[int, int, int]],
 ) -> None: ...
 def backward(
     problem: Problem,
@@ -84,6 +85,8 @@ def forward_step(
     vectors: Sequence[int],
     states: Sequence[int],
     history: Sequence[int],
+    given: Sequence[int],
+    given_row: Sequence[int],
     rows: int,
     sums: int,
     device: int,

@@ -105,7 +105,7 @@ class _Layer(nn.RNNBase):
     def _reset_beyond_torch(self) -> None:
         if self.forget_bias is None and self.recurrent_init == "uniform":
             return
-        slots = [name for name, fed, _ in ops.CELLS[self._cell].slots if fed]
+        slots = [name for name, fed, *_ in ops.CELLS[self._cell].slots if fed]
         if self.forget_bias is not None and ("f" not in slots or not self.bias):
             raise ValueError(f"forget_bias: expected None for a layer without a forget gate or without biases, got {self.forget_bias}")
         with torch.no_grad():

@@ -141,5 +141,5 @@ def _classes(cell: str) -> Any:
     many = len(spec.states) > 1
     facts = {"_page": cell, "__module__": __name__}
     step = type(f"{title}Cell", (_OwnTupleStep if many else _OwnStep,), {**facts, "__doc__": f"One step of the loaded cell {cell!r}."})
-    doc = f"A stack of the loaded cell {cell!r}; row blocks {', '.join(name for name, x, h in spec.slots if x or h)}."
+    doc = f"A stack of the loaded cell {cell!r}; row blocks {', '.join(name for name, x, h, *_ in spec.slots if x or h)}."
     return type(title, (_OwnTupleLayer if many else _OwnLayer,), {**facts, "__doc__": doc, "Cell": step})

@@ -4,7 +4,7 @@ Plain autograd differentiates everything here, as often as asked, in any dtype. 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -23,7 +23,8 @@ class Cell:
 
     ``step(x, u, v, *states)`` takes ``x = W x_t + b_ih``, the product ``u(h) = U h + b_hh`` (``u(h, first, last)``: of the row blocks first
     to last - 1), the per-unit vectors ``v``, and the states before the step; it returns those after it, the hidden state first.
-    ``input_gates`` and ``hidden_gates`` count the row blocks of W and U, ``vectors`` those of weight_v.
+    ``input_gates`` and ``hidden_gates`` count the row blocks of W and U, ``vectors`` those of weight_v. ``given`` names what the caller
+    gives for each unit: ``reads(g, h)`` is what U reads in h's place, ``after(z, old, new)`` what becomes of a state, z its own zoneout.
     """
 
     step: Callable[..., tuple[Tensor, ...]]
@@ -32,6 +33,9 @@ class Cell:
     hidden_gates: int
     projected: bool = False
     vectors: int = 0
+    given: tuple[str, ...] = ()
+    reads: Callable[[dict[str, Tensor], Tensor], Tensor] = lambda g, h: h
+    after: Callable[[Tensor | None, Tensor, Tensor], Tensor] = lambda g, old, new: new
 
 
 Vectors = Sequence[Tensor]
@@ -121,6 +125,18 @@ def gru_reset_before(x: Tensor, u: Product, v: Vectors, h: Tensor) -> tuple[Tens
     return (z * h + (1 - z) * n,)
 
 
+def zoneout(cell: Cell) -> Cell:
+    """s' = z ⊙ s + (1 − z) ⊙ s̃ for each state, s̃ what the cell makes of it. Krueger et al. 2017."""
+    names = tuple(f"zoneout_{state}" for state in cell.states)
+    order = (*names[1:], names[0]) if cell.projected else names
+    return replace(cell, given=order, after=lambda z, old, new: new if z is None else z * old + (1 - z) * new)
+
+
+def dropout(cell: Cell) -> Cell:
+    """U reads m ⊙ h, m one mask for all steps. Gal & Ghahramani 2016."""
+    return replace(cell, given=(*cell.given, "dropout"), reads=lambda g, h: g["dropout"] * h)
+
+
 ACTIVATIONS: dict[str, Activation] = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda z: z}
 
 CELLS: dict[str, Cell] = {
@@ -138,12 +154,17 @@ CELLS: dict[str, Cell] = {
     **{f"indrnn_{name}": indrnn(f) for name, f in ACTIVATIONS.items()},
 }
 
+for _name in ("lstm", "lstm_projected", "lstm_peephole", "gru", "gru_reset_before", "srn_tanh"):
+    CELLS[f"{_name}_zoneout"] = zoneout(CELLS[_name])
+for _name in ("lstm", "lstm_peephole", "gru", "gru_reset_before", "srn_tanh", "lstm_zoneout"):
+    CELLS[f"{_name}_dropout"] = dropout(CELLS[_name])
+
 
 def sequence(
     cell: str,
     input: Tensor,
     states: Sequence[Tensor] | None,
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor | None,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
@@ -151,6 +172,7 @@ def sequence(
     weight_v: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    given: Sequence[Tensor] = (),
     reverse: bool = False,
     return_states: bool = False,
 ) -> tuple[Tensor, ...]:
@@ -158,18 +180,28 @@ def sequence(
 
     Padded: input ``[T, B, I]``, output ``[T, B, P]``. Ragged (``batch_sizes`` as PackedSequence has it): ``[N, I]`` and ``[N, P]``.
     States are ``[B, ·]``, in the cell's order, None for zeros. P is H or, projected, the rows of ``weight_hr``. Weights: as in torch.nn;
-    weight_v stacks the cell's per-unit vectors.
+    weight_v stacks the cell's per-unit vectors. ``given`` numbers lie as the input, for each row ``[B, k·H]``, or for all ``[k·H]``.
     ``reverse`` runs from the last step (of each row) to the first; the output keeps the input's order. With ``return_states`` the states
     beyond the first after each step follow, in the output's shape.
     """
     spec = CELLS[cell]
-    hidden = weight_ih.size(0) // spec.input_gates
+    hidden = weight_ih.size(0) // spec.input_gates if weight_ih is not None else weight_hh.size(0) // spec.hidden_gates  # type: ignore[union-attr]
     vectors = () if weight_v is None else torch.split(weight_v, hidden)
+
+    g: dict[str, Tensor] = {}
 
     def u(operand: Tensor, first: int = 0, last: int = spec.hidden_gates) -> Tensor:
         assert weight_hh is not None
         rows = slice(first * hidden, last * hidden)
-        return linear(operand, weight_hh[rows], None if bias_hh is None else bias_hh[rows])
+        return linear(spec.reads(g, operand), weight_hh[rows], None if bias_hh is None else bias_hh[rows])
+
+    def given_at(t: int, active: int) -> list[Tensor]:
+        found = []
+        for numbers in given:
+            if numbers.shape[:-1] == input.shape[:-1]:
+                numbers = numbers[t] if batch_sizes is None else torch.split(numbers, batch_sizes.tolist())[t]
+            found.append(numbers.expand(active, -1) if numbers.dim() == 1 else numbers[:active])
+        return found
 
     inputs = input.unbind() if batch_sizes is None else torch.split(input, batch_sizes.tolist())
     outputs = list(inputs)
@@ -183,9 +215,13 @@ def sequence(
         # The rows that have a step t are a prefix. The others have either ended, or, in reverse, not begun: they keep their state.
         active = len(inputs[t])
         before = [state[:active] for state in current]
-        h, *others = spec.step(linear(inputs[t], weight_ih, bias_ih), u, vectors, *before)
+        g.update(zip(spec.given, (block for numbers in given_at(t, active) for block in torch.split(numbers, hidden, dim=-1)), strict=True))
+        h, *others = spec.step(linear(inputs[t], weight_ih, bias_ih) if weight_ih is not None else None, u, vectors, *before)
         if weight_hr is not None:
             h = linear(h, weight_hr)
+        masks = [g.get(f"zoneout_{state}") for state in spec.states]
+        made = zip(masks, before, (h, *others), strict=True)
+        h, *others = (spec.after(None if z is None else z[:, : old.size(1)], old, new) for z, old, new in made)
         outputs[t] = h
         for history, state in zip(histories, others, strict=True):
             history[t] = state

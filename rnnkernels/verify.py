@@ -77,6 +77,7 @@ class Problem:
     input: Tensor
     states: tuple[Tensor, ...]
     weights: dict[str, Tensor]
+    given: dict[str, Tensor]
     cotangents: tuple[Tensor, ...]
     batch_sizes: Tensor | None
     reverse: bool
@@ -91,6 +92,7 @@ class Problem:
             input=self.input.to(dtype),
             states=tuple(s.to(dtype) for s in self.states),
             weights={name: w.to(dtype) for name, w in self.weights.items()},
+            given={name: g.to(dtype) for name, g in self.given.items()},
             cotangents=tuple(c.to(dtype) for c in self.cotangents),
         )
 
@@ -171,11 +173,18 @@ def make(cell: str, family: Family, dtype: torch.dtype, number: int = 0) -> Prob
         input=normal(*rows, family.I),
         states=tuple(normal(family.B, width) for width in widths),
         weights=weights,
+        given=given(spec, family, rows, draw),
         cotangents=(normal(*rows, P), *(normal(family.B, width) for width in widths)),
         batch_sizes=batch_sizes,
         reverse=family.reverse,
     )
     return (clear_of_kink(problem) if cell.endswith(KINKED) and dtype.itemsize == 2 else problem).to(dtype)
+
+
+def given(spec: ops.Cell, family: Family, rows: tuple[int, ...], draw: torch.Generator) -> dict[str, Tensor]:
+    """What the caller gives: zoneout for each token, a mask for each row. Numbers between 0 and 1 find more than zeros and ones."""
+    shapes = {name: (family.B, family.H) if name == "dropout" else (*rows, family.H) for name in (spec.slots[i][0] for i in spec.given)}
+    return {name: torch.rand(shape, generator=draw, dtype=torch.float64) for name, shape in shapes.items()}
 
 
 def clear_of_kink(problem: Problem) -> Problem:
@@ -191,7 +200,13 @@ def call(sequence: Run, problem: Problem, leaves: Sequence[Tensor]) -> dict[str,
     count = len(problem.states)
     input, states, weights = leaves[0], leaves[1 : 1 + count], dict(zip(problem.weights, leaves[1 + count :], strict=True))
     results = sequence(
-        problem.cell, input, states, **{"weight_hh": None, **weights}, batch_sizes=problem.batch_sizes, reverse=problem.reverse
+        problem.cell,
+        input,
+        states,
+        **{"weight_hh": None, **weights},
+        **({"given": tuple(problem.given.values())} if problem.given else {}),
+        batch_sizes=problem.batch_sizes,
+        reverse=problem.reverse,
     )
     return dict(zip(("output", *(f"final {state}" for state in ops.CELLS[problem.cell].states)), results, strict=True))
 

@@ -1,9 +1,12 @@
 """What all tests share."""
 
+import functools
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from rnnkernels import ops
 
@@ -30,3 +33,33 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(was)
     torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def given_of(cell: str, x: Tensor, states: Any, weights: Any, batch_sizes: Tensor | None = None, first_row: int = 0) -> list[Tensor]:
+    """What the cell is given, if anything: some numbers for each row, some for each token, always the same."""
+    spec = ops.CELLS[cell]
+    if not spec.given:
+        return []
+    H = (weights[0].shape[0] // spec.input_gates) if spec.input_gates else weights[1].shape[0] // spec.hidden_gates
+    if batch_sizes is None:
+        row, token = torch.arange(first_row, first_row + x.shape[1]), torch.arange(x.shape[0]).unsqueeze(1) * 31
+    else:
+        row, token = torch.arange(states[0].shape[0]), torch.arange(x.shape[0]) * 31
+    found = []
+    for kind, slot in enumerate(spec.given):
+        each_row = row * 17 + kind * 5
+        place = each_row if spec.slots[slot][0] == "dropout" else token + (each_row if batch_sizes is None else kind * 5)
+        scattered = (place.unsqueeze(-1) + torch.arange(H) * 7).double() * 0.6180339887498949
+        found.append((scattered - scattered.floor()).to(x.dtype).to(x.device))
+    return found
+
+
+def giving(sequence: Any) -> Any:
+    """`sequence` with what the cell is given."""
+
+    @functools.wraps(sequence)
+    def call(cell: str, x: Tensor, states: Any, *weights: Any, first_row: int = 0, **options: Any) -> Any:
+        given = given_of(cell, x, states, weights, options.get("batch_sizes"), first_row)
+        return sequence(cell, x, states, *weights, **options, **({"given": given} if given else {}))
+
+    return call

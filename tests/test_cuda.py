@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from test_kernels import arguments, error, run
+from test_kernels import arguments, error, oracle, ours, run
 
 import rnnkernels
-from rnnkernels import ops, reference
+from rnnkernels import ops
 from rnnkernels.ops.cells import PERSISTENT
 
 pytestmark = [
@@ -34,8 +34,8 @@ SHAPES = {
 def witness(cell: str, shape: str, dtype: torch.dtype, ragged: bool, reverse: bool) -> Any:
     """A problem, its float64 truth and the reference's own error in the dtype: the same for every engine."""
     tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype)
-    truth = run(reference.sequence, cell, tensors, sizes, upstream, reverse, torch.float64)
-    return tensors, sizes, upstream, truth, error(run(reference.sequence, cell, tensors, sizes, upstream, reverse), truth)
+    truth = run(oracle, cell, tensors, sizes, upstream, reverse, torch.float64)
+    return tensors, sizes, upstream, truth, error(run(oracle, cell, tensors, sizes, upstream, reverse), truth)
 
 
 def to_cuda(tensors: list[torch.Tensor | None]) -> list[torch.Tensor | None]:
@@ -61,7 +61,7 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("cell", CELLS)
 def test_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: str, shape: str, dtype: torch.dtype, engine: str) -> None:
-    sequence = functools.partial(ops.sequence, engine=engine)
+    sequence = functools.partial(ours, engine=engine)
     for ragged, reverse in itertools.product((False, True), (False, True)):
         tensors, sizes, upstream, truth, theirs = witness(cell, shape, dtype, ragged, reverse)
         try:
@@ -70,20 +70,20 @@ def test_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: st
             if engine in PERSISTENT and "cannot run this" in str(refusal):
                 pytest.skip(str(refusal))
             raise
-        ours = error([t.cpu() for t in found], truth)
-        assert ours <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{ragged=} {reverse=}"
+        mine = error([t.cpu() for t in found], truth)
+        assert mine <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{ragged=} {reverse=}"
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:3], ids=str)
 @pytest.mark.parametrize("engine", ["stepwise", "persistent"])
 @pytest.mark.parametrize("cell", CELLS)
 def test_recompute(cell: str, engine: str, dtype: torch.dtype) -> None:
-    sequence = functools.partial(ops.sequence, engine=engine, recompute=True)
+    sequence = functools.partial(ours, engine=engine, recompute=True)
     for ragged, reverse in itertools.product((False, True), (False, True)):
         tensors, sizes, upstream = arguments(cell, *SHAPES["odd"], ragged=ragged, dtype=dtype)
-        truth = run(reference.sequence, cell, tensors, sizes, upstream, reverse, torch.float64)
+        truth = run(oracle, cell, tensors, sizes, upstream, reverse, torch.float64)
         found = run(sequence, cell, to_cuda(tensors), sizes, to_cuda(upstream), reverse)
-        theirs = error(run(reference.sequence, cell, tensors, sizes, upstream, reverse), truth)
+        theirs = error(run(oracle, cell, tensors, sizes, upstream, reverse), truth)
         assert error([t.cpu() for t in found], truth) <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{ragged=} {reverse=}"
 
 
@@ -101,8 +101,8 @@ def test_cuts_and_states_are_the_cpus(kind: str) -> None:
 
 def test_tf32_only_when_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, sizes, upstream = arguments("lstm", *SHAPES["wide"], dtype=torch.float32)
-    truth = run(reference.sequence, "lstm", tensors, sizes, upstream, False, torch.float64)
-    sequence = functools.partial(ops.sequence, engine="persistent")
+    truth = run(oracle, "lstm", tensors, sizes, upstream, False, torch.float64)
+    sequence = functools.partial(ours, engine="persistent")
     errors = []
     for allowed in (False, True):
         monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", allowed)
@@ -126,7 +126,7 @@ def test_offsets_beyond_32_bits() -> None:
 def test_reruns_streams_and_threads_give_the_same_bits(cell: str, engine: str) -> None:
     tensors, sizes, upstream = arguments(cell, 20, 9, 6, 65, dtype=torch.float32)
     tensors, upstream = to_cuda(tensors), to_cuda(upstream)
-    sequence = functools.partial(ops.sequence, engine=engine)
+    sequence = functools.partial(ours, engine=engine)
     first = run(sequence, cell, tensors, sizes, upstream)
     results = []
 

@@ -76,8 +76,9 @@ def test_pages_stay_pages_and_engines_stay_readable() -> None:
         lines = len(path.read_text().splitlines())
         if "engines" in path.parts:
             assert lines <= 450, f"{path.name} has {lines} lines"
-        if path.parent.name == "cells" and path.name not in {"contract.h", "automatic.h", "list.h"}:
-            assert lines <= 90, f"{path.name} has {lines} lines"
+        if path.parent.name == "cells" and path.name not in {"contract.h", "list.h"}:
+            makes_pages = path.name in {"automatic.h", "zoneout.h", "variational.h"}
+            assert lines <= (130 if makes_pages else 90), f"{path.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ISAS
-from test_kernels import arguments, run
+from conftest import ISAS, given_of
+from test_kernels import arguments, oracle, ours, run
 from torch import Tensor
 
-from rnnkernels import ops, reference
+from rnnkernels import ops
 
 
 def good(cell: str = "lstm") -> dict[str, Any]:
@@ -196,9 +196,9 @@ def test_inside_dataloader_workers() -> None:
 def test_opcheck(cell: str, ragged: bool, engine: str, recompute: bool) -> None:
     (x, *rest), sizes, _ = arguments(cell, 3, 2, 4, 5, ragged=ragged)
     leaves, states = [None if t is None else t.requires_grad_() for t in rest[:6]], rest[6:]
-    op = torch.ops.rnnkernels.sequence.default
+    op, given = torch.ops.rnnkernels.sequence.default, given_of(cell, x, states, leaves, sizes)
     torch.library.opcheck(
-        op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, False, engine, recompute, True, True)
+        op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, given, False, engine, recompute, True, True)
     )
 
 
@@ -207,9 +207,9 @@ def test_opcheck(cell: str, ragged: bool, engine: str, recompute: bool) -> None:
 def test_compiled_is_eager(cell: str, recompute: bool) -> None:
     case = arguments(cell, 4, 3, 5, 6)
     torch._dynamo.reset()
-    sequence = functools.partial(ops.sequence, recompute=recompute)
+    sequence = functools.partial(ours, recompute=recompute)
     compiled = torch.compile(sequence, fullgraph=True, backend="aot_eager", dynamic=True)
-    for a, b in zip(run(compiled, cell, *case), run(ops.sequence, cell, *case), strict=True):
+    for a, b in zip(run(compiled, cell, *case), run(ours, cell, *case), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
@@ -351,7 +351,7 @@ def test_the_backward_op_checks_its_arguments() -> None:
 
     def call(output: Tensor, kept: Tensor, needs: list[bool]) -> Any:
         return torch.ops.rnnkernels.sequence_backward(
-            "gru", needs, [output], [None], x, [h], w_ih, w_hh, b_ih, b_hh, None, None, None, False, "auto", output, kept, []
+            "gru", needs, [output], [None], x, [h], w_ih, w_hh, b_ih, b_hh, None, None, None, [], False, "auto", output, kept, []
         )
 
     call(output, kept, needs)
@@ -368,7 +368,7 @@ def test_the_backward_op_checks_its_arguments() -> None:
 @pytest.mark.usefixtures("poison")
 def test_an_input_of_no_features(cell: str, steps: int) -> None:
     case = arguments(cell, steps, 3, 0, 6)
-    for a, b in zip(run(ops.sequence, cell, *case), run(reference.sequence, cell, *case), strict=True):
+    for a, b in zip(run(ours, cell, *case), run(oracle, cell, *case), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 

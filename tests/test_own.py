@@ -191,6 +191,7 @@ def test_a_pickle_opens_in_another_process(tmp_path: Path) -> None:
 
 
 def test_compiles_fullgraph() -> None:
+    torch._dynamo.reset()
     layer = layer_of("leaky")(3, 5)
     compiled = torch.compile(layer, fullgraph=True)
     x = torch.randn(6, 2, 3)

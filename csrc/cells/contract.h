@@ -15,8 +15,9 @@
 // A page made of others says all of the above but the functions at once: static constexpr CellInfo info.
 //
 // forward<S>: stage S. a: all slots' pre-activations (this stage's are set); w: per-unit vectors; s: states before the step; s1: states
-// after it; k: kept values. A stage writes the kept values of its own slots; those beyond the slots are the first stage's to write. The
-// last stage writes state 0, the first all others. A stage sees the states of its own width only.
+// after it; k: kept values. A stage writes the kept values of its own slots; those beyond the slots are the first stage's (or
+// CellInfo::keeper's) to write. The last stage writes state 0, the first (or CellInfo::writer) all others. A stage sees the states of its
+// own width only.
 //
 // backward<S>: the stages run last to first. d1: the gradient of what the stage gave: of state 0 after the step for the last stage, of the
 // next stage's operand otherwise. k arrives as kept (and as later stages left it) and leaves, slot by slot, as the gradients of the
@@ -35,7 +36,9 @@
 
 namespace rnnkernels {
 
-enum Feed : unsigned { X = 1, H = 2 };
+// The input's product, a matrix's, or a number that the caller gives for each token, row or unit (a mask; gates made elsewhere).
+// M, beside G: a mask, which has no gradient.
+enum Feed : unsigned { X = 1, H = 2, G = 4, M = 8 };
 
 struct Slot {
   const char* name = nullptr;
@@ -60,7 +63,8 @@ struct Stage {
 
 // A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which the engine takes. One: it is
 // the bias of a slot that U alone feeds. Itself: it enters anywhere, and backward leaves its gradient in the slot, which nothing feeds.
-enum class Factor { One, OldState, NewState, Itself };
+// Kept: the kept value of the index `state`, beyond the slots. Fixed: it is not learned.
+enum class Factor { One, OldState, NewState, Itself, Kept, Fixed };
 struct PerUnit {
   const char* name = nullptr;
   int slot = 0;
@@ -68,7 +72,7 @@ struct PerUnit {
   int state = 0;
 };
 
-constexpr int kMaxSlots = 12, kMaxStages = 3, kMaxStates = 4, kMaxVectors = 8;
+constexpr int kMaxSlots = 12, kMaxStages = 3, kMaxStates = 4, kMaxVectors = 8, kMaxGiven = 8;
 
 // A page's shape with its defaults filled in: what engines, bindings and tests read.
 struct CellInfo {
@@ -78,6 +82,8 @@ struct CellInfo {
   Stage stage[kMaxStages];
   const char* state[kMaxStates];
   PerUnit vector[kMaxVectors];
+  int writer = 0;                  // the stage that writes the states beyond the first
+  int keeper[2 * kMaxSlots] = {};  // of kept values beyond the slots, the stage that writes each
 
   RNN_FN constexpr bool in_stage(int s, int i) const { return stage[s].first <= i && i < stage[s].first + stage[s].count; }
   RNN_FN constexpr int stage_of(int i) const {
@@ -101,6 +107,12 @@ struct CellInfo {
     for (int s = 0; s < stages; ++s) n += input_slots(s);
     return n;
   }
+  // How many slots before `end` the caller gives; with the default, all of them.
+  RNN_FN constexpr int given_slots(int end = kMaxSlots) const {
+    int n = 0;
+    for (int i = 0; i < slots && i < end; ++i) n += (slot[i].feeds & G) != 0;
+    return n;
+  }
   RNN_FN constexpr bool has_matrix() const {
     for (int i = 0; i < slots; ++i)
       if (slot[i].feeds & H) return true;
@@ -118,9 +130,12 @@ struct CellInfo {
     while (!sees(s, i)) --s;
     return s;
   }
-  RNN_FN constexpr bool writes(int s, int i) const { return sees(s, i) && s == (i == 0 ? stages - 1 : 0); }
-  RNN_FN constexpr bool keeps(int s, int i) const { return i < kept && (in_stage(s, i) || (s == 0 && i >= slots)); }
-  RNN_FN constexpr bool times_a_state(int v) const { return vector[v].factor == Factor::OldState || vector[v].factor == Factor::NewState; }
+  RNN_FN constexpr bool writes(int s, int i) const { return sees(s, i) && s == (i == 0 ? stages - 1 : writer); }
+  RNN_FN constexpr bool keeps(int s, int i) const { return i < kept && (in_stage(s, i) || (i >= slots && keeper[i] == s)); }
+  // Whether a vector's gradient is more than the sum of its slot's.
+  RNN_FN constexpr bool has_factor(int v) const {
+    return vector[v].factor == Factor::OldState || vector[v].factor == Factor::NewState || vector[v].factor == Factor::Kept;
+  }
 };
 
 namespace detail {
@@ -198,14 +213,15 @@ struct InfoOf {
   static constexpr CellInfo value = describe<Cell>("");
   static_assert(value.slots <= kMaxSlots, "the page is larger than the contract's tables");
   static constexpr bool slots_in_stages() {
-    int next = 0;
-    for (int s = 0; s < value.stages; ++s) {
-      if (value.stage[s].first != next) return false;
-      next += value.stage[s].count;
+    for (int i = 0; i < value.slots; ++i) {
+      int stages = 0;
+      for (int s = 0; s < value.stages; ++s) stages += value.in_stage(s, i);
+      if (stages != 1) return false;
     }
-    return next == value.slots;
+    return true;
   }
-  static_assert(slots_in_stages(), "the stages have all slots between them, in their order");
+  static_assert(slots_in_stages(), "every slot is in one stage");
+  static_assert(value.kept <= 2 * kMaxSlots, "the page keeps too many values");
   static constexpr bool inputs_first() {
     for (int i = 1; i < value.slots; ++i)
       if ((value.slot[i].feeds & X) && !(value.slot[i - 1].feeds & X)) return false;
@@ -214,7 +230,10 @@ struct InfoOf {
   static_assert(inputs_first(), "the slots that the input feeds come first");
   static constexpr bool vectors_have_slots() {
     for (int i = 0; i < value.vectors; ++i) {
-      if (value.vector[i].slot < 0 || value.vector[i].slot >= value.slots || value.vector[i].state >= value.states) return false;
+      if (value.vector[i].slot < 0 || value.vector[i].slot >= value.slots) return false;
+      if (value.vector[i].factor == Factor::Kept ? value.vector[i].state < value.slots || value.vector[i].state >= value.kept
+                                                 : value.vector[i].state >= value.states)
+        return false;
       const unsigned feeds = value.slot[value.vector[i].slot].feeds;
       if (value.vector[i].factor == Factor::Itself ? feeds != 0 : value.vector[i].factor == Factor::One && feeds != H) return false;
     }

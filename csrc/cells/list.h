@@ -8,6 +8,8 @@
 #include "cells/projected.h"
 #include "cells/residual.h"
 #include "cells/srn.h"
+#include "cells/variational.h"
+#include "cells/zoneout.h"
 
 namespace rnnkernels {
 

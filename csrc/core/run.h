@@ -30,6 +30,12 @@ struct Problem {
   Products products = Products::Exact;
 };
 
+// Where a slot's given numbers lie: [H] each, so many elements from a token and from a row to the next; 0: the same for all of them.
+struct Given {
+  const void* data;
+  int64_t token, row;
+};
+
 // N = number of tokens, G = room() of the cell; storage type unless said otherwise.
 struct Forward {
   Problem problem;
@@ -42,10 +48,11 @@ struct Forward {
   const void* weights[kMaxStages];   // of each stage with a matrix: [its H slots · its width, its operand's width]
   const void* vectors[kMaxVectors];  // [H], or null for zero
   const void* initial[kMaxStates];   // [B, width], or null for zero
-  void* final[kMaxStates];           // [B, width]
-  void* output;                      // [N, P]: state 0 after each step
-  void* history[kMaxStates];         // [N, H]: the other states after each step, or null for inference
-  void* workspace;                   // workspace_bytes() of it
+  Given given[kMaxGiven];
+  void* final[kMaxStates];    // [B, width]
+  void* output;               // [N, P]: state 0 after each step
+  void* history[kMaxStates];  // [N, H]: the other states after each step, or null for inference
+  void* workspace;            // workspace_bytes() of it
 };
 
 struct Backward {

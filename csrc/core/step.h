@@ -19,6 +19,8 @@ struct ForwardStep {
   void* between;  // numbers: kept values that a later stage of this step reads; null for cells of one stage
   int64_t between_row, between_slot;
   const void* vectors[kMaxVectors];  // storage
+  const void* given[kMaxGiven];      // storage
+  int64_t given_row[kMaxGiven];
   const void* previous[kMaxStates];  // numbers
   void* next[kMaxStates];            // numbers
   int64_t state_row[kMaxStates];     // of previous and next
@@ -81,7 +83,11 @@ RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int6
     constexpr unsigned feeds = Info::value.slot[i].feeds;
     constexpr int column = Info::value.hidden_slots(stage, i);
     if constexpr (Info::value.in_stage(stage, i)) {
-      a[i] = (feeds & X) || (step.complete && feeds) ? gates.get(index) : V(0);
+      constexpr int j = Info::value.given_slots(i);
+      if constexpr (feeds & G)
+        a[i] = step.given[j] ? V::load(static_cast<const S*>(step.given[j]) + row * step.given_row[j] + unit, n) : V(0);
+      else
+        a[i] = (feeds & X) || (step.complete && feeds) ? gates.get(index) : V(0);
       if ((feeds & H) && sum) a[i] = a[i] + V::load(sum + column * sum_slot);
     }
   });

@@ -33,7 +33,7 @@ void step(const Inputs<V>& in, V* a, V* s1, V* k) {
     if (!cell.in_stage(stage, i)) continue;
     const V operand =
         cell.stage[stage].operand == kPreviousState ? in.s[0] : k[cell.stage[stage].operand < 0 ? 0 : cell.stage[stage].operand];
-    a[i] = cell.slot[i].feeds & X ? in.x[i] : V(0);
+    a[i] = cell.slot[i].feeds & (X | G) ? in.x[i] : V(0);
     if (cell.slot[i].feeds & H) a[i] = a[i] + in.m[i] * operand;
   }
   Cell::template forward<stage>(a, in.w, in.s, s1, k);
@@ -43,7 +43,11 @@ void step(const Inputs<V>& in, V* a, V* s1, V* k) {
 template <class Cell, int stage>
 void back(const Inputs<F>& in, const F* s1, F d1, F* k, F* d) {
   constexpr CellInfo cell = InfoOf<Cell>::value;
+  F unseen[kMaxStates];
+  for (int i = 0; i < cell.states; ++i) unseen[i] = d[i];
   Cell::template backward<stage>(d1, in.w, in.s, s1, k, d);
+  for (int i = 0; i < cell.states; ++i)
+    if (!cell.sees(stage, i)) d[i] = unseen[i];
   if constexpr (stage > 0) {
     F through(0);
     for (int i = 0; i < cell.slots; ++i)
@@ -73,7 +77,11 @@ void test(const char* name) {
       }
     };
     vary(in.x, dual.x, cell.slots);
+    for (int i = 0; i < cell.slots; ++i)
+      if (cell.slot[i].feeds & M) dual.x[i].d = F(0);
     vary(in.w, dual.w, cell.vectors);
+    for (int i = 0; i < cell.vectors; ++i)
+      if (cell.vector[i].factor == Factor::Fixed) dual.w[i].d = F(0);
     vary(in.s, dual.s, cell.states);
     for (int i = 0; i < cell.slots; ++i) in.m[i] = F(normal(random)), dual.m[i] = D(in.m[i], F(0));
 
@@ -89,13 +97,18 @@ void test(const char* name) {
       forward_sum += value(v[i]) * value(ds1[i].d);
       d[i] = i == 0 ? F(0) : v[i];
     }
+    F was[2 * kMaxSlots];
+    for (int i = 0; i < cell.kept; ++i) was[i] = k[i];
     back<Cell, cell.stages - 1>(in, s1, v[0], k, d);
     double backward_sum = 0;
     for (int i = 0; i < cell.slots; ++i)
-      if (cell.slot[i].feeds & X) backward_sum += value(k[i]) * u[size_t(i)];
+      if ((cell.slot[i].feeds & (X | G)) && !(cell.slot[i].feeds & M)) backward_sum += value(k[i]) * u[size_t(i)];
     for (int i = 0; i < cell.vectors; ++i) {
       const PerUnit& vector = cell.vector[i];
-      const double factor = cell.times_a_state(i) ? value(vector.factor == Factor::OldState ? in.s[vector.state] : s1[vector.state]) : 1;
+      const double factor = !cell.has_factor(i)                 ? vector.factor != Factor::Fixed
+                            : vector.factor == Factor::Kept     ? value(was[vector.state])
+                            : vector.factor == Factor::OldState ? value(in.s[vector.state])
+                                                                : value(s1[vector.state]);
       backward_sum += value(k[vector.slot]) * factor * u[size_t(cell.slots + i)];
     }
     for (int i = 0; i < cell.states; ++i) {
@@ -128,7 +141,9 @@ struct Leaky {
 template <class Page>
 void test_both(const char* name) {
   test<Complete<Page>>(name);
-  if constexpr (!InfoOf<Page>::value.projected()) test<Automatic<Page>>((std::string(name) + ", automatic").c_str());
+  constexpr CellInfo page = InfoOf<Page>::value;
+  if constexpr (!page.projected() && page.stages + page.given_slots() <= 2 && page.writer == 0)
+    test<Automatic<Page>>((std::string(name) + ", automatic").c_str());
 }
 
 }  // namespace
@@ -141,5 +156,10 @@ int main() {
 #undef RNN_CELL
   test_both<ResetBefore>("reset_before");
   test<Complete<Leaky>>("leaky");
+  test<Zoneout<Complete<Leaky>>>("leaky, zoneout");
+  test<Zoneout<PeepholeLstm>>("lstm_peephole, zoneout");
+  test<Zoneout<Projected<Lstm>>>("lstm_projected, zoneout");
+  test<Variational<PeepholeLstm>>("lstm_peephole, variational");
+  test<Variational<GruResetBefore>>("gru_reset_before, variational");
   return check_failures != 0;
 }

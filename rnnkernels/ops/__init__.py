@@ -19,10 +19,10 @@ from torch.autograd import forward_ad
 
 from .. import _C
 from . import cpu, peer, steps
-from .cells import CELLS, PERSISTENT, STORAGE, Sizes, Weights, grad_shapes, problem
+from .cells import CELLS, PERSISTENT, STORAGE, Cell, Sizes, Weights, grad_shapes, problem
 from .load import load_page, source_of
 
-__all__ = ["CELLS", "ENGINES", "Sequence", "build_info", "load_page", "plan", "sequence", "set_isa", "source_of"]
+__all__ = ["CELLS", "ENGINES", "Cell", "Sequence", "build_info", "load_page", "plan", "sequence", "set_isa", "source_of"]
 
 ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT, "torch")
 _COUNT = len(Weights._fields)
@@ -144,24 +144,29 @@ class _Once(torch.autograd.Function):
     backward = staticmethod(_refuse_second_derivative)
 
 
+def _parted(tensors: Seq[Any], last: int) -> tuple[list[Any], list[Any]]:
+    """All but the last so many, and these."""
+    return list(tensors[: len(tensors) - last]), list(tensors[len(tensors) - last :])
+
+
 class Sequence(torch.autograd.Function):
     """A cell over a sequence, as autograd sees it. Use :func:`sequence`, which checks its arguments.
 
-    ``apply(sizes, batch_sizes, input, *weights, *states) -> (output, *final_states)``, with ``sizes.returns`` also the states beyond the
-    first after each token, ``[N, H]`` each.
+    ``apply(sizes, batch_sizes, input, *weights, *states, *given) -> (output, *final_states)``, with ``sizes.returns`` also the states
+    beyond the first after each token, ``[N, H]`` each.
     Saves 5·H numbers a token for LSTM, 4·H for GRU and H for SRN, besides input and output; with ``sizes.recompute`` only the states.
     """
 
     @staticmethod
     def forward(ctx: Any, s: Sizes, rows: Tensor | None, input: Tensor, *args: Tensor | None) -> Any:
-        weights = Weights(*args[:_COUNT])  # type: ignore[arg-type]
-        states = [state for state in args[_COUNT:] if state is not None]
-        output, final, kept, history = _RUNS[s.engine].forward(s, True, input, states, weights, rows)
+        weights = Weights(*args[:_COUNT])
+        states, given = _parted([t for t in args[_COUNT:] if t is not None], s.given)
+        output, final, kept, history = _RUNS[s.engine].forward(s, True, input, states, weights, rows, given)
         ctx.sizes, ctx.own = s, not _hooked()
         ctx.set_materialize_grads(False)
         if not s.recompute:
             weights = weights._replace(bias_ih=None)  # not needed, so whoever changes it is free to
-        ctx.save_for_backward(input, *weights, rows, output, kept, *states, *history)
+        ctx.save_for_backward(input, *weights, rows, output, kept, *states, *history, *given)
         return (output, *final, *(history if s.returns else []))
 
     @staticmethod
@@ -170,15 +175,28 @@ class Sequence(torch.autograd.Function):
         grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
         input, *saved = ctx.saved_tensors
         weights, (rows, output, kept, *rest) = Weights(*saved[:_COUNT]), saved[_COUNT:]
+        rest, given = _parted(rest, s.given)
         n = len(rest) - len(s.cell.states) + 1  # the rest are initial states, if there were any, and histories
         overwrite = ctx.own and _last_use()
         grad_states = [grad_output, *grad_history]
         with torch.no_grad():
             grads = _RUNS[s.engine].backward(
-                s, ctx.needs_input_grad[2:], grad_states, grad_final, input, rest[:n], weights, rows, output, kept, rest[n:], overwrite
+                s,
+                ctx.needs_input_grad[2:],
+                grad_states,
+                grad_final,
+                input,
+                rest[:n],
+                weights,
+                rows,
+                output,
+                kept,
+                rest[n:],
+                given,
+                overwrite,
             )
         if torch.is_grad_enabled():
-            grads = _Once.apply(len(grads), *grads, grad_output, *others, input, *weights, *rest[:n])  # type: ignore[no-untyped-call]
+            grads = _Once.apply(len(grads), *grads, grad_output, *others, input, *weights, *rest[:n], *given)  # type: ignore[no-untyped-call]
         return (None, None, *grads)
 
 
@@ -216,6 +234,7 @@ def _checked(
     states: Seq[Tensor] | None,
     weights: Weights,
     batch_sizes: Tensor | None,
+    given: Seq[Tensor],
     reverse: bool,
     engine: str,
     recompute: bool,
@@ -231,15 +250,18 @@ def _checked(
         raise RuntimeError(
             f"input: expected {'3-D [T, B, I]' if batch_sizes is None else '2-D [N, I] with batch_sizes'}, got {input.dim()}-D"
         )
-    if weight_ih.dim() != 2 or weight_ih.shape[0] % spec.input_gates or weight_ih.shape[0] == 0:
-        raise RuntimeError(f"weight_ih: expected shape ({spec.input_gates}·hidden_size, input_size), got {tuple(weight_ih.shape)}")
-    wanted = (("weight_hh", weight_hh, spec.hidden_gates), ("weight_hr", weight_hr, spec.projected), ("weight_v", weight_v, spec.learned))
+    wanted = (
+        ("weight_ih", weight_ih, spec.input_gates),
+        ("weight_hh", weight_hh, spec.hidden_gates),
+        ("weight_hr", weight_hr, spec.projected),
+        ("weight_v", weight_v, spec.learned),
+    )
     for name, weight, has in wanted:
         if bool(has) != (weight is not None):
             raise RuntimeError(f"{name}: expected {'a tensor' if has else 'None'} for cell {cell!r}")
     if states is not None and len(states) != len(spec.states):
         raise RuntimeError(f"states: expected {len(spec.states)} ({', '.join(spec.states)}) for cell {cell!r}, got {len(states)}")
-    H = weight_ih.shape[0] // spec.input_gates
+    H = _hidden(spec, weights)
     P = H
     if weight_hr is not None:
         P = weight_hr.shape[0]
@@ -257,7 +279,8 @@ def _checked(
         T, B = batch_sizes.shape[0], states[0].shape[0]
     if concrete and max(input.numel(), input.numel() // max(input.shape[-1], 1) * spec.room * H) >= 2**60:
         raise RuntimeError(f"input: {T} steps of {B} rows with {H} hidden units are more than memory can address")
-    _expect("weight_ih", weight_ih, (spec.input_gates * H, input.shape[-1]), input)
+    if weight_ih is not None:
+        _expect("weight_ih", weight_ih, (spec.input_gates * H, input.shape[-1]), input)
     if weight_hh is not None:
         _expect("weight_hh", weight_hh, (spec.hidden_gates * H, P), input)
     if weight_v is not None:
@@ -268,8 +291,39 @@ def _checked(
         _expect("bias_ih", bias_ih, (spec.input_gates * H,), input)
     if bias_hh is not None:
         _expect("bias_hh", bias_hh, (spec.hidden_gates * H,), input)
-    sizes = Sizes(spec, reverse, T, B, H, P, recompute=recompute)
+    _check_given(spec, given, H, B, input)
+    sizes = Sizes(spec, reverse, T, B, H, P, recompute=recompute, given=len(given))
     return sizes._replace(engine=_engine(engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
+
+
+def _hidden(spec: Cell, weights: Weights) -> int:
+    """The hidden size, which the first matrix tells."""
+    name, weight, blocks = ("weight_ih", weights.ih, spec.input_gates) if spec.input_gates else ("weight_hh", weights.hh, spec.hidden_gates)
+    assert weight is not None
+    if weight.dim() != 2 or weight.shape[0] % blocks or weight.shape[0] == 0:
+        raise RuntimeError(
+            f"{name}: expected shape ({blocks}·hidden_size, {'input' if spec.input_gates else 'hidden'}_size), got {tuple(weight.shape)}"
+        )
+    return weight.shape[0] // blocks
+
+
+def _check_given(spec: Cell, given: Seq[Tensor], H: int, B: int, input: Tensor) -> None:
+    names = ", ".join(spec.slots[i][0] for i in spec.given)
+    slots = 0
+    for i, t in enumerate(given):
+        width = t.shape[-1] if t.dim() else 0
+        if width == 0 or width % H:
+            raise RuntimeError(f"given[{i}]: expected a last dimension of a multiple of hidden_size = {H}, got shape {tuple(t.shape)}")
+        shapes = [(*input.shape[:-1], width), (B, width), (width,)]
+        if t.shape not in shapes:
+            raise RuntimeError(f"given[{i}]: expected shape {shapes[0]}, {shapes[1]} or {shapes[2]}, got {tuple(t.shape)}")
+        _expect(f"given[{i}]", t, tuple(t.shape), input)
+        if t.requires_grad and any(spec.slots[slot][4] for slot in spec.given[slots : slots + width // H]):
+            raise RuntimeError(f"given[{i}]: expected a mask that requires no gradient, for there is none")
+        slots += width // H
+    if slots != len(spec.given):
+        wanted = f"numbers for {len(spec.given)} slots ({names})" if names else "nothing"
+        raise RuntimeError(f"given: expected {wanted} for cell {spec.name!r}, got them for {slots}")
 
 
 def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: torch.device) -> tuple[str, str]:
@@ -327,7 +381,7 @@ def sequence(
     cell: str,
     input: Tensor,
     states: Seq[Tensor] | None,
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor | None,
     bias_ih: Tensor | None = None,
     bias_hh: Tensor | None = None,
@@ -335,6 +389,7 @@ def sequence(
     weight_v: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    given: Seq[Tensor] = (),
     reverse: bool = False,
     engine: str = "auto",
     recompute: bool = False,
@@ -348,9 +403,13 @@ def sequence(
             bfloat16 or float16.
         states: one tensor a state before the first step, ``h [B, P]`` and for LSTM ``c [B, H]``; None: zeros.
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in torch.nn: ``[gates·H, I]``, ``[gates·H, P]``, ``[gates·H]``,
-            ``[gates·H]``, ``[P, H]``. weight_hh is None for a cell without a matrix, weight_hr for one without a projection.
+            ``[gates·H]``, ``[P, H]``. weight_hh is None for a cell without a matrix, weight_hr for one without a projection, weight_ih for
+            one that the input does not feed, whose input then only says how many steps and rows there are.
         weight_v: ``[vectors·H]``, for cells that multiply a state by a number a unit (peephole LSTM, IndRNN), None for others.
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
+        given: for cells with slots that the caller feeds (masks, gates made elsewhere), tensors that have them side by side, ``k·H`` wide
+            for k slots: ``[T, B, k·H]`` (``[N, k·H]``) for each token, ``[B, k·H]`` for each row, or ``[k·H]`` for all. Gradients flow into
+            them, but for masks.
         reverse: run from the last step (a ragged row's own last step) to the first. The output keeps the input's order.
         engine: ``"auto"``; ``"cpu"``; ``"stepwise"``, a product by torch and one run of the cell a step, on any device; ``"persistent"``,
             the whole sequence in one launch on a GPU, where the weights fit; its float32 is exact, or TF32 where
@@ -379,6 +438,7 @@ def sequence(
         # As torch.nn, whose GRU keeps the input's dtype on a CPU.
         dtype = input.dtype if cell == "gru" and place == "cpu" else torch.get_autocast_dtype(place)
         input, *cast = (_autocast(t, dtype) for t in (input, *weights))
+        given = [_autocast(t, dtype) for t in given]
         weights = Weights(*cast)
         states = None if states is None else [_autocast(state, dtype) for state in states]
     if return_states and engine == "torch" and cell in CELLS and len(CELLS[cell].states) > 1:
@@ -386,12 +446,12 @@ def sequence(
     if engine == "torch" or (
         engine == "auto" and input.is_cuda and not return_states and _torch_is_faster(cell, input, weights, batch_sizes, reverse)
     ):
-        s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, not torch.compiler.is_compiling())
+        s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, not torch.compiler.is_compiling())
         theirs: tuple[Tensor, ...] = peer.run(s, input, states, weights, batch_sizes)
         return theirs
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        _refuse_transforms(input, *weights, *(states or ()))
-    tensors: list[Any] = [input, *weights, *(states or ())]
+        _refuse_transforms(input, *weights, *(states or ()), *given)
+    tensors: list[Any] = [input, *weights, *(states or ()), *given]
     plain, needs_grad = not (torch.compiler.is_compiling() or input.is_meta), False
     for i, t in enumerate(tensors):
         if t is not None:
@@ -403,15 +463,16 @@ def sequence(
     if batch_sizes is not None:
         batch_sizes = batch_sizes.contiguous()
     if not plain:
-        return _traceable(cell, input, states, weights, batch_sizes, reverse, engine, recompute, return_states, needs_grad)
-    s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, True)
+        return _traceable(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, return_states, needs_grad)
+    s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, True)
     if return_states:
         s = s._replace(returns=True)
     if needs_grad:
         result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, *tensors)  # type: ignore[no-untyped-call]
         return _shaped(result, len(s.cell.states), input) if return_states else result
     dense = Weights(*tensors[1 : 1 + _COUNT])
-    output, final, _, history = _RUNS[s.engine].forward(s, False, input, tensors[1 + _COUNT :], dense, batch_sizes)
+    dense_states, dense_given = (tensors[1 + _COUNT :], given) if not given else _parted(tensors[1 + _COUNT :], s.given)
+    output, final, _, history = _RUNS[s.engine].forward(s, False, input, dense_states, dense, batch_sizes, dense_given)
     return _shaped((output, *final, *history), len(final), input)
 
 
@@ -421,7 +482,7 @@ def _shaped(results: Seq[Tensor], count: int, input: Tensor) -> tuple[Tensor, ..
 
 
 def _torch_is_faster(cell: str, input: Tensor, weights: Weights, batch_sizes: Tensor | None, reverse: bool) -> bool:
-    if cell not in CELLS or batch_sizes is not None or input.dim() != 3 or torch.compiler.is_compiling():
+    if cell not in CELLS or batch_sizes is not None or input.dim() != 3 or torch.compiler.is_compiling() or weights.ih is None:
         return False  # what is wrong with it is said elsewhere
     H = weights.ih.shape[0] // CELLS[cell].input_gates
     return peer.is_faster(Sizes(CELLS[cell], reverse, input.shape[0], input.shape[1], H, H), input.dtype, input.device)
@@ -433,6 +494,7 @@ def _traceable(
     states: Seq[Tensor] | None,
     weights: Weights,
     batch_sizes: Tensor | None,
+    given: Seq[Tensor],
     reverse: bool,
     engine: str,
     recompute: bool,
@@ -442,12 +504,12 @@ def _traceable(
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
     if states is None:
         batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        H = weights.ih.shape[0] // CELLS[cell].input_gates
+        H = _hidden(CELLS[cell], weights)
         P = H if weights.hr is None else weights.hr.shape[0]
         states = [input.new_zeros(batch, width) for width in [P] + [H] * (len(CELLS[cell].states) - 1)]
-    s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, False)
+    s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, False)
     results: list[Tensor] = torch.ops.rnnkernels.sequence(
-        cell, input, list(states), *weights, batch_sizes, reverse, engine, recompute, return_states, training
+        cell, input, list(states), *weights, batch_sizes, list(given), reverse, engine, recompute, return_states, training
     )
     n = len(s.cell.states)
     histories = results[len(results) - n + 1 :] if return_states else []
@@ -458,14 +520,14 @@ def _traceable(
 
 _library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "sequence(str cell, Tensor input, Tensor[] states, Tensor weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, bool reverse, str engine, bool recompute, bool return_states,"
-    " bool training) -> Tensor[]"
+    "sequence(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor[] given, bool reverse, str engine, bool recompute,"
+    " bool return_states, bool training) -> Tensor[]"
 )
 _library.define(
     "sequence_backward(str cell, bool[] needs, Tensor?[] grad_states, Tensor?[] grad_final, Tensor input, Tensor[] states,"
-    " Tensor weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes,"
-    " bool reverse, str engine, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
+    " Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes,"
+    " Tensor[] given, bool reverse, str engine, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
 )
 
 
@@ -473,13 +535,14 @@ def _op_forward(
     cell: str,
     input: Tensor,
     states: Seq[Tensor],
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor | None,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     weight_v: Tensor | None,
     batch_sizes: Tensor | None,
+    given: Seq[Tensor],
     reverse: bool,
     engine: str,
     recompute: bool,
@@ -488,11 +551,12 @@ def _op_forward(
 ) -> list[Tensor]:
     """output, final states, for training the kept values, if not to be recomputed, and, if asked for too, the other states' histories"""
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
-    s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, recompute, True)
+    s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, True)
     s = s._replace(returns=return_states)
     rows = None if batch_sizes is None else batch_sizes.contiguous()
     dense = [state.contiguous() for state in states]
-    output, final, kept, history = _RUNS[s.engine].forward(s, training, input, dense, weights.dense(), rows)
+    numbers = [t.contiguous() for t in given]
+    output, final, kept, history = _RUNS[s.engine].forward(s, training, input, dense, weights.dense(), rows, numbers)
     return [output, *final, *([] if kept is None else [kept]), *history]
 
 
@@ -500,13 +564,14 @@ def _op_forward_fake(
     cell: str,
     input: Tensor,
     states: Seq[Tensor],
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor | None,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     weight_v: Tensor | None,
     batch_sizes: Tensor | None,
+    given: Seq[Tensor],
     reverse: bool,
     engine: str,
     recompute: bool,
@@ -514,7 +579,7 @@ def _op_forward_fake(
     training: bool,
 ) -> list[Tensor]:
     spec = CELLS[cell]
-    H = weight_ih.shape[0] // spec.input_gates
+    H = _hidden(spec, Weights(weight_ih, weight_hh, None, None, None, None))
     P = H if weight_hr is None else weight_hr.shape[0]
     N = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
     results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
@@ -532,13 +597,14 @@ def _op_backward(
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor | None,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     weight_v: Tensor | None,
     batch_sizes: Tensor | None,
+    given: Seq[Tensor],
     reverse: bool,
     engine: str,
     output: Tensor,
@@ -547,9 +613,9 @@ def _op_backward(
 ) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
-    s = _checked(cell, input, states, weights, batch_sizes, reverse, engine, kept is None, True)
+    s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, kept is None, True)
     N = s.steps * s.batch if batch_sizes is None else input.shape[0]
-    counts = (1 + _COUNT + len(states), len(states), len(states) - 1)
+    counts = (1 + _COUNT + len(states) + len(given), len(states), len(states) - 1)
     if (len(needs), len(grad_final), len(history)) != counts or not 1 <= len(grad_states) <= len(states):
         raise RuntimeError("needs, grad_final, history: expected {}, {}, {} of them".format(*counts))
     _expect("output", output, (*input.shape[:-1], s.output), input)
@@ -576,9 +642,13 @@ def _op_backward(
         output.contiguous(),
         None if kept is None else kept.contiguous(),
         [h.contiguous() for h in history],
+        [t.contiguous() for t in given],
         False,
     )
-    return [input.new_empty(0) if grad is None else grad for grad in grads]
+    # An op's results are memory of their own, and a given number's gradient lies among the gates'.
+    return [
+        input.new_empty(0) if grad is None else grad if i < counts[0] - len(given) else grad.contiguous() for i, grad in enumerate(grads)
+    ]
 
 
 def _op_backward_fake(
@@ -588,13 +658,14 @@ def _op_backward_fake(
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
-    weight_ih: Tensor,
+    weight_ih: Tensor | None,
     weight_hh: Tensor | None,
     bias_ih: Tensor | None,
     bias_hh: Tensor | None,
     weight_hr: Tensor | None,
     weight_v: Tensor | None,
     batch_sizes: Tensor | None,
+    given: Seq[Tensor],
     reverse: bool,
     engine: str,
     output: Tensor,
@@ -602,21 +673,22 @@ def _op_backward_fake(
     history: Seq[Tensor],
 ) -> list[Tensor]:
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
-    s = Sizes(CELLS[cell], reverse, 0, 0, weight_ih.shape[0] // CELLS[cell].input_gates, 0)
-    shapes = [*grad_shapes(s, input, weights), *(state.shape for state in states)]
+    s = Sizes(CELLS[cell], reverse, 0, 0, _hidden(CELLS[cell], weights), 0)
+    shapes = [*grad_shapes(s, input, weights), *(state.shape for state in states), *(t.shape for t in given)]
     return [input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
 
 
 def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    cell, input, states, *weights, batch_sizes, reverse, engine, recompute, _, training = inputs
+    cell, input, states, *weights, batch_sizes, given, reverse, engine, recompute, _, training = inputs
     n = len(states)
+    ctx.given = len(given)
     ctx.cell, ctx.reverse, ctx.engine, ctx.states, ctx.training = cell, reverse, engine, n, training
     if not training:
         return
     y, kept, history = output[0], None if recompute else output[1 + n], output[(1 if recompute else 2) + n :]
-    ctx.needs = [t is not None and t.requires_grad for t in (input, *weights, *states)]
+    ctx.needs = [t is not None and t.requires_grad for t in (input, *weights, *states, *given)]
     ih, hh, bias_ih, *others = weights
-    ctx.save_for_backward(input, ih, hh, bias_ih if recompute else None, *others, batch_sizes, y, kept, *states, *history)
+    ctx.save_for_backward(input, ih, hh, bias_ih if recompute else None, *others, batch_sizes, y, kept, *states, *history, *given)
 
 
 def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
@@ -625,6 +697,7 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
     n = ctx.states
     input, *saved = ctx.saved_tensors
     weights, (batch_sizes, y, kept, *rest) = saved[:_COUNT], saved[_COUNT:]
+    rest, given = _parted(rest, ctx.given)
     results = torch.ops.rnnkernels.sequence_backward(
         ctx.cell,
         ctx.needs,
@@ -634,6 +707,7 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
         rest[:n],
         *weights,
         batch_sizes,
+        given,
         ctx.reverse,
         ctx.engine,
         y,
@@ -642,7 +716,8 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
     )
     needed = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
     input_grad, *others = needed[: 1 + _COUNT]
-    return (None, input_grad, needed[1 + _COUNT :], *others, None, None, None, None, None, None)
+    grad_initial, grad_given = _parted(needed[1 + _COUNT :], ctx.given)
+    return (None, input_grad, grad_initial, *others, None, grad_given, None, None, None, None, None)
 
 
 for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):

@@ -23,9 +23,9 @@ class Cell:
     index: int
     name: str
     states: tuple[str, ...]
-    slots: tuple[tuple[str, bool, bool], ...]  # name, fed by the input, fed by the state
-    # name, slot, learned (else a bias of U), times a state: after the step, which (-1: none, its gradient is the slot's)
-    vectors: tuple[tuple[str, int, bool, bool, int], ...]
+    slots: tuple[tuple[str, bool, bool, bool, bool], ...]  # name, fed by the input, by a matrix, by the caller; the latter a mask
+    # name, slot, in weight_v (else a bias of U), Factor of contract.h, of which state or kept value
+    vectors: tuple[tuple[str, int, bool, str, int], ...]
     stages: tuple[tuple[int, int, int, bool], ...]  # first slot, slots, what its matrix multiplies (-1: state 0), as wide as the output
     kept: int
     room: int  # values of a token between forward and backward
@@ -35,23 +35,30 @@ class Cell:
     hidden_runs: tuple[tuple[int, int, int], ...]  # consecutive slots that U feeds: first row block of weight_hh, first slot, last slot + 1
     stage_rows: tuple[tuple[int, int], ...]  # of each stage: first and last + 1 row block of weight_hh; (0, 0): none
     learned: int  # row blocks of weight_v
+    given: tuple[int, ...]  # the slots that the caller feeds
+    projection: int  # the slot that a projection feeds, or -1
     uniform: bool  # the input and U feed all slots, and a token has room for nothing else
 
 
 def _cell(index: int, d: dict[str, Any]) -> Cell:
-    slots: list[tuple[str, bool, bool]] = d["slots"]
+    slots: list[tuple[str, bool, bool, bool, bool]] = d["slots"]
+    projection = -1
     fed: list[int] = []
     rows: list[tuple[int, int]] = []
     for first, count, _, projects in d["stages"]:
         begin = len(fed)
-        fed += [] if projects else [i for i in range(first, first + count) if slots[i][2]]
+        by_matrix = [i for i in range(first, first + count) if slots[i][2]]
+        if projects:
+            projection = by_matrix[0]
+        else:
+            fed += by_matrix
         rows.append((begin, len(fed)) if len(fed) > begin else (0, 0))
     runs, row = [], 0
     for _, group in itertools.groupby(enumerate(fed), lambda pair: pair[1] - pair[0]):
         members = [slot for _, slot in group]
         runs.append((row, members[0], members[-1] + 1))
         row += len(members)
-    inputs = sum(x for _, x, _ in slots)
+    inputs = sum(x for _, x, *_ in slots)
     return Cell(
         index,
         d["name"],
@@ -67,6 +74,8 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         tuple(runs),
         tuple(rows),
         sum(learned for _, _, learned, *_ in d["vectors"]),
+        tuple(i for i, (*_, given, _) in enumerate(slots) if given),
+        projection,
         runs == [(0, 0, inputs)] and d["room"] == inputs,
     )
 
@@ -82,7 +91,7 @@ def add_cell(index: int, description: dict[str, Any]) -> None:
 class Weights(NamedTuple):
     """Of one layer and direction, each row block a slot; ``hr``: the projection; ``v``: a number a unit, each row block a vector."""
 
-    ih: Tensor
+    ih: Tensor | None
     hh: Tensor | None
     bias_ih: Tensor | None
     bias_hh: Tensor | None
@@ -90,7 +99,7 @@ class Weights(NamedTuple):
     v: Tensor | None
 
     def dense(self) -> Weights:
-        return Weights(*(None if w is None else w.contiguous() for w in self))  # type: ignore[arg-type]
+        return Weights(*(None if w is None else w.contiguous() for w in self))
 
 
 class Sizes(NamedTuple):
@@ -105,6 +114,7 @@ class Sizes(NamedTuple):
     engine: str = "cpu"
     recompute: bool = False  # backward makes the kept values anew
     returns: bool = False  # the states beyond the first are asked for after each step
+    given: int = 0  # how many tensors of given numbers there are
 
     @property
     def complete(self) -> bool:
@@ -174,6 +184,53 @@ def stage_blocks(cell: Cell, hidden: int, hh: Tensor | None, hr: Tensor | None) 
     ]
 
 
+def place_given(s: Sizes, given: Seq[Tensor], tokens: Seq[int]) -> list[tuple[int, int, int]]:
+    """Of each given slot: its address, and how many numbers further the next token's and the next row's lie; 0 where all have the same."""
+    places = []
+    for t in given:
+        width = t.shape[-1]
+        per_token = t.shape[:-1] == tuple(tokens)
+        strides = (width, width) if per_token else (0, width) if t.dim() == 2 else (0, 0)
+        places += [(t.data_ptr() + at * t.element_size(), *strides) for at in range(0, width, s.hidden)]
+    return places
+
+
+def given_each_token(s: Sizes, given: Seq[Tensor], tokens: Seq[int], rows: Tensor | None) -> list[Tensor]:
+    """Given numbers ``[N, ·]``, those of a row laid out for each of its tokens; those for all stay as they are."""
+    return [
+        t if t.dim() == 1 else t.flatten(0, -2) if t.shape[:-1] == tuple(tokens) else t.index_select(0, _row_of_token(s, rows, t.device))
+        for t in given
+    ]
+
+
+def _row_of_token(s: Sizes, rows: Tensor | None, device: torch.device) -> Tensor:
+    if rows is None:
+        return torch.arange(s.batch, device=device).repeat(s.steps)
+    return torch.cat([torch.arange(n, device=device) for n in rows.tolist()])
+
+
+def grad_given(s: Sizes, gates: Tensor, given: Seq[Tensor], needs: Seq[bool], tokens: Seq[int], rows: Tensor | None) -> list[Tensor | None]:
+    """Gradients of the given numbers, which are their slots'."""
+    grads: list[Tensor | None] = []
+    slots = iter(s.cell.given)
+    for t, need in zip(given, needs, strict=True):
+        mine = list(itertools.islice(slots, t.shape[-1] // s.hidden))
+        if not need:
+            grads.append(None)
+            continue
+        if mine == list(range(mine[0], mine[0] + len(mine))):
+            grad = gates[:, mine[0] * s.hidden : (mine[-1] + 1) * s.hidden]
+        else:
+            grad = torch.cat([gates[:, i * s.hidden : (i + 1) * s.hidden] for i in mine], 1)
+        if t.shape[:-1] == tuple(tokens):
+            grads.append(grad.view(t.shape) if len(tokens) == 1 or grad.is_contiguous() else torch.unflatten(grad, 0, tuple(tokens)))
+        elif t.dim() == 1:
+            grads.append(grad.sum(0))
+        else:
+            grads.append(t.new_zeros(t.shape).index_add_(0, _row_of_token(s, rows, t.device), grad))
+    return grads
+
+
 def grad_shapes(s: Sizes, input: Tensor, weights: Weights) -> list[Seq[int]]:
     """Of the input's gradient and the weights'; biases have one where the weight is absent too."""
     biases = [(s.cell.input_gates * s.hidden,), (s.cell.hidden_gates * s.hidden,)]
@@ -185,7 +242,7 @@ def new_kept(s: Sizes, like: Tensor, tokens: int) -> Tensor:
     """Room for what backward needs, to be filled."""
     kept = empty(like, (tokens, s.cell.room * s.hidden))
     if s.cell.projected:
-        kept[:, (len(s.cell.slots) - 1) * s.hidden :].zero_()  # a projection fills only its own width of its slot
+        kept[:, s.cell.projection * s.hidden :].zero_()  # a projection fills only its own width of its slot
     return kept
 
 
@@ -208,17 +265,21 @@ def before_each_token(s: Sizes, states: Tensor, initial: Tensor | None, rows: Te
     return torch.cat([states, initial]).index_select(0, torch.cat(parts).to(states.device))
 
 
-def grad_vectors(s: Sizes, gates: Tensor, states: Seq[Tensor], after: Seq[Tensor], rows: Tensor | None) -> Tensor:
-    """Of weight_v: sums over all tokens of a slot's gradient times the state that the vector multiplied."""
+def grad_vectors(s: Sizes, gates: Tensor, kept: Tensor, states: Seq[Tensor], after: Seq[Tensor], rows: Tensor | None) -> Tensor:
+    """Of weight_v: sums over all tokens of a slot's gradient times what the vector multiplied."""
     H, number = s.hidden, torch.promote_types(gates.dtype, torch.float32)
     sums = []
-    for _, slot, learned, new, i in s.cell.vectors:
-        if learned:
-            grad = gates[:, slot * H : (slot + 1) * H].to(number)
-            if i >= 0:
-                factor = after[i] if new else before_each_token(s, after[i], states[i] if states else None, rows)
-                grad = grad * factor.to(number)
-            sums.append(grad.sum(0))
+    for _, slot, learned, factor, i in s.cell.vectors:
+        if not learned:
+            continue
+        grad = gates[:, slot * H : (slot + 1) * H].to(number)
+        if factor == "old":
+            grad = grad * before_each_token(s, after[i], states[i] if states else None, rows).to(number)
+        elif factor == "new":
+            grad = grad * after[i].to(number)
+        elif factor == "kept":
+            grad = grad * kept[:, i * H : (i + 1) * H].to(number)
+        sums.append(torch.zeros_like(grad[0]) if factor == "fixed" else grad.sum(0))
     return torch.cat(sums).to(gates.dtype)
 
 

@@ -16,9 +16,12 @@ from .cells import (
     address,
     before_each_token,
     empty,
+    given_each_token,
+    grad_given,
     grad_shapes,
     grad_vectors,
     new_kept,
+    place_given,
     problem,
     stage_blocks,
     summed_bias,
@@ -47,7 +50,7 @@ memory = Memory()
 
 
 def forward(
-    s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None
+    s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None, given: Seq[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for)."""
     H, P = s.hidden, s.output
@@ -57,7 +60,7 @@ def forward(
     output = empty(input, (*input.shape[:-1], P))
     final = [input.new_empty(s.batch, H if i else P) for i in range(len(s.cell.states))]
     history = [empty(input, (tokens.shape[0], H)) for _ in s.cell.states[1:]] if training or s.returns else []
-    _run(s, keeps, tokens, states, weights, rows, kept, output, final, history)
+    _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, place_given(s, given, input.shape[:-1]))
     return output, final, kept if keeps else None, history
 
 
@@ -72,6 +75,7 @@ def _run(
     output: Tensor,
     final: Seq[Tensor],
     history: Seq[Tensor],
+    given: list[tuple[int, int, int]],
 ) -> None:
     cell, H = s.cell, s.hidden
     if s.complete:
@@ -83,7 +87,7 @@ def _run(
     _C.forward(
         task,
         tokens.data_ptr(),
-        weights.ih.data_ptr(),
+        address(weights.ih),
         address(weights.bias_ih),
         address(weights.bias_hh),
         address(kept),
@@ -96,6 +100,7 @@ def _run(
         [0, *[h.data_ptr() for h in history]],
         workspace.data_ptr(),
         bytes,
+        given,
     )
 
 
@@ -107,6 +112,7 @@ def recompute(
     rows: Tensor | None,
     output: Tensor,
     history: Seq[Tensor],
+    given: Seq[Tensor],
 ) -> Tensor:
     """The kept values from the states. All tokens are one step of as many rows; a cell of several stages runs its sequence again."""
     tokens = input.flatten(0, -2).contiguous()
@@ -114,13 +120,16 @@ def recompute(
     kept = new_kept(s, input, N)
     if len(s.cell.stages) > 1:
         finals = [input.new_empty(s.batch, width) for width in (s.output, *[s.hidden] * len(history))]
-        _run(s, True, tokens, states, weights, rows, kept, torch.empty_like(output), finals, [torch.empty_like(h) for h in history])
+        again, places = [torch.empty_like(h) for h in history], place_given(s, given, input.shape[:-1])
+        _run(s, True, tokens, states, weights, rows, kept, torch.empty_like(output), finals, again, places)
         return kept
     after = [output.view(N, s.output), *history]
     before = [before_each_token(s, state, states[i] if states else None, rows) for i, state in enumerate(after)]
     once = s._replace(steps=1, batch=N)
     finals = [torch.empty_like(state) for state in after]
-    _run(once, True, tokens, before, weights, None, kept, torch.empty_like(output), finals, [torch.empty_like(h) for h in history])
+    laid = given_each_token(s, given, input.shape[:-1], rows)
+    again, places = [torch.empty_like(h) for h in history], place_given(once, laid, (N,))
+    _run(once, True, tokens, before, weights, None, kept, torch.empty_like(output), finals, again, places)
     return kept
 
 
@@ -128,7 +137,9 @@ def _complete(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, we
     """Both products of a single step, by torch: W x over the slots that the input feeds, U h added to these or alone."""
     inputs, bias = cell.input_gates, summed_bias(cell, H, weights.bias_ih, weights.bias_hh)
     x_gates = gates if cell.uniform else gates[:, : inputs * H]
-    if bias is None:
+    if weights.ih is None:
+        pass
+    elif bias is None:
         torch.mm(x, weights.ih.t(), out=x_gates)
     else:
         torch.addmm(bias, x, weights.ih.t(), out=x_gates)
@@ -147,7 +158,7 @@ def _complete(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, we
 
 def backward(
     s: Sizes,
-    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v, *states
+    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v, *states, *given
     grad_states: Seq[Tensor | None],  # of each state after each token, the output's first
     grad_final: Seq[Tensor | None],
     input: Tensor,
@@ -157,19 +168,21 @@ def backward(
     output: Tensor,
     kept: Tensor | None,
     history: Seq[Tensor],
+    given: Seq[Tensor],
     overwrite: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
     cell, H = s.cell, s.hidden
     tokens = input.flatten(0, -2).contiguous()
     if kept is None:
-        kept, overwrite = recompute(s, input, states, weights, rows, output, history), True
+        kept, overwrite = recompute(s, input, states, weights, rows, output, history, given), True
     upstream = [None if g is None else g.contiguous() for g in grad_states]
     finals = [None if g is None else g.contiguous() for g in grad_final]
     task = problem(s, input.dtype, input.shape[-1], rows, True)
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
-    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[1 + len(weights) :], strict=True)]
+    wanted = needs[1 + len(weights) :]
+    initial = [torch.empty_like(state) if need else None for state, need in zip(states, wanted[: len(states)], strict=True)]
     grads = [empty(input, shape) if need else None for shape, need in zip(grad_shapes(s, input, weights), needs, strict=False)]
     grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr, grad_v = grads
     bytes = _C.workspace_bytes(task, True)
@@ -187,7 +200,7 @@ def backward(
         [address(g) for g in finals],
         [address(g) for g in initial],
         tokens.data_ptr(),
-        weights.ih.data_ptr(),
+        address(weights.ih),
         address(grad_x),
         address(grad_ih),
         [address(block) for block in stage_blocks(cell, H, grad_hh, grad_hr)],
@@ -198,15 +211,20 @@ def backward(
         bytes,
     )
     if s.complete:
-        _complete_backward(s, grads, initial, gates, tokens, states, weights, [output.view(tokens.shape[0], s.output), *history])
-    return [*grads, *initial]
+        _complete_backward(s, grads, initial, gates, kept, tokens, states, weights, [output.view(tokens.shape[0], s.output), *history])
+    return [*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows)]
 
 
 def _grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:
     if grad_v is None:
         return []
-    rows = iter(range(cell.learned))
-    return [grad_v[next(rows) * H :].data_ptr() if learned else 0 for _, _, learned, *_ in cell.vectors]
+    addresses, row = [], 0
+    for _, _, learned, factor, _ in cell.vectors:
+        addresses.append(grad_v[row * H :].data_ptr() if learned and factor != "fixed" else 0)
+        if factor == "fixed":
+            grad_v[row * H : (row + 1) * H].zero_()
+        row += learned
+    return addresses
 
 
 def _complete_backward(
@@ -214,6 +232,7 @@ def _complete_backward(
     grads: list[Tensor | None],
     initial: list[Tensor | None],
     gates: Tensor,
+    kept: Tensor,
     x: Tensor,
     states: Seq[Tensor],
     weights: Weights,
@@ -223,14 +242,14 @@ def _complete_backward(
     cell, H, h = s.cell, s.hidden, states[0] if states else None
     grad_x, grad_ih, grad_hh, bias_ih, bias_hh, _, grad_v = grads
     x_gates = gates[:, : cell.input_gates * H]
-    if grad_x is not None:
+    if grad_x is not None and weights.ih is not None:
         torch.mm(x_gates, weights.ih, out=grad_x.view(x.shape))
     if grad_ih is not None:
         torch.mm(x_gates.t(), x, out=grad_ih)
     if bias_ih is not None:
         torch.sum(x_gates, 0, out=bias_ih)
     if grad_v is not None:
-        grad_v.copy_(grad_vectors(s, gates, states, after, None))
+        grad_v.copy_(grad_vectors(s, gates, kept, states, after, None))
     for row, first, end in cell.hidden_runs:
         rows, run = slice(row * H, (row + end - first) * H), gates[:, first * H : end * H]
         if grad_hh is not None:

@@ -53,6 +53,7 @@ def run(s: Sizes, input: Tensor, states: Seq[Tensor] | None, weights: Weights, b
     if states is None:
         states = [input.new_zeros(s.batch, s.hidden if i else s.output) for i in range(len(s.cell.states))]
     hx = tuple(state.unsqueeze(0).contiguous() for state in states)
+    assert weights.ih is not None
     assert weights.hh is not None
     flat = [weights.ih, weights.hh]
     biased = weights.bias_ih is not None or weights.bias_hh is not None

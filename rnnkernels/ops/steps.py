@@ -25,8 +25,11 @@ from .cells import (
     address,
     before_each_token,
     empty,
+    given_each_token,
+    grad_given,
     grad_vectors,
     new_kept,
+    place_given,
     problem,
     stage_blocks,
     summed_bias,
@@ -92,7 +95,7 @@ def _widths(s: Sizes) -> list[int]:
 
 def _columns(cell: Cell, stage: int) -> int:
     first, count, *_ = cell.stages[stage]
-    return sum(h for _, _, h in cell.slots[first : first + count])
+    return sum(h for _, _, h, *_ in cell.slots[first : first + count])
 
 
 def _width(s: Sizes, stage: int) -> int:
@@ -101,7 +104,7 @@ def _width(s: Sizes, stage: int) -> int:
 
 @_in_given_dtypes
 def forward(
-    s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None
+    s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None, given: Seq[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for)."""
     H, keeps = s.hidden, training and not s.recompute
@@ -114,11 +117,13 @@ def forward(
     if s.batch == 0:
         return output, [input.new_empty(0, width) for width in _widths(s)], gates if keeps else None, history
     walk = _walk_together if s.engine in PERSISTENT else _walk
-    final = walk(s, keeps, gates, states, weights, rows, output, history)
+    final = walk(s, keeps, gates, states, weights, rows, output, history, place_given(s, given, input.shape[:-1]))
     return output, final, gates if keeps else None, history
 
 
 def _input_gates(s: Sizes, gates: Tensor, tokens: Tensor, weights: Weights) -> None:
+    if weights.ih is None:
+        return
     x_gates = gates[:, : s.cell.input_gates * s.hidden]
     bias = summed_bias(s.cell, s.hidden, weights.bias_ih, weights.bias_hh)
     if bias is None:
@@ -135,6 +140,7 @@ def recompute(
     rows: Tensor | None,
     output: Tensor,
     history: Seq[Tensor],
+    given: Seq[Tensor],
 ) -> Tensor:
     """The kept values from the states: all tokens as one step of as many rows."""
     tokens = input.flatten(0, -2).contiguous()
@@ -145,7 +151,9 @@ def recompute(
     before = [before_each_token(s, state, states[i] if states else None, rows) for i, state in enumerate(after)]
     if N:
         once = s._replace(steps=1, batch=N, engine="stepwise")
-        _walk(once, True, kept, before, weights, None, torch.empty_like(after[0]), [torch.empty_like(h) for h in history])
+        again = [torch.empty_like(h) for h in history]
+        laid = given_each_token(s, given, input.shape[:-1], rows)
+        _walk(once, True, kept, before, weights, None, torch.empty_like(after[0]), again, place_given(once, laid, (N,)))
     return kept
 
 
@@ -158,6 +166,7 @@ def _walk_together(
     rows: Tensor | None,
     output: Tensor,
     history: Seq[Tensor],
+    given: list[tuple[int, int, int]],
 ) -> list[Tensor]:
     index, stream = device_of(gates)
     task = problem(s, gates.dtype, 0, None, training)
@@ -191,6 +200,7 @@ def _walk(
     rows: Tensor | None,
     output: Tensor,
     history: Seq[Tensor],
+    given: list[tuple[int, int, int]],
 ) -> list[Tensor]:
     cell, H, dtype, matrices = s.cell, s.hidden, gates.dtype, stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)
     steps, task = _Steps(s, rows), problem(s, dtype, 0, None, training)
@@ -226,6 +236,8 @@ def _walk(
                 unit_vectors,
                 [state.data_ptr() for state in carried],
                 [_at(y, token), *[_at(h, token) for h in history]],
+                [data + token * per_token * gates.element_size() for data, per_token, _ in given],
+                [per_row for *_, per_row in given],
                 active,
                 address(sums),
                 *place,
@@ -240,7 +252,7 @@ def _at(t: Tensor | None, row: int) -> int:
 @_in_given_dtypes
 def backward(
     s: Sizes,
-    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v, *states
+    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v, *states, *given
     grad_states: Seq[Tensor | None],  # of each state after each token, the output's first
     grad_final: Seq[Tensor | None],
     input: Tensor,
@@ -250,16 +262,18 @@ def backward(
     output: Tensor,
     kept: Tensor | None,
     history: Seq[Tensor],
+    given: Seq[Tensor],
     overwrite: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
     cell, H, P = s.cell, s.hidden, s.output
     tokens, y = input.flatten(0, -2), output.view(-1, P)
     if kept is None:
-        kept, overwrite = recompute(s, input, states, weights, rows, output, history), True
+        kept, overwrite = recompute(s, input, states, weights, rows, output, history, given), True
     # The stages of a cell hand kept values on to each other where the gradients go.
     gates = kept if overwrite else kept.clone() if len(cell.stages) > 1 else torch.empty_like(kept)
-    initial = [torch.empty_like(state) if need else None for state, need in zip(states, needs[1 + len(weights) :], strict=True)]
+    wanted = needs[1 + len(weights) :]
+    initial = [torch.empty_like(state) if need else None for state, need in zip(states, wanted[: len(states)], strict=True)]
     upstream = [None if g is None else g.contiguous().view(y.shape[0], g.shape[-1]) for g in grad_states]
     finals = [None if g is None else g.contiguous() for g in grad_final]
     if s.batch:
@@ -269,7 +283,7 @@ def backward(
     after = [y, *history]
     x_gates = gates[:, : cell.input_gates * H]
     if needs[0]:
-        grads[0] = torch.mm(x_gates, weights.ih).view(input.shape)
+        grads[0] = torch.zeros_like(input) if weights.ih is None else torch.mm(x_gates, weights.ih).view(input.shape)
     if needs[1]:
         grads[1] = torch.mm(x_gates.t(), tokens)
     if needs[2]:
@@ -281,11 +295,12 @@ def backward(
         if needs[4]:
             grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.hidden_runs])
     if needs[5]:
-        slots = len(cell.slots)
-        grads[5] = torch.mm(gates[:, (slots - 1) * H : (slots - 1) * H + P].t(), kept[:, slots * H : (slots + 1) * H])
+        projected = cell.projection * H
+        operand = next(operand for *_, operand, projects in cell.stages if projects) * H
+        grads[5] = torch.mm(gates[:, projected : projected + P].t(), kept[:, operand : operand + H])
     if needs[6]:
-        grads[6] = grad_vectors(s, gates, states, after, rows)
-    return [*grads, *initial]
+        grads[6] = grad_vectors(s, gates, kept, states, after, rows)
+    return [*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows)]
 
 
 def _grad_hh(s: Sizes, gates: Tensor, kept: Tensor, before: Tensor) -> Tensor:

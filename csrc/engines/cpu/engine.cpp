@@ -56,6 +56,10 @@ void forward(const Forward& f, const Page& page) {
       step.between_row = w.row_bytes(w.cell.kept * p.hidden) / w.number_bytes;
       step.between_slot = p.hidden;
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = f.vectors[i];
+      for (int i = 0; i < w.cell.given_slots(); ++i) {
+        step.given[i] = at(f.given[i].data, token * f.given[i].token * w.storage_bytes);
+        step.given_row[i] = f.given[i].row;
+      }
       for (int i = 0; i < w.cell.states; ++i) step.state_row[i] = w.row_bytes(w.width(i)) / w.number_bytes;
       step.previous[0] = h[n & 1];
       step.next[0] = h[~n & 1];

@@ -50,8 +50,8 @@ class Gradients {
       }
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
-        store(!w.cell.times_a_state(i) ? slot_sums(vector.slot * w.p.hidden + begin) : vector_sums(i * w.p.hidden + begin),
-              g.grad_vectors[i], 0);
+        store(!w.cell.has_factor(i) ? slot_sums(vector.slot * w.p.hidden + begin) : vector_sums(i * w.p.hidden + begin), g.grad_vectors[i],
+              0);
       }
     });
     if (w.storage_bytes == w.number_bytes) return;
@@ -96,6 +96,13 @@ class Gradients {
     const int64_t step = w.p.reverse ? t + 1 : t - 1, row_bytes = w.width(i) * w.storage_bytes;
     if (step < 0 || step >= w.p.steps || b >= w.rows(step)) return at(g.initial[i], b * row_bytes);
     return at(i == 0 ? g.output : g.history[i], (w.offsets[size_t(step)] + b) * row_bytes);
+  }
+  // What a vector was multiplied with in that row.
+  const void* factor_of(const PerUnit& vector, int64_t t, int64_t b) const {
+    if (vector.factor == Factor::OldState) return before(vector.state, t, b);
+    const int64_t token = w.offsets[size_t(t)] + b;
+    if (vector.factor == Factor::Kept) return at(g.kept, (token * w.cell.room() + vector.state) * w.p.hidden * w.storage_bytes);
+    return at(vector.state == 0 ? g.output : g.history[vector.state], token * w.width(vector.state) * w.storage_bytes);
   }
   // What stage s's matrix multiplied in that row.
   const void* operand(int s, int64_t t, int64_t b) const {
@@ -188,7 +195,7 @@ class Gradients {
           all(static_cast<size_t>(n));
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
-        if (!g.grad_vectors[i] || !w.cell.times_a_state(i)) continue;
+        if (!g.grad_vectors[i] || !w.cell.has_factor(i)) continue;
         std::fill(some.begin(), some.end(), 0.0);
         std::fill(all.begin(), all.end(), 0.0);
         int64_t chain = 0;
@@ -200,9 +207,7 @@ class Gradients {
               chain = 1;
             }
             const int64_t place = w.offsets[size_t(t)] + b;
-            const void* states = vector.state == 0 ? g.output : g.history[vector.state];
-            const void* state = vector.factor == Factor::OldState ? before(vector.state, t, b)
-                                                                  : at(states, place * w.width(vector.state) * w.storage_bytes);
+            const void* state = factor_of(vector, t, b);
             if (!state) continue;
             w.storage.load(at(state, begin * w.storage_bytes), n, factor.data());
             w.storage.load(at(gates_of(place), (vector.slot * w.p.hidden + begin) * w.storage_bytes), n, gate.data());

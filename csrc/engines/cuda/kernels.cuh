@@ -267,6 +267,8 @@ template <Heat heat, class Cell>
 constexpr CellKernels cell_kernels() {
   CellKernels k{};
   if constexpr (heat == Heat::HOT) {
+    static_assert(InfoOf<Cell>::value.given_slots() == 0 && InfoOf<Cell>::value.writer == 0,
+                  "the persistent engine has no given slots, and its first stage writes the states beyond the first: make the cell COLD");
     k.persistent[int(Storage::F32)] = k.tf32 = persistent_kernels<Cell, float, Exact>();
     k.persistent[int(Storage::BF16)] = persistent_kernels<Cell, bf16, Tensor<Fragment::Bf16>>();
     k.persistent[int(Storage::F16)] = persistent_kernels<Cell, f16, Tensor<Fragment::F16>>();
