@@ -17,7 +17,9 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, one direction, a padded sequence. Training is forward and backward, with gradients of all weights and the input."""
+    """One layer, one direction, a padded sequence. Training is forward and backward, with gradients of all weights and the input; streaming
+    is inference by T calls of a step each, which hand the state on.
+    """
 
     cell: str
     direction: str  # of PASSES; `pass` is a word of Python
@@ -53,8 +55,9 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        """U, read once a step (and once more a step in training)."""
-        return GATES[self.cell] * self.H * self.H * DTYPES[self.dtype].itemsize
+        """U, read once a step (and once more a step in training); in streaming W too."""
+        depth = self.H + (self.I if self.direction == "streaming" else 0)
+        return GATES[self.cell] * self.H * depth * DTYPES[self.dtype].itemsize
 
     @property
     def sweeps(self) -> int:
@@ -84,6 +87,7 @@ class Preset:
 PRESETS = {
     "quick": (Preset(tuple(GATES), PASSES, (50,), (1, 32), (128,)),),
     "grid": (Preset(tuple(GATES), PASSES, (50, 100), (1, 8, 32, 64, 128), (64, 128, 256, 512)),),
+    "stream": (Preset(tuple(GATES), ("streaming",), (100,), (1, 8), (64, 128, 256, 512)),),
     "figures": (
         Preset(("lstm",), ("inference",), (100,), (1,), (64, 128, 256, 512, 1024)),
         Preset(("gru", "srn"), ("training",), (100,), (1,), (128, 256)),

@@ -85,7 +85,32 @@ class Layers:
             gradients = {f"gradient of {name}": p.grad for name, p in (("input", input), *layer.named_parameters())}
             return named(output, final) | {name: g for name, g in gradients.items() if g is not None}
 
-        return training if case.training else inference
+        @torch.no_grad()
+        def streaming() -> Results:
+            outputs, final = [], None
+            for step in input.split(1):
+                output, final = layer(step, final)
+                outputs.append(output)
+            assert final is not None
+            return named(torch.cat(outputs), final)
+
+        return training if case.training else streaming if case.direction == "streaming" else inference
+
+
+class Ours(Layers):
+    """Streaming is the layer's stream."""
+
+    def prepare(self, case: Case, problem: Problem) -> Runner:
+        if case.direction != "streaming":
+            return super().prepare(case, problem)
+        stream = self.layer(case, problem).stream(case.B)
+
+        def run() -> Results:
+            stream.reset()
+            outputs = [stream.step(step) for step in problem.input]
+            return named(torch.stack(outputs), stream.state)
+
+        return run
 
 
 def named(output: Tensor, final: Tensor | tuple[Tensor, ...]) -> Results:
@@ -108,6 +133,8 @@ class OnnxRuntime:
             return f"not installed: {', '.join(missing)}"
         if case.training:
             return "runs inference only"
+        if case.direction == "streaming":
+            return "its model is of a whole sequence"
         if case.dtype != "float32":
             return "its recurrent operators are float32 only"
         return None
@@ -155,7 +182,7 @@ class OnnxRuntime:
         return inference
 
 
-OURS = Layers("rnnkernels", "rnnkernels")
+OURS = Ours("rnnkernels", "rnnkernels")
 TORCH = Layers("torch", "torch.nn")
 PEERS: dict[str, Peer] = {peer.name: peer for peer in (OURS, TORCH, OnnxRuntime())}
 

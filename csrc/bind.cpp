@@ -7,6 +7,7 @@
 #include "core/registry.h"
 #include "core/tiling.h"
 #include "engines/cpu/engine.h"
+#include "engines/cpu/stream.h"
 #if RNNKERNELS_CUDA
 #include "engines/cuda/engine.h"
 #include "engines/cuda/probe.h"
@@ -30,6 +31,11 @@ template <class P, size_t n>
 void fill(P* (&to)[n], const Addresses& from) {
   if (from.size() > n) throw std::invalid_argument("more addresses than the contract's tables hold");
   for (size_t i = 0; i < from.size(); ++i) to[i] = pointer(from[i]);
+}
+
+void fill(Given (&to)[kMaxGiven], const GivenSlots& from) {
+  if (from.size() > kMaxGiven) throw std::invalid_argument("more given slots than the contract's tables hold");
+  for (size_t i = 0; i < from.size(); ++i) to[i] = {pointer(std::get<0>(from[i])), std::get<1>(from[i]), std::get<2>(from[i])};
 }
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
@@ -176,12 +182,48 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           f.weight_ih = pointer(weight_ih);
           f.bias_ih = pointer(bias_ih);
           f.bias_hh = pointer(bias_hh);
-          if (given.size() > kMaxGiven) throw std::invalid_argument("more given slots than the contract's tables hold");
-          for (size_t i = 0; i < given.size(); ++i)
-            f.given[i] = {pointer(std::get<0>(given[i])), std::get<1>(given[i]), std::get<2>(given[i])};
+          fill(f.given, given);
           py::gil_scoped_release release;
           cpu::forward(f, cpu::page_of(p));
         });
+
+  // Layers kept ready to take one step at a time.
+  py::class_<cpu::Stream>(m, "Stream")
+      .def(py::init<const std::vector<Problem>&>())
+      .def_property_readonly("bytes", &cpu::Stream::bytes)
+      .def("place", [](cpu::Stream& s, Address workspace) { s.place(pointer(workspace)); })
+      .def("pack",
+           [](cpu::Stream& s, size_t layer, Address weight_ih, Address bias_ih, Address bias_hh, const Addresses& weights,
+              const Addresses& vectors, const GivenSlots& given) {
+             Forward f{};
+             fill(f.given, given);
+             f.weight_ih = pointer(weight_ih);
+             f.bias_ih = pointer(bias_ih);
+             f.bias_hh = pointer(bias_hh);
+             fill(f.weights, weights);
+             fill(f.vectors, vectors);
+             py::gil_scoped_release release;
+             s.pack(layer, f);
+           })
+      .def("load",
+           [](cpu::Stream& s, const Addresses& states, const std::vector<int64_t>& rows) {
+             const void* from[kMaxStates] = {};
+             fill(from, states);
+             py::gil_scoped_release release;
+             s.load(from, rows);
+           })
+      .def("store",
+           [](cpu::Stream& s, const Addresses& states) {
+             void* to[kMaxStates] = {};
+             fill(to, states);
+             py::gil_scoped_release release;
+             s.store(to);
+           })
+      .def("step", [](cpu::Stream& s, Address x, Address y) {
+        py::gil_scoped_release release;
+        s.step(pointer(x), pointer(y));
+      });
+
   m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
                        const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
                        const Addresses& grad_final, const Addresses& grad_initial, Address input, Address weight_ih, Address grad_input,

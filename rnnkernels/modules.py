@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops
+from .streaming import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "GRUCell", "LSTMCell", "Plan", "RNNCell", "explain"]
 
@@ -212,6 +213,27 @@ class _Layer(nn.RNNBase):
         elif self.batch_first:
             output, histories = output.transpose(0, 1), [history.transpose(1, 2) for history in histories]
         return (output, self._join(finals), tuple(histories)) if return_states else (output, self._join(finals))
+
+    def stream(self, batch_size: int | None = None, hx: Any = None) -> Stream:
+        """A :class:`~rnnkernels.streaming.Stream`, which runs this layer step by step with the weights packed once, for inference.
+
+        Args:
+            batch_size: B; None: steps are unbatched.
+            hx: the states it starts from and is reset to, as forward's hx; zeros if None.
+
+        Raises:
+            ValueError: a bidirectional layer, which needs the sequence's end; batch_size not positive. RuntimeError: hx of a wrong shape,
+                dtype or device; weights or an engine that cannot run. TypeError: hx that is no pair where one is expected.
+
+        >>> import torch, rnnkernels
+        >>> stream = rnnkernels.GRU(3, 5, num_layers=2).stream(batch_size=4)
+        >>> stream.step(torch.zeros(4, 3)).shape, stream.state.shape
+        (torch.Size([4, 5]), torch.Size([2, 4, 5]))
+        >>> stream.reset(torch.tensor([True, False, False, True]))
+        """
+        if self.bidirectional:
+            raise ValueError("bidirectional: expected False for a stream, which has no future to run back from, got True")
+        return Stream(self._cell, self._weights, batch_size, hx, self.engine, self._split, self._join)
 
     @property
     def _output_width(self) -> int:

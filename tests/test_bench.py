@@ -28,7 +28,7 @@ def hurry(monkeypatch):
 SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
 
 
-@pytest.mark.parametrize(("preset", "size"), [("quick", 12), ("grid", 2 * 5 * 4 * 2 * 3), ("figures", 5 + 2 * 2)])
+@pytest.mark.parametrize(("preset", "size"), [("quick", 12), ("grid", 2 * 5 * 4 * 2 * 3), ("figures", 5 + 2 * 2), ("stream", 2 * 4 * 3)])
 def test_presets(preset, size):
     cases = select(preset, ["float32"], [2])
     assert len(cases) == len({case.id for case in cases}) == size
@@ -37,7 +37,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    assert set(PRESETS) == {"quick", "grid", "figures"}
+    assert set(PRESETS) == {"quick", "grid", "stream", "figures"}
 
 
 def test_work_is_counted():
@@ -46,6 +46,7 @@ def test_work_is_counted():
     inference = replace(SMALL, direction="inference")
     assert inference.flops == product * 5 + product * 3
     assert inference.weight_bytes == 4 * 5 * 5 * 4
+    assert replace(SMALL, direction="streaming").weight_bytes == 4 * 5 * (5 + 3) * 4
 
 
 def test_timing_tells_which_is_slower():
@@ -60,7 +61,7 @@ def test_timing_takes_quartiles():
     assert (spread.low, spread.median, spread.high) == (2, 3, 4)
 
 
-@pytest.mark.parametrize("direction", ["inference", "training"])
+@pytest.mark.parametrize("direction", ["inference", "training", "streaming"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "srn"])
 def test_a_case_is_checked_and_timed(cell, direction):
     found = run_case(replace(SMALL, cell=cell, direction=direction), ["torch", "rnnkernels"], 0, roofs.Roofs())

@@ -2,7 +2,7 @@
 #include "engines/cpu/engine.h"
 
 #include "engines/cpu/gradients.h"
-#include "engines/cpu/input_gates.h"
+#include "engines/cpu/prepared.h"
 
 namespace rnnkernels::cpu {
 
@@ -25,74 +25,22 @@ int64_t workspace_bytes(const Problem& p, const Page& page, bool backward) {
 }
 
 void forward(const Forward& f, const Page& page) {
-  Walk w(f.problem, page, false);
-  const Problem& p = w.p;
-  const InputGates input(w, f);
-  const int64_t hidden_bytes = w.row_bytes(w.width(0));
-  void* const h[2] = {at(f.workspace, w.memory.state[0]), at(f.workspace, w.memory.state[0] + p.batch * hidden_bytes)};
-  auto carried = [&](int i) { return at(f.workspace, w.memory.state[i]); };
-
+  Prepared run(f, page);
+  Walk& w = run.w;
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
     w.start(me);
-    for (int s = 0; s < w.cell.stages; ++s) w.pack(me, w.products[s], w.plan_.blocks[s], f.weights[s], at(f.workspace, w.memory.packed[s]));
-    if (!p.complete) input.start(me);
-    w.each_row(me, [&](int64_t b) {
-      for (int side = 0; side < 2; ++side) w.load_or_zero(f.initial[0], b, w.width(0), at(h[side], b * hidden_bytes));
-      for (int i = 1; i < w.cell.states; ++i) w.load_or_zero(f.initial[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
-    });
+    run.pack(me);
+    w.each_row(me, [&](int64_t b) { run.load(f.initial, b); });
     meet(members);
-    std::vector<int64_t> places;
-    std::vector<const void*> operands;
-    for (int64_t n = 0; n < p.steps; ++n) {
-      if (n % w.plan_.chunk == 0 && !p.complete) input.make(me, n, places, operands);
-      const int64_t t = w.step(n, true), token = w.offsets[size_t(t)], active = w.rows(t);
-      ForwardStep step{};
-      step.hidden = p.hidden;
-      step.output = p.output;
-      step.complete = p.complete;
-      step.kept = p.training ? at(f.gates, token * f.gates_row * w.storage_bytes) : nullptr;
-      step.between = at(f.workspace, w.memory.between);
-      step.between_row = w.row_bytes(w.cell.kept * p.hidden) / w.number_bytes;
-      step.between_slot = p.hidden;
-      for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = f.vectors[i];
-      for (int i = 0; i < w.cell.given_slots(); ++i) {
-        step.given[i] = at(f.given[i].data, token * f.given[i].token * w.storage_bytes);
-        step.given_row[i] = f.given[i].row;
-      }
-      for (int i = 0; i < w.cell.states; ++i) step.state_row[i] = w.row_bytes(w.width(i)) / w.number_bytes;
-      step.previous[0] = h[n & 1];
-      step.next[0] = h[~n & 1];
-      step.history[0] = at(f.output, token * w.width(0) * w.storage_bytes);
-      for (int i = 1; i < w.cell.states; ++i) {
-        step.previous[i] = step.next[i] = carried(i);
-        step.history[i] = at(f.history[i], token * w.width(i) * w.storage_bytes);
-      }
-      for (int s = 0; s < w.cell.stages; ++s) {
-        const InputGates::Place gates = input.of(me, n, s);
-        step.gates = gates.gates;
-        step.gates_row = gates.row;
-        step.gates_slot = gates.slot;
-        const int operand = w.cell.stage[s].operand;
-        const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden);
-        w.tiles(
-            me, s, active, !p.complete, n & 1, f.workspace,
-            [&](int64_t row) -> const void* {
-              if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
-              return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);
-            },
-            [&](RowSet rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, w.plan_.blocks[s], sums); });
-        if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
-      }
+    InputGates::Chunk chunk;
+    for (int64_t n = 0; n < w.p.steps; ++n) {
+      run.step(me, n, n & 1, chunk);
+      if (w.products[0].depth || w.cell.stages > 1) w.wait(me);
     }
     meet(members);
     // A row's last state is on the side that its last step wrote: with rows that end early, each on its own.
-    w.each_row(me, [&](int64_t b) {
-      const int64_t visits = p.reverse ? p.steps : w.steps_of(b);
-      w.storage.store(at(h[visits & 1], b * hidden_bytes), w.width(0), at(f.final[0], b * w.width(0) * w.storage_bytes));
-      for (int i = 1; i < w.cell.states; ++i)
-        w.storage.store(at(carried(i), b * w.row_bytes(w.width(i))), w.width(i), at(f.final[i], b * w.width(i) * w.storage_bytes));
-    });
+    w.each_row(me, [&](int64_t b) { run.store(f.final, b, (w.p.reverse ? w.p.steps : w.steps_of(b)) & 1); });
   });
 }
 

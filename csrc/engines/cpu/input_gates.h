@@ -8,13 +8,19 @@ namespace rnnkernels::cpu {
 // The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody.
 class InputGates {
  public:
-  InputGates(const Walk& walk, const Forward& forward) : w(walk), f(forward), bias(at(f.workspace, w.memory.bias)) {}
+  InputGates(const Walk& walk, const Forward& forward) : w(walk), f(forward) {}
+
+  // Where a chunk's rows lie and what they multiply: a member's own, kept from chunk to chunk so that it is allocated once.
+  struct alignas(128) Chunk {
+    std::vector<int64_t> places;
+    std::vector<const void*> operands;
+  };
 
   void start(const Walk::Member& me) const {
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
       for (int i = 0, h = 0; i < w.cell.slots; ++i) {
         const bool u = w.cell.biased(i), x = w.cell.slot[i].feeds & X;
-        void* const to = at(bias, (i * w.p.hidden + begin) * w.number_bytes);
+        void* const to = at(bias(), (i * w.p.hidden + begin) * w.number_bytes);
         if (x) w.load_or_zero(at(f.bias_ih, (i * w.p.hidden + begin) * w.storage_bytes), 0, n, to);
         if (x && u && f.bias_hh) w.storage.add(at(f.bias_hh, (h * w.p.hidden + begin) * w.storage_bytes), n, to);
         h += u;
@@ -40,9 +46,9 @@ class InputGates {
     return place;
   }
 
-  void make(const Walk::Member& me, int64_t n0, std::vector<int64_t>& places, std::vector<const void*>& operands) const {
-    places.clear();
-    operands.clear();
+  void make(const Walk::Member& me, int64_t n0, Chunk& chunk) const {
+    chunk.places.clear();
+    chunk.operands.clear();
     const int64_t input_bytes = w.p.input * w.storage_bytes;
     const bool convert = w.storage_bytes != w.number_bytes;
     char* numbers = static_cast<char*>(f.workspace) + w.memory.numbers + me.id * w.plan_.chunk * w.p.batch * w.p.input * w.number_bytes;
@@ -51,19 +57,19 @@ class InputGates {
       const Walk::Rows mine = w.rows_of(me, w.rows(t));
       for (int64_t i = 0; i < mine.count; ++i) {
         const int64_t b = mine[i];
-        places.push_back(w.p.training ? token + b : row_in_chunk(me, n - n0) + b);
+        chunk.places.push_back(w.p.training ? token + b : row_in_chunk(me, n - n0) + b);
         const void* x = at(f.input, (token + b) * input_bytes);
         if (convert) {
           w.storage.load(x, w.p.input, numbers);
           x = numbers;
           numbers += w.p.input * w.number_bytes;
         }
-        operands.push_back(x);
+        chunk.operands.push_back(x);
       }
     }
     for (int s = 0; s < w.cell.stages; ++s) {
       const Place to = w.p.training ? Place{f.gates, f.gates_row, w.p.hidden} : region(me, s);
-      make_stage(me, s, places, operands, to);
+      make_stage(me, s, chunk, to);
     }
   }
 
@@ -83,8 +89,7 @@ class InputGates {
     return {at(f.workspace, w.memory.gates + (begin - first * width - own.begin) * w.storage_bytes), slots * width, width};
   }
 
-  void make_stage(const Walk::Member& me, int s, const std::vector<int64_t>& places, const std::vector<const void*>& operands,
-                  const Place& to) const {
+  void make_stage(const Walk::Member& me, int s, const Chunk& chunk, const Place& to) const {
     const Product& product = w.inputs[s];
     if (!product.columns) return;
     const int blocks = w.plan_.input_blocks[s], finer = w.plan_.blocks[s] / blocks;
@@ -93,18 +98,19 @@ class InputGates {
     const int64_t end = std::min(split(owned, me.unit_groups, me.unit_group + 1) * finer, all);
     const int64_t first_slot = w.first_input_slot(s);
     w.multiply(
-        product, blocks, at(f.workspace, w.memory.packed_input[s]), begin, end, 0, int64_t(places.size()),
-        [&](int64_t row) { return operands[size_t(row)]; },
+        product, blocks, at(f.workspace, w.memory.packed_input[s]), begin, end, 0, int64_t(chunk.places.size()),
+        [&](int64_t row) { return chunk.operands[size_t(row)]; },
         [&](int64_t first, int n, int64_t unit, const void* sums) {
-          w.storage.put(sums, &places[size_t(first)], n, unit, blocks, product.columns, w.p.hidden,
-                        at(bias, first_slot * w.p.hidden * w.number_bytes), at(to.gates, first_slot * to.slot * w.storage_bytes), to.row,
+          w.storage.put(sums, &chunk.places[size_t(first)], n, unit, blocks, product.columns, w.p.hidden,
+                        at(bias(), first_slot * w.p.hidden * w.number_bytes), at(to.gates, first_slot * to.slot * w.storage_bytes), to.row,
                         to.slot);
         });
   }
 
+  void* bias() const { return at(f.workspace, w.memory.bias); }
+
   const Walk& w;
   const Forward& f;
-  void* const bias;
 };
 
 }  // namespace rnnkernels::cpu

@@ -1,0 +1,89 @@
+// The forward pass in the pieces that a sequence and a stream share: packing, states in and out, one step.
+#pragma once
+
+#include "engines/cpu/input_gates.h"
+
+namespace rnnkernels::cpu {
+
+// The walk, and what the pieces below leave in the workspace of `forward`, which outlives this; its pointers may change between steps.
+class Prepared {
+ public:
+  Prepared(const Forward& forward, const Page& page)
+      : w(forward.problem, page, false), f(forward), input(w, f), hidden_bytes(w.row_bytes(w.width(0))) {}
+  Prepared(const Prepared&) = delete;
+  Prepared& operator=(const Prepared&) = delete;
+
+  void pack(const Walk::Member& me) const {
+    for (int s = 0; s < w.cell.stages; ++s) w.pack(me, w.products[s], w.plan_.blocks[s], f.weights[s], at(f.workspace, w.memory.packed[s]));
+    if (!w.p.complete) input.start(me);
+  }
+
+  // Row b's states, from [B, width] each, null for zero.
+  void load(const void* const* states, int64_t b) const {
+    for (int side = 0; side < 2; ++side) w.load_or_zero(states[0], b, w.width(0), at(hidden(side), b * hidden_bytes));
+    for (int i = 1; i < w.cell.states; ++i) w.load_or_zero(states[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
+  }
+  // `side`: on which the row's last step has left state 0.
+  void store(void* const* states, int64_t b, int64_t side) const {
+    w.storage.store(at(hidden(side), b * hidden_bytes), w.width(0), at(states[0], b * w.width(0) * w.storage_bytes));
+    for (int i = 1; i < w.cell.states; ++i)
+      w.storage.store(at(carried(i), b * w.row_bytes(w.width(i))), w.width(i), at(states[i], b * w.width(i) * w.storage_bytes));
+  }
+
+  // The walk's n-th step, which reads state 0 on one side and leaves it on the other. Nobody may go on to what reads it before all of the
+  // row group are here.
+  void step(Walk::Member& me, int64_t n, int64_t side, InputGates::Chunk& chunk) const {
+    const Problem& p = w.p;
+    if (n % w.plan_.chunk == 0 && !p.complete) input.make(me, n, chunk);
+    const int64_t t = w.step(n, true), token = w.offsets[size_t(t)], active = w.rows(t);
+    ForwardStep step{};
+    step.hidden = p.hidden;
+    step.output = p.output;
+    step.complete = p.complete;
+    step.kept = p.training ? at(f.gates, token * f.gates_row * w.storage_bytes) : nullptr;
+    step.between = at(f.workspace, w.memory.between);
+    step.between_row = w.row_bytes(w.cell.kept * p.hidden) / w.number_bytes;
+    step.between_slot = p.hidden;
+    for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = f.vectors[i];
+    for (int i = 0; i < w.cell.given_slots(); ++i) {
+      step.given[i] = at(f.given[i].data, token * f.given[i].token * w.storage_bytes);
+      step.given_row[i] = f.given[i].row;
+    }
+    for (int i = 0; i < w.cell.states; ++i) step.state_row[i] = w.row_bytes(w.width(i)) / w.number_bytes;
+    step.previous[0] = hidden(side);
+    step.next[0] = hidden(1 - side);
+    step.history[0] = at(f.output, token * w.width(0) * w.storage_bytes);
+    for (int i = 1; i < w.cell.states; ++i) {
+      step.previous[i] = step.next[i] = carried(i);
+      step.history[i] = at(f.history[i], token * w.width(i) * w.storage_bytes);
+    }
+    for (int s = 0; s < w.cell.stages; ++s) {
+      if (s > 0) w.wait(me);
+      const InputGates::Place gates = input.of(me, n, s);
+      step.gates = gates.gates;
+      step.gates_row = gates.row;
+      step.gates_slot = gates.slot;
+      const int operand = w.cell.stage[s].operand;
+      const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden);
+      w.tiles(
+          me, s, active, !p.complete, side, f.workspace,
+          [&](int64_t row) -> const void* {
+            if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
+            return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);
+          },
+          [&](RowSet rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, w.plan_.blocks[s], sums); });
+    }
+  }
+
+  Walk w;
+
+ private:
+  void* hidden(int64_t side) const { return at(f.workspace, w.memory.state[0] + side * w.p.batch * hidden_bytes); }
+  void* carried(int i) const { return at(f.workspace, w.memory.state[i]); }
+
+  const Forward& f;
+  const InputGates input;
+  const int64_t hidden_bytes;
+};
+
+}  // namespace rnnkernels::cpu

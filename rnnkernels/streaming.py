@@ -1,0 +1,165 @@
+"""A layer run step by step, for input that arrives as it goes: sensors, audio, tokens being generated."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from .ops.stream import stack
+
+__all__ = ["Stream"]
+
+_version = operator.attrgetter("_version")
+
+
+class Stream:
+    """A stack of layers that takes one step at a time. Made by a layer's ``stream(batch_size, hx)``.
+
+    Weights are packed once, states stay inside and change in place, nothing is recorded for autograd, dropout is not applied and autocast
+    does not reach it. On a CPU the results have the bits that the layer gives for the whole sequence in one call (of two steps or more, and
+    with the stream's instruction set). On another device, and with ``engine="stepwise"`` or ``"torch"``, each step is one call of
+    :func:`rnnkernels.ops.sequence` a layer; what would be a persistent launch is stepwise.
+
+    A change of the weights in place (an optimizer's step, ``load_state_dict``, ``copy_``) is noticed at the next step. Not noticed, until
+    :meth:`refresh`: writes through ``.data``, Parameters replaced (also by ``layer.to(dtype)``), weights that are computed from others
+    (parametrizations, weight drop), and weights that are inference tensors.
+
+    It keeps the instruction set and the number of threads that it was made with, and cannot be copied or pickled. Calls from several
+    threads wait for each other.
+
+    >>> import torch, rnnkernels
+    >>> layer = rnnkernels.LSTM(3, 5)
+    >>> stream, x = layer.stream(batch_size=2), torch.randn(4, 2, 3)
+    >>> steps = torch.stack([stream.step(x[t]) for t in range(4)])
+    >>> torch.equal(steps, layer(x)[0])
+    True
+    >>> h, c = stream.state
+    >>> h.shape
+    torch.Size([1, 2, 5])
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        weights: Callable[[], Sequence[Sequence[Any]]],
+        batch_size: int | None,
+        hx: Any,
+        engine: str,
+        split: Callable[[Any], Sequence[Tensor]],
+        join: Callable[[Sequence[Tensor]], Any],
+        constants: Sequence[Tensor] = (),
+    ) -> None:
+        """``weights`` gives those of each layer as they are now; ``split`` and ``join`` take hx apart and make it; ``constants`` are what the
+        cell is given at every step.
+        """
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise ValueError(f"batch_size: expected a positive int, or None for unbatched steps, got {batch_size!r}")
+        now = weights()
+        like: Tensor = now[0][0]
+        lead = () if batch_size is None else (batch_size,)
+        self._weights, self._split, self._join, self._batch = weights, split, join, batch_size
+        self._stack = stack(cell, lead, now, engine, constants)
+        self._run = self._stack.run
+        self._shape, self._dtype, self._device = (*lead, like.shape[1]), like.dtype, like.device
+        self._state_shapes = [(len(now), *lead, width) for width in self._stack.widths]
+        self._initial = None if hx is None else [state.clone() for state in self._checked_states("hx", hx)]
+        self._watch(now)
+        self.reset()
+
+    def step(self, x: Tensor) -> Tensor:
+        """Run all layers for one step.
+
+        Args:
+            x: ``[B, I]``, or ``[I]`` unbatched, with the weights' dtype and device.
+
+        Returns:
+            The last layer's output, ``[B, P]`` or ``[P]``, a new tensor at each step.
+
+        Raises:
+            RuntimeError: a wrong shape, dtype or device of x.
+        """
+        if x.shape != self._shape or x.dtype is not self._dtype or x.device != self._device:
+            self._refuse("x", x, self._shape)
+        # Each version only grows, so their sum tells.
+        if sum(map(_version, self._watched)) != self._versions:
+            self.refresh()
+        return self._run(x)
+
+    @property
+    def state(self) -> Any:
+        """The states after the last step: a copy, in the shape of the layer's hx: ``[L, B, P]``, for LSTM and the like a pair of this and c
+        ``[L, B, H]``; unbatched without B.
+
+        Assigning takes a copy, and raises ``RuntimeError`` for a wrong shape, dtype or device, ``TypeError`` for what is no tensor, or no
+        pair where one is expected. The engine carries float16 and bfloat16 states as float32; here they are rounded.
+        """
+        states = self._stack.store()
+        return self._join([state.squeeze(1) for state in states] if self._batch is None else states)
+
+    @state.setter
+    def state(self, hx: Any) -> None:
+        self._stack.load(self._checked_states("state", hx), range(self._batch or 1))
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Put states back to what they were at the start, the hx given to ``stream`` or zeros.
+
+        Args:
+            rows: which rows: booleans ``[B]``, or int64 indices of any number from 0 to B - 1; None: all.
+
+        Raises:
+            RuntimeError: rows of a wrong shape or dtype, or of an unbatched stream. IndexError: an index out of range.
+        """
+        self._stack.load(self._initial, range(self._batch or 1) if rows is None else self._checked_rows(rows))
+
+    def refresh(self) -> None:
+        """Take the layer's weights as they are now. The states stay.
+
+        Raises:
+            RuntimeError: the weights have other sizes, another dtype or another device than when the stream was made.
+        """
+        now = self._weights()
+        if now[0][0].device != self._device:
+            raise RuntimeError(f"weights: expected device {self._device} as when the stream was made, got {now[0][0].device}")
+        self._stack.pack(now)
+        self._watch(now)
+
+    def _watch(self, weights: Sequence[Sequence[Any]]) -> None:
+        # Inference tensors count no versions.
+        self._watched = [weight for layer in weights for weight in layer if weight is not None and not weight.is_inference()]
+        self._versions = sum(map(_version, self._watched))
+
+    def _refuse(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> NoReturn:
+        if tensor.shape != shape:
+            raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+        if tensor.dtype != self._dtype:
+            raise RuntimeError(f"{name}: expected dtype {self._dtype} as the weights have, got {tensor.dtype}")
+        raise RuntimeError(f"{name}: expected device {self._device} as the weights are on, got {tensor.device}")
+
+    def _checked_states(self, name: str, hx: Any) -> list[Tensor]:
+        """Raise, or return the states ``[L, B, ·]``."""
+        states = self._split(hx)
+        if not all(isinstance(state, Tensor) for state in states):
+            raise TypeError(f"{name}: expected tensors, got {', '.join(type(state).__name__ for state in states)}")
+        for state, shape in zip(states, self._state_shapes, strict=True):
+            if state.shape != shape or state.dtype != self._dtype or state.device != self._device:
+                self._refuse(name, state, shape)
+        return [state.detach().unsqueeze(1) if self._batch is None else state.detach() for state in states]
+
+    def _checked_rows(self, rows: Tensor) -> list[int]:
+        if self._batch is None:
+            raise RuntimeError("rows: expected None for an unbatched stream")
+        if rows.dtype not in (torch.bool, torch.int64) or rows.dim() != 1 or (rows.dtype is torch.bool and len(rows) != self._batch):
+            raise RuntimeError(
+                f"rows: expected torch.bool of shape ({self._batch},) or 1-D torch.int64, got {rows.dtype} of shape {tuple(rows.shape)}"
+            )
+        indices: list[int] = (rows.nonzero().squeeze(1) if rows.dtype is torch.bool else rows).tolist()
+        if any(not 0 <= index < self._batch for index in indices):
+            raise IndexError(f"rows: expected indices from 0 to {self._batch - 1}, got {indices}")
+        return indices
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TypeError("a Stream cannot be copied or pickled: make another with the layer's stream() and assign its state")
