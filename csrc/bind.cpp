@@ -103,8 +103,8 @@ py::dict description(const CellInfo& cell) {
     const PerUnit& v = cell.vector[i];
     vectors.append(py::make_tuple(v.name, v.slot, v.factor != Factor::One, factors[int(v.factor)], v.state));
   }
-  return py::dict(py::arg("name") = cell.name, py::arg("slots") = slots, py::arg("stages") = stages, py::arg("states") = states,
-                  py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
+  return py::dict(py::arg("name") = cell.name, py::arg("page") = cell.page, py::arg("slots") = slots, py::arg("stages") = stages,
+                  py::arg("states") = states, py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
                   py::arg("projected") = cell.projected());
 }
 

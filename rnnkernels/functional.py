@@ -30,6 +30,7 @@ def stack(
     engine: str = "auto",
     recompute: bool = False,
     return_states: bool = False,
+    given: Sequence[Sequence[Tensor]] | None = None,
 ) -> tuple[Tensor, ...]:
     """Run layers × directions of ``cell`` and return ``(output, *final_states)``.
 
@@ -39,6 +40,7 @@ def stack(
     * ``states``: one ``[K, B, ·]`` tensor per state of the cell, or None for zeros.
     * ``weights``: K times ``(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr)``, what is absent None or, at the end, left out; a layer's
       forward direction comes before its reverse one.
+    * ``given``: K lists of what the cell is given, as ``ops.sequence`` has it, or None.
     * output ``[T, B, D · P]`` or ``[N, D · P]``; final states as ``states``.
 
     * with ``return_states``, after the final states: every state after each step, ``[K, T, B, ·]`` or ``[K, N, ·]``, in the cell's order.
@@ -61,6 +63,7 @@ def stack(
                 initial,
                 *weights[k],
                 batch_sizes=batch_sizes,
+                given=() if given is None else given[k],
                 reverse=k > start,
                 engine=engine,
                 recompute=recompute,

@@ -71,6 +71,8 @@ class _Layer(nn.RNNBase):
     recompute: bool = False
     forget_bias: float | None = None
     recurrent_init: str = "uniform"
+    zoneout: float | Sequence[float] = 0.0
+    recurrent_dropout: float = 0.0
     _rank_text: str
 
     def __init__(
@@ -82,6 +84,8 @@ class _Layer(nn.RNNBase):
         recompute: bool = False,
         forget_bias: float | None = None,
         recurrent_init: str = "uniform",
+        zoneout: float | Sequence[float] = 0.0,
+        recurrent_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         _checked_engine(engine)
@@ -93,6 +97,8 @@ class _Layer(nn.RNNBase):
         self._reshape_weights()
         self.engine, self.recompute = engine, recompute
         self.forget_bias, self.recurrent_init = forget_bias, recurrent_init
+        self.zoneout, self.recurrent_dropout = zoneout, recurrent_dropout
+        self._modifiers(training=True)  # to be refused now, not at the first call
         self._reset_beyond_torch()
 
     def _reshape_weights(self) -> None:
@@ -106,7 +112,7 @@ class _Layer(nn.RNNBase):
     def _reset_beyond_torch(self) -> None:
         if self.forget_bias is None and self.recurrent_init == "uniform":
             return
-        slots = [name for name, fed, *_ in ops.CELLS[self._cell].slots if fed]
+        slots = [name for name, fed, *_ in ops.CELLS[self._base_cell].slots if fed]
         if self.forget_bias is not None and ("f" not in slots or not self.bias):
             raise ValueError(f"forget_bias: expected None for a layer without a forget gate or without biases, got {self.forget_bias}")
         with torch.no_grad():
@@ -120,8 +126,47 @@ class _Layer(nn.RNNBase):
                         _RECURRENT_INITS[self.recurrent_init](block)
 
     @property
-    def _cell(self) -> str:
+    def _base_cell(self) -> str:
         return _CELLS[self.mode]
+
+    def _modifiers(self, training: bool) -> tuple[str, tuple[float, ...]]:
+        """The cell that runs, and how probably each of its states keeps its old value."""
+        base = self._base_cell
+        if not self.zoneout and not self.recurrent_dropout:
+            return base, ()
+        names = ops.CELLS[base].states
+        zones = tuple(self.zoneout) if isinstance(self.zoneout, Sequence) else (self.zoneout,) * len(names)
+        if len(zones) != len(names) or not all(isinstance(p, int | float) and 0 <= p <= 1 for p in zones):
+            raise ValueError(f"zoneout: expected a number from 0 to 1, or one for each state ({', '.join(names)}), got {self.zoneout!r}")
+        if not (isinstance(self.recurrent_dropout, int | float) and 0 <= self.recurrent_dropout < 1):
+            raise ValueError(f"recurrent_dropout: expected a number from 0 to below 1, got {self.recurrent_dropout!r}")
+        zoned, dropped = any(zones), self.recurrent_dropout > 0
+        if dropped and (ops.CELLS[base].projected or not ops.CELLS[base].hidden_gates):
+            why = "a projection" if ops.CELLS[base].projected else "no recurrent matrix"
+            raise ValueError(f"recurrent_dropout: expected 0 for a layer with {why}, got {self.recurrent_dropout}")
+        wrappers = ["zoneout"] * zoned + ["dropout"] * (dropped and training)
+        return ops.modified(base, wrappers), zones if zoned else ()
+
+    @property
+    def _cell(self) -> str:
+        return self._modifiers(self.training)[0]
+
+    def _given(self, cell: str, zones: tuple[float, ...], data: Tensor, batch: int, row: Tensor | None) -> list[list[Tensor]] | None:
+        """What each layer and direction is given: masks drawn anew in training, expectations otherwise. ``row``: that of each segment."""
+        spec = ops.CELLS[cell]
+        if not spec.given:
+            return None
+        H = self.hidden_size
+
+        def draw(name: str) -> Tensor:
+            if name == "dropout":
+                keeps = 1 - self.recurrent_dropout
+                mask = data.new_empty(batch, H).bernoulli_(keeps).div_(keeps)
+                return mask if row is None else mask.index_select(0, row.to(data.device))
+            p = zones[spec.states.index(name.removeprefix("zoneout_"))]
+            return data.new_empty(*data.shape[:-1], H).bernoulli_(p) if self.training else data.new_full((H,), p)
+
+        return [[draw(spec.slots[slot][0]) for slot in spec.given] for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -140,7 +185,8 @@ class _Layer(nn.RNNBase):
 
     def extra_repr(self) -> str:
         engine = f", engine={self.engine}" if self.engine != "auto" else ""
-        return super().extra_repr() + engine + (", recompute=True" if self.recompute else "")
+        modifiers = {"recompute": self.recompute, "zoneout": self.zoneout, "recurrent_dropout": self.recurrent_dropout}
+        return super().extra_repr() + engine + "".join(f", {name}={value}" for name, value in modifiers.items() if value)
 
     def forward(
         self,
@@ -177,6 +223,7 @@ class _Layer(nn.RNNBase):
             cut = functional.segments(data.size(0), data.size(1), lengths, reset_mask)
             padded, data, batch_sizes = data, data.flatten(0, 1).index_select(0, cut.index.to(data.device)), cut.batch_sizes
             initial, states = states, self._initial(padded, cut, states, reset_state)
+        cell, zones = self._modifiers(self.training)
         finals: Sequence[Tensor]
         if cut is not None and len(cut.batch_sizes) == 0:
             assert states is not None
@@ -184,8 +231,9 @@ class _Layer(nn.RNNBase):
             if return_states:
                 finals = [*states, *(state[:, :0] for state in states)]
         else:
+            batch = data.size(1) if batch_sizes is None else padded.size(1) if cut is not None else int(batch_sizes[0])
             output, *finals = functional.stack(
-                self._cell,
+                cell,
                 data,
                 states,
                 weights,
@@ -196,6 +244,7 @@ class _Layer(nn.RNNBase):
                 engine=self.engine,
                 recompute=self.recompute,
                 return_states=return_states,
+                given=self._given(cell, zones, data, batch, None if cut is None else cut.row),
             )
         count = len(self._widths)
         finals, histories = finals[:count], finals[count:]
@@ -233,7 +282,12 @@ class _Layer(nn.RNNBase):
         """
         if self.bidirectional:
             raise ValueError("bidirectional: expected False for a stream, which has no future to run back from, got True")
-        return Stream(self._cell, self._weights, batch_size, hx, self.engine, self._split, self._join)
+        cell, zones = self._modifiers(training=False)
+        like = self._weights()[0][0]
+        spec = ops.CELLS[cell]
+        expected = [zones[spec.states.index(spec.slots[slot][0].removeprefix("zoneout_"))] for slot in spec.given]
+        constants = [like.detach().new_full((self.hidden_size,), p) for p in expected]
+        return Stream(cell, self._weights, batch_size, hx, self.engine, self._split, self._join, constants)
 
     @property
     def _output_width(self) -> int:
@@ -378,6 +432,9 @@ class RNN(_Layer):
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
             does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
+        zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
+            training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
+            Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
 
     Shape, with D = 2 if bidirectional else 1 and L = num_layers:
         * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
@@ -429,6 +486,9 @@ class GRU(_Layer):
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
             does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
+        zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
+            training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
+            Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
 
     Shapes, dtypes and errors: as :class:`RNN`.
 
@@ -481,6 +541,9 @@ class LSTM(_PairLayer):
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
             does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
+        zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
+            training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
+            Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
 
     Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
     proj_size or else hidden_size, the output is D · P wide, h ``(L · D, B, P)`` and c ``(L · D, B, H)``.
@@ -498,7 +561,7 @@ class LSTM(_PairLayer):
         super().__init__("LSTM", *args, **kwargs)
 
     @property
-    def _cell(self) -> str:
+    def _base_cell(self) -> str:
         return "lstm_projected" if self.proj_size > 0 else "lstm"
 
 

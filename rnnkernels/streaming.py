@@ -53,8 +53,8 @@ class Stream:
         join: Callable[[Sequence[Tensor]], Any],
         constants: Sequence[Tensor] = (),
     ) -> None:
-        """``weights`` gives those of each layer as they are now; ``split`` and ``join`` take hx apart and make it; ``constants`` are what the
-        cell is given at every step.
+        """``weights`` gives those of each layer as they are now; ``split`` and ``join`` take hx apart and make it; ``constants`` are what
+        the cell is given at every step.
         """
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"batch_size: expected a positive int, or None for unbatched steps, got {batch_size!r}")

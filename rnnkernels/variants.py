@@ -78,13 +78,13 @@ class _Variant(_Layer):
     def _reshape_weights(self) -> None:
         directions = ("", "_reverse") if self.bidirectional else ("",)
         suffixes = [f"_l{layer}{direction}" for layer, direction in itertools.product(range(self.num_layers), directions)]
-        self._all_weights = [_reshape(self, self._cell, suffix) for suffix in suffixes]
+        self._all_weights = [_reshape(self, self._base_cell, suffix) for suffix in suffixes]
         self._flat_weights_names = [name for names in self._all_weights for name in names]
         self._argument_names = [[name + suffix for name in _NAMES] for suffix in suffixes]
         self.reset_parameters()
 
     @property
-    def _cell(self) -> str:
+    def _base_cell(self) -> str:
         return self.mode.lower()
 
     @property

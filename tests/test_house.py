@@ -67,7 +67,8 @@ def test_cells_are_listed_once() -> None:
     assert len(names) == len(set(names)) > 0
     from rnnkernels import ops, reference
 
-    assert list(ops.CELLS) == names
+    listed = [name for name in ops.CELLS if name not in ops.load._sources]  # other tests may have loaded cells of their own
+    assert listed == names
     assert set(reference.CELLS) == set(names), "every page has its reference cell, and every reference cell its page"
 
 

@@ -82,6 +82,7 @@ struct CellInfo {
   Stage stage[kMaxStages];
   const char* state[kMaxStates];
   PerUnit vector[kMaxVectors];
+  const char* page = "";           // as C++ names it
   int writer = 0;                  // the stage that writes the states beyond the first
   int keeper[2 * kMaxSlots] = {};  // of kept values beyond the slots, the stage that writes each
 
@@ -201,9 +202,10 @@ struct Described<Cell, decltype(void(Cell::info))> {
 }  // namespace detail
 
 template <class Cell>
-constexpr CellInfo describe(const char* name) {
+constexpr CellInfo describe(const char* name, const char* page = "") {
   CellInfo info = detail::Described<Cell>::get();
   info.name = name;
+  info.page = page;
   return info;
 }
 

@@ -14,7 +14,7 @@
 namespace rnnkernels {
 
 constexpr CellInfo kCells[] = {
-#define RNN_CELL(name, heat, ...) describe<Complete<__VA_ARGS__>>(#name),
+#define RNN_CELL(name, heat, ...) describe<Complete<__VA_ARGS__>>(#name, #__VA_ARGS__),
 #include "cells/cells.def"
 #undef RNN_CELL
 };

@@ -75,7 +75,7 @@ struct Zoneout {
       if constexpr (inner.writes(S, i.value)) {
         const V z = k[mask(S, i.value)] = a[mask(S, i.value)];
         if constexpr (i.value > 0) k[made + i.value] = s1[i.value];
-        s1[i.value] = fma(z, s[i.value] - s1[i.value], s1[i.value]);
+        s1[i.value] = fma(z, s[i.value], (V(1) - z) * s1[i.value]);  // exact where z is 0 or 1
       }
     });
   }

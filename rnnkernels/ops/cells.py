@@ -37,6 +37,7 @@ class Cell:
     learned: int  # row blocks of weight_v
     given: tuple[int, ...]  # the slots that the caller feeds
     projection: int  # the slot that a projection feeds, or -1
+    page: str  # in C++
     uniform: bool  # the input and U feed all slots, and a token has room for nothing else
 
 
@@ -76,6 +77,7 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         sum(learned for _, _, learned, *_ in d["vectors"]),
         tuple(i for i, (*_, given, _) in enumerate(slots) if given),
         projection,
+        d["page"],
         runs == [(0, 0, inputs)] and d["room"] == inputs,
     )
 
@@ -190,7 +192,7 @@ def place_given(s: Sizes, given: Seq[Tensor], tokens: Seq[int]) -> list[tuple[in
     for t in given:
         width = t.shape[-1]
         per_token = t.shape[:-1] == tuple(tokens)
-        strides = (width, width) if per_token else (0, width) if t.dim() == 2 else (0, 0)
+        strides = (0, 0) if t.dim() == 1 else (width, width) if per_token else (0, width)
         places += [(t.data_ptr() + at * t.element_size(), *strides) for at in range(0, width, s.hidden)]
     return places
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ _CPU = """
 using namespace rnnkernels;
 #define RNN_CELL(name, heat, ...) \\
   extern "C" __attribute__((visibility("default"))) const cpu::Page rnnkernels_page; \\
-  const cpu::Page rnnkernels_page = cpu::make_page<Complete<__VA_ARGS__>, {isa}::F32, {isa}::F64>(#name);
+  const cpu::Page rnnkernels_page = cpu::make_page<Complete<__VA_ARGS__>, {isa}::F32, {isa}::F64>(#name, #__VA_ARGS__);
 #line 1 "{name}"
 """
 _CUDA = """
@@ -76,6 +77,22 @@ def load_page(source: str | os.PathLike[str], cuda: bool | None = None) -> str:
         _sources[name] = text
     if cuda or (cuda is None and hasattr(_C, "add_cuda_cell") and torch.cuda.is_available()):
         _load_cuda(name, text, shown)
+    return name
+
+
+_WRAPPERS = {"zoneout": "Zoneout", "dropout": "Variational"}
+
+
+def modified(cell: str, modifiers: Sequence[str]) -> str:
+    """The cell with these modifiers, ``"zoneout"`` and ``"dropout"`` in this order; one that is not in the library is compiled."""
+    name = "_".join([cell, *modifiers])
+    if name not in CELLS:
+        page = f"Complete<{CELLS[cell].page}>"
+        for modifier in modifiers:
+            page = f"{_WRAPPERS[modifier]}<{page}>"
+        line = f"RNN_CELL({name}, COLD, {page})\n"
+        text = _sources.get(cell)
+        load_page(line + "\n" if text is None else re.sub(r"^\s*RNN_CELL\s*\(.*\)\s*$", lambda _: line, text, flags=re.MULTILINE))
     return name
 
 

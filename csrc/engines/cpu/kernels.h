@@ -243,8 +243,8 @@ constexpr PageOps page_ops() {
 
 // In the order of Storage.
 template <class Cell, class F32, class F64>
-constexpr Page make_page(const char* name) {
-  return {describe<Cell>(name),
+constexpr Page make_page(const char* name, const char* page = "") {
+  return {describe<Cell>(name, page),
           {page_ops<Cell, F32, float>(), page_ops<Cell, F64, double>(), page_ops<Cell, F32, bf16>(), page_ops<Cell, F32, f16>()}};
 }
 
@@ -254,7 +254,7 @@ constexpr Isa make_isa(const char* name) {
           {number_ops<F32, registers>(), number_ops<F64, registers>()},
           {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},
           {
-#define RNN_CELL(cell, heat, ...) make_page<Complete<__VA_ARGS__>, F32, F64>(#cell),
+#define RNN_CELL(cell, heat, ...) make_page<Complete<__VA_ARGS__>, F32, F64>(#cell, #__VA_ARGS__),
 #include "cells/cells.def"
 #undef RNN_CELL
           }};

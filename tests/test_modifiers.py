@@ -1,0 +1,195 @@
+"""Zoneout and recurrent dropout of layers, against the reference run with the masks that were drawn."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnkernels
+from rnnkernels import functional, ops, reference
+
+LAYERS: dict[str, Any] = {
+    "lstm": (rnnkernels.LSTM, {}),
+    "lstm_projected": (rnnkernels.LSTM, {"proj_size": 3}),
+    "gru": (rnnkernels.GRU, {}),
+    "srn_tanh": (rnnkernels.RNN, {}),
+    "lstm_peephole": (rnnkernels.PeepholeLSTM, {}),
+    "gru_reset_before": (rnnkernels.GRUResetBefore, {}),
+}
+MODIFIERS = {
+    "zoneout": {"zoneout": 0.3},
+    "dropout": {"recurrent_dropout": 0.4},
+}
+T, B, I, H = 6, 4, 3, 5  # noqa: E741
+
+
+def make(name: str, modifiers: dict[str, Any], **options: Any) -> Any:
+    torch.manual_seed(3)
+    layer_class, own = LAYERS[name]
+    return layer_class(I, H, dtype=torch.float64, **own, **modifiers, **options)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What each call of functional.stack was given."""
+    calls: list[Any] = []
+    stack = functional.stack
+
+    def spy(*args: Any, given: Any = None, **options: Any) -> Any:
+        calls.append(given)
+        return stack(*args, given=given, **options)
+
+    monkeypatch.setattr(functional, "stack", spy)
+    return calls
+
+
+def expected(layer: Any, cell: str, x: Tensor, given: Any) -> Tensor:
+    for depth in range(layer.num_layers):
+        outputs = []
+        for d in range(2 if layer.bidirectional else 1):
+            k = depth * (2 if layer.bidirectional else 1) + d
+            weights = layer._weights()[k]
+            more = {"given": given[k]} if given else {}
+            outputs.append(reference.sequence(cell, x, None, *weights, reverse=bool(d), **more)[0])
+        x = torch.cat(outputs, -1)
+    return x
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("modifier", MODIFIERS)
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_layer_is_the_reference_with_its_masks(name: str, modifier: str, training: bool, drawn: list[Any]) -> None:
+    if (name, modifier) == ("lstm_projected", "dropout"):
+        with pytest.raises(ValueError, match="recurrent_dropout: expected 0 for a layer with a projection, got 0.4"):
+            make(name, MODIFIERS[modifier])
+        return
+    layer = make(name, MODIFIERS[modifier], num_layers=2, bidirectional=True).train(training)
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    output, _ = layer(x)
+    cell = name if modifier == "dropout" and not training else f"{name}_{modifier}"
+    truth = expected(layer, cell, x, drawn[0])
+    torch.testing.assert_close(output, truth)
+    leaves = list(layer.parameters())
+    cotangent = torch.randn_like(output)
+    for ours, theirs in zip(torch.autograd.grad(output, leaves, cotangent), torch.autograd.grad(truth, leaves, cotangent), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_masks_are_zeros_and_ones_of_the_right_number_drawn_anew_and_by_the_seed(drawn: list[Any]) -> None:
+    layer = rnnkernels.LSTM(I, 64, zoneout=(0.2, 0.7), recurrent_dropout=0.25)
+    x = torch.randn(50, 16, I)
+    torch.manual_seed(1)
+    first, _ = layer(x)
+    second, _ = layer(x)
+    torch.manual_seed(1)
+    third, _ = layer(x)
+    assert not torch.equal(first, second)
+    assert torch.equal(first, third)
+    zone_h, zone_c, dropout = drawn[0][0]
+    assert zone_h.shape == zone_c.shape == (50, 16, 64)
+    assert dropout.shape == (16, 64)
+    assert set(zone_h.unique().tolist()) == set(zone_c.unique().tolist()) == {0.0, 1.0}
+    assert zone_h.mean().item() == pytest.approx(0.2, abs=0.01)
+    assert zone_c.mean().item() == pytest.approx(0.7, abs=0.01)
+    torch.testing.assert_close(dropout.unique(), torch.tensor([0, 1 / 0.75]))
+    assert (dropout == 0).double().mean().item() == pytest.approx(0.25, abs=0.05)
+
+
+def test_zoneout_of_one_keeps_the_state_and_of_zero_is_the_plain_layer() -> None:
+    layer = rnnkernels.GRU(I, H, zoneout=1.0)
+    x, h = torch.randn(T, B, I), torch.randn(1, B, H)
+    for module in (layer, copy.deepcopy(layer).eval()):
+        assert torch.equal(module(x, h)[0], h.expand(T, B, H))
+    plain = rnnkernels.GRU(I, H, zoneout=0.0, recurrent_dropout=0.0)
+    assert plain._cell == "gru"
+
+
+@pytest.mark.parametrize("name", ["lstm", "gru"])
+def test_in_eval_a_stream_is_the_layer(name: str) -> None:
+    layer = make(name, {"zoneout": 0.3, "recurrent_dropout": 0.5}, num_layers=2).eval()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    stream = layer.stream(B)
+    assert torch.equal(torch.stack([stream.step(x[t]) for t in range(T)]), layer(x)[0])
+
+
+def test_rows_keep_their_mask_where_a_batch_is_cut(drawn: list[Any]) -> None:
+    layer = make("gru", {"recurrent_dropout": 0.5})
+    x, reset = torch.randn(T, B, I, dtype=torch.float64), torch.zeros(T, B, dtype=torch.bool)
+    reset[2, 1] = reset[3, 0] = True
+    output, _ = layer(x, reset_mask=reset, lengths=torch.tensor([6, 5, 0, 3]))
+    (mask,) = drawn[0][0]
+    masks = {tuple(row.tolist()) for row in mask}
+    assert mask.shape == (5, H)  # as many as there are segments
+    assert len(masks) <= 3  # rows with steps
+    assert output.shape == (T, B, H)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_dtypes(dtype: torch.dtype) -> None:
+    layer = rnnkernels.LSTM(I, H, zoneout=0.3, recurrent_dropout=0.2, dtype=dtype)
+    output, _ = layer(torch.randn(T, B, I, dtype=dtype))
+    output.sum().backward()
+    assert output.dtype == dtype
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_unbatched_packed_and_empty() -> None:
+    layer = rnnkernels.LSTM(I, H, zoneout=0.3, recurrent_dropout=0.2)
+    assert layer(torch.randn(T, I))[0].shape == (T, H)
+    packed = torch.nn.utils.rnn.pack_sequence([torch.randn(n, I) for n in (5, 2, 1)])
+    assert layer(packed)[0].data.shape == (8, H)
+    assert layer(torch.randn(T, 0, I))[0].shape == (T, 0, H)
+
+
+def test_compiles_and_checkpoints() -> None:
+    torch._dynamo.reset()
+    layer = rnnkernels.LSTM(I, H, zoneout=0.3, recurrent_dropout=0.2)
+    x = torch.randn(T, B, I, requires_grad=True)
+    torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0].sum().backward()
+    torch.manual_seed(5)
+    plain = torch.autograd.grad(layer(x)[0].sum(), x)[0]
+    torch.manual_seed(5)
+    output = torch.utils.checkpoint.checkpoint(lambda t: layer(t)[0], x, use_reentrant=False)
+    torch.testing.assert_close(torch.autograd.grad(output.sum(), x)[0], plain)
+
+
+def test_combinations_are_compiled_when_first_asked_for() -> None:
+    layer = rnnkernels.IndRNN(I, H, zoneout=0.2, dtype=torch.float64)
+    assert layer._cell == "indrnn_relu_zoneout"
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    states = [torch.zeros(B, H, dtype=torch.float64).requires_grad_()]
+
+    def run(x: Tensor, h: Tensor) -> Any:
+        return ops.sequence(layer._cell, x, [h], *layer._weights()[0], given=[torch.full((H,), 0.2, dtype=torch.float64)])
+
+    assert torch.autograd.gradcheck(run, (x.requires_grad_(), *states))
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"zoneout": 1.5}, r"zoneout: expected a number from 0 to 1, or one for each state \(h, c\), got 1.5"),
+        ({"zoneout": (0.1, 0.2, 0.3)}, "zoneout: expected a number from 0 to 1"),
+        ({"zoneout": -0.1}, "zoneout"),
+        ({"recurrent_dropout": 1.0}, "recurrent_dropout: expected a number from 0 to below 1, got 1.0"),
+    ],
+    ids=["above one", "too many", "negative", "dropout of one"],
+)
+def test_refused(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        rnnkernels.LSTM(I, H, **options)
+
+
+def test_a_mask_takes_no_gradient() -> None:
+    layer = rnnkernels.GRU(I, H)
+    mask = torch.rand(H, requires_grad=True)
+    with pytest.raises(RuntimeError, match=r"given\[0\]: expected a mask that requires no gradient"):
+        ops.sequence("gru_zoneout", torch.randn(T, B, I), None, *layer._weights()[0], given=[mask])
+    with pytest.raises(RuntimeError, match=r"given: expected numbers for 1 slots \(zoneout_h\) for cell 'gru_zoneout', got them for 0"):
+        ops.sequence("gru_zoneout", torch.randn(T, B, I), None, *layer._weights()[0])
+    with pytest.raises(RuntimeError, match=r"given\[0\]: expected shape \(6, 4, 5\), \(4, 5\) or \(5,\), got \(3, 5\)"):
+        ops.sequence("gru_zoneout", torch.randn(T, B, I), None, *layer._weights()[0], given=[torch.rand(3, H)])
+    with pytest.raises(RuntimeError, match="given: expected nothing for cell 'gru', got them for 1"):
+        ops.sequence("gru", torch.randn(T, B, I), None, *layer._weights()[0], given=[torch.rand(H)])
