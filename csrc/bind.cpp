@@ -91,10 +91,12 @@ void need(const Problem& p, bool backward, int64_t given) {
 }
 
 py::dict description(const CellInfo& cell) {
-  py::list slots, stages, states, vectors;
+  py::list slots, stages, states, vectors, sums, biased;
   for (int i = 0; i < cell.slots; ++i)
     slots.append(py::make_tuple(cell.slot[i].name, bool(cell.slot[i].feeds & X), bool(cell.slot[i].feeds & H), bool(cell.slot[i].feeds & G),
                                 bool(cell.slot[i].feeds & M)));
+  for (int i = 0; i < cell.stages; ++i) sums.append(py::make_tuple(cell.stage[i].sums, cell.stage[i].back_sums));
+  for (int i = 0; i < cell.slots; ++i) biased.append(cell.biased(i));
   for (int i = 0; i < cell.stages; ++i)
     stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count, cell.stage[i].operand, cell.stage[i].width == Width::Output));
   for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
@@ -105,7 +107,7 @@ py::dict description(const CellInfo& cell) {
   }
   return py::dict(py::arg("name") = cell.name, py::arg("page") = cell.page, py::arg("slots") = slots, py::arg("stages") = stages,
                   py::arg("states") = states, py::arg("vectors") = vectors, py::arg("kept") = cell.kept, py::arg("room") = cell.room(),
-                  py::arg("projected") = cell.projected());
+                  py::arg("projected") = cell.projected(), py::arg("sums") = sums, py::arg("biased") = biased);
 }
 
 template <size_t n>
@@ -152,6 +154,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     const int cell = cpu::add_page(of_isa);
     return py::make_tuple(cell, description(registry[cell]));
   });
+  m.attr("MAX_SUMS") = kMaxSums;
   m.def("build", build);
   m.def("supported_isas", cpu::supported_isas);
   m.def("isa", cpu::isa);
@@ -175,7 +178,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("forward",
         [](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates, int64_t gates_row,
            const Addresses& weights, const Addresses& vectors, const Addresses& initial, const Addresses& final, Address output,
-           const Addresses& history, Address workspace, int64_t bytes, const GivenSlots& given) {
+           const Addresses& history, Address workspace, int64_t bytes, const GivenSlots& given, Address moments) {
           need(p, false, bytes);
           Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
           f.input = pointer(input);
@@ -183,6 +186,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           f.bias_ih = pointer(bias_ih);
           f.bias_hh = pointer(bias_hh);
           fill(f.given, given);
+          f.moments = pointer(moments);
           py::gil_scoped_release release;
           cpu::forward(f, cpu::page_of(p));
         });
@@ -228,7 +232,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                        const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
                        const Addresses& grad_final, const Addresses& grad_initial, Address input, Address weight_ih, Address grad_input,
                        Address grad_weight_ih, const Addresses& grad_weights, Address grad_bias_ih, Address grad_bias_hh,
-                       const Addresses& grad_vectors, Address workspace, int64_t bytes) {
+                       const Addresses& grad_vectors, Address workspace, int64_t bytes, Address moments) {
     need(p, true, bytes);
     Backward g =
         backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_states, grad_final, grad_initial, workspace);
@@ -240,43 +244,48 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     g.grad_bias_ih = pointer(grad_bias_ih);
     g.grad_bias_hh = pointer(grad_bias_hh);
     fill(g.grad_vectors, grad_vectors);
+    g.moments = pointer(moments);
     py::gil_scoped_release release;
     cpu::backward(g, cpu::page_of(p));
   });
 
   // One stage of one step, where the tensors are: on the CPU (device -1) or a CUDA device.
-  m.def("forward_step", [](const Problem& p, int stage, Address gates, int64_t gates_row, Address kept, Address between,
-                           const Addresses& vectors, const Addresses& states, const Addresses& history, const Addresses& given,
-                           const std::vector<int64_t>& given_row, int64_t rows, Address sums, int device, [[maybe_unused]] Address stream) {
-    const CellInfo& cell = registry[p.cell];
-    ForwardStep step{};
-    step.hidden = p.hidden;
-    step.output = p.output;
-    step.gates = pointer(gates);
-    step.gates_row = gates_row;
-    step.gates_slot = p.hidden;
-    step.kept = pointer(kept);
-    step.between = pointer(between);
-    step.between_row = cell.kept * p.hidden;
-    step.between_slot = p.hidden;
-    fill(step.vectors, vectors);
-    fill(step.previous, states);
-    fill(step.next, states);
-    fill(step.state_row, cell, p);
-    fill(step.history, history);
-    fill(step.given, given);
-    for (size_t i = 0; i < given_row.size(); ++i) step.given_row[i] = given_row[i];
-    py::gil_scoped_release release;
-    if (device < 0) return cpu::forward_step(p, stage, step, rows, pointer(sums));
-    need_cuda();
+  m.def("forward_step",
+        [](const Problem& p, int stage, Address gates, int64_t gates_row, Address kept, Address between, const Addresses& vectors,
+           const Addresses& states, const Addresses& history, const Addresses& given, const std::vector<int64_t>& given_row, int64_t rows,
+           Address sums, Address moments, Address partial, int device, [[maybe_unused]] Address stream) {
+          const CellInfo& cell = registry[p.cell];
+          ForwardStep step{};
+          step.hidden = p.hidden;
+          step.output = p.output;
+          step.gates = pointer(gates);
+          step.gates_row = gates_row;
+          step.gates_slot = p.hidden;
+          step.kept = pointer(kept);
+          step.between = pointer(between);
+          step.between_row = cell.kept * p.hidden;
+          step.between_slot = p.hidden;
+          fill(step.vectors, vectors);
+          fill(step.previous, states);
+          fill(step.next, states);
+          fill(step.state_row, cell, p);
+          fill(step.history, history);
+          fill(step.given, given);
+          for (size_t i = 0; i < given_row.size(); ++i) step.given_row[i] = given_row[i];
+          step.moments = pointer(moments);
+          step.partial = pointer<double>(partial);
+          step.partial_row = p.hidden * 2 * cell.stage[stage].sums;
+          py::gil_scoped_release release;
+          if (device < 0) return cpu::forward_step(p, stage, step, rows, pointer(sums));
+          need_cuda();
 #if RNNKERNELS_CUDA
-    cuda::forward_step(p, stage, step, rows, pointer(sums), device, pointer(stream));
+          cuda::forward_step(p, stage, step, rows, pointer(sums), device, pointer(stream));
 #endif
-  });
+        });
   m.def("backward_step", [](const Problem& p, int stage, Address kept, Address grad_gates, const Addresses& vectors, int64_t previous_rows,
                             const Addresses& previous, const Addresses& initial, const Addresses& states, const Addresses& grad_states,
-                            const Addresses& carried, Address operand, int64_t rows, int64_t summed_rows, Address sums, int device,
-                            [[maybe_unused]] Address stream) {
+                            const Addresses& carried, Address operand, int64_t rows, int64_t summed_rows, Address sums, Address moments,
+                            Address means, Address partial, int device, [[maybe_unused]] Address stream) {
     const CellInfo& cell = registry[p.cell];
     BackwardStep step{};
     step.hidden = p.hidden;
@@ -294,6 +303,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     step.operand[stage] = pointer(operand);
     step.operand_slot[stage] = width_of(p, cell.stage[stage].width);
     step.operand_row[stage] = cell.hidden_slots(stage) * step.operand_slot[stage];
+    step.moments = pointer(moments);
+    step.means = pointer(means);
+    step.partial = pointer<double>(partial);
+    step.partial_row = p.hidden * 2 * cell.stage[stage].back_sums;
     py::gil_scoped_release release;
     if (device < 0) return cpu::backward_step(p, stage, step, rows, summed_rows, pointer(sums));
     need_cuda();

@@ -38,6 +38,8 @@ class Stream:
     def store(self, states: Sequence[int]) -> None: ...
     def step(self, x: int, y: int) -> None: ...
 
+MAX_SUMS: int
+
 def cells() -> list[dict[str, Any]]: ...
 def add_cell(pages: dict[str, int]) -> tuple[int, dict[str, Any]]: ...
 def add_cuda_cell(cell: int, kernels: int) -> None: ...  # of builds with CUDA, as what follows it at the end
@@ -70,6 +72,7 @@ def forward(
     workspace: int,
     bytes: int,
     given: Sequence[tuple[int, int, int]],
+    moments: int,
 ) -> None: ...
 def backward(
     problem: Problem,
@@ -93,6 +96,7 @@ def backward(
     grad_vectors: Sequence[int],
     workspace: int,
     bytes: int,
+    moments: int,
 ) -> None: ...
 def forward_step(
     problem: Problem,
@@ -108,6 +112,8 @@ def forward_step(
     given_row: Sequence[int],
     rows: int,
     sums: int,
+    moments: int,
+    partial: int,
     device: int,
     stream: int,
 ) -> None: ...
@@ -127,6 +133,9 @@ def backward_step(
     rows: int,
     summed_rows: int,
     sums: int,
+    moments: int,
+    means: int,
+    partial: int,
     device: int,
     stream: int,
 ) -> None: ...

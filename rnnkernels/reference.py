@@ -137,6 +137,39 @@ def dropout(cell: Cell) -> Cell:
     return replace(cell, given=(*cell.given, "dropout"), reads=lambda g, h: g["dropout"] * h)
 
 
+def lstm_cell_norm(x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+    """LSTM with h' = o ⊙ tanh(γ ⊙ N(c') + β). Ba, Kiros & Hinton 2016."""
+    i, f, g, o = (x + u(h)).chunk(4, dim=-1)
+    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    return o.sigmoid() * torch.nn.functional.layer_norm(c, c.shape[-1:], v[0], v[1]).tanh(), c
+
+
+def gru_dreamer(x: Tensor, u: Product, v: Vectors, h: Tensor) -> tuple[Tensor, ...]:
+    """r, n, u = γ ⊙ N(W x + U h + b) + β; h' = σ(u − 1) ⊙ tanh(σ(r) ⊙ n) + (1 − σ(u − 1)) ⊙ h. Hafner et al. 2020."""
+    z = x + u(h)
+    r, n, gate = torch.nn.functional.layer_norm(z, z.shape[-1:], torch.cat(list(v[:3])), torch.cat(list(v[3:])), 1e-3).chunk(3, dim=-1)
+    gate = (gate - 1).sigmoid()
+    return (gate * (r.sigmoid() * n).tanh() + (1 - gate) * h,)
+
+
+def layer_norm(cell: Cell, names: str, by_gate: bool, shifted: bool = False) -> Cell:
+    """U h becomes γ ⊙ N(U h), of each gate or of all at once (and, shifted, + b in the last block); x is given. Ba, Kiros & Hinton 2016."""
+    n = cell.hidden_gates
+
+    def step(x: Tensor, u: Product, v: Vectors, *states: Tensor) -> tuple[Tensor, ...]:
+        def normed(h: Tensor) -> Tensor:
+            product = u(h)
+            blocks = product.unflatten(-1, (n, -1)) if by_gate else product.unsqueeze(-2)  # type: ignore[no-untyped-call]
+            result = torch.nn.functional.layer_norm(blocks, blocks.shape[-1:]).flatten(-2) * torch.cat(list(v[:n]))
+            if shifted:
+                result = result + torch.cat([torch.zeros_like(v[n]).repeat(n - 1), v[n]])
+            return result
+
+        return cell.step(x, normed, v[n + shifted :], *states)
+
+    return replace(cell, step=step, input_gates=0, vectors=n + shifted + cell.vectors, given=tuple(names))
+
+
 ACTIVATIONS: dict[str, Activation] = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda z: z}
 
 CELLS: dict[str, Cell] = {
@@ -154,6 +187,12 @@ CELLS: dict[str, Cell] = {
     **{f"indrnn_{name}": indrnn(f) for name, f in ACTIVATIONS.items()},
 }
 
+CELLS["lstm_cell_norm"] = Cell(lstm_cell_norm, ("h", "c"), input_gates=4, hidden_gates=4, vectors=2)
+CELLS["gru_dreamer"] = Cell(gru_dreamer, ("h",), input_gates=3, hidden_gates=3, vectors=6)
+for _name, _gates in {"lstm": "ifgo", "lstm_cell_norm": "ifgo", "lstm_peephole": "ifgo", "gru": "rzn", "srn_tanh": "z"}.items():
+    CELLS[f"{_name}_layer_norm"] = layer_norm(CELLS[_name], _gates, by_gate=False, shifted=_name == "gru")
+for _name, _gates in {"lstm": "ifgo", "lstm_cell_norm": "ifgo", "gru": "rzn"}.items():
+    CELLS[f"{_name}_gate_norm"] = layer_norm(CELLS[_name], _gates, by_gate=True, shifted=_name == "gru")
 for _name in ("lstm", "lstm_projected", "lstm_peephole", "gru", "gru_reset_before", "srn_tanh"):
     CELLS[f"{_name}_zoneout"] = zoneout(CELLS[_name])
 for _name in ("lstm", "lstm_peephole", "gru", "gru_reset_before", "srn_tanh", "lstm_zoneout"):
@@ -216,7 +255,12 @@ def sequence(
         active = len(inputs[t])
         before = [state[:active] for state in current]
         g.update(zip(spec.given, (block for numbers in given_at(t, active) for block in torch.split(numbers, hidden, dim=-1)), strict=True))
-        h, *others = spec.step(linear(inputs[t], weight_ih, bias_ih) if weight_ih is not None else None, u, vectors, *before)
+        x = (
+            linear(inputs[t], weight_ih, bias_ih)
+            if weight_ih is not None
+            else torch.cat([g[name] for name in spec.given if len(name) == 1], -1)
+        )
+        h, *others = spec.step(x, u, vectors, *before)
         if weight_hr is not None:
             h = linear(h, weight_hr)
         masks = [g.get(f"zoneout_{state}") for state in spec.states]

@@ -40,7 +40,7 @@ def given_of(cell: str, x: Tensor, states: Any, weights: Any, batch_sizes: Tenso
     spec = ops.CELLS[cell]
     if not spec.given:
         return []
-    H = (weights[0].shape[0] // spec.input_gates) if spec.input_gates else weights[1].shape[0] // spec.hidden_gates
+    H = weights[0].shape[0] // spec.input_gates if spec.input_gates else weights[1].shape[0] // spec.hidden_gates
     if batch_sizes is None:
         row, token = torch.arange(first_row, first_row + x.shape[1]), torch.arange(x.shape[0]).unsqueeze(1) * 31
     else:

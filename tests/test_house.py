@@ -78,8 +78,8 @@ def test_pages_stay_pages_and_engines_stay_readable() -> None:
         if "engines" in path.parts:
             assert lines <= 450, f"{path.name} has {lines} lines"
         if path.parent.name == "cells" and path.name not in {"contract.h", "list.h"}:
-            makes_pages = path.name in {"automatic.h", "zoneout.h", "variational.h"}
-            assert lines <= (130 if makes_pages else 90), f"{path.name} has {lines} lines"
+            makes_pages = path.name in {"automatic.h", "layer_norm.h", "zoneout.h", "variational.h"}
+            assert lines <= (150 if makes_pages else 90), f"{path.name} has {lines} lines"
 
 
 @pytest.mark.parametrize("isa", ["avx2", "avx512"])

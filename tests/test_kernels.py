@@ -14,6 +14,9 @@ from rnnkernels import ops, reference
 
 ours, oracle = giving(ops.sequence), giving(reference.sequence)
 
+# A decorated cell is run by the same engine code, so that what takes long is run for the plain ones.
+PLAIN = [cell for cell, spec in ops.CELLS.items() if not spec.given and not spec.moments]
+
 # steps, batch, input size, hidden size
 SHAPES = {
     "one": (1, 1, 1, 1),
@@ -59,10 +62,10 @@ def arguments(
     scale = H**-0.5
     tensors = [
         random(*tokens, size),
-        random(spec.input_gates * H, size, scale=scale),
+        random(spec.input_gates * H, size, scale=scale) if spec.input_gates else None,
         random(spec.hidden_gates * H, P, scale=scale) if spec.hidden_gates else None,
-        random(spec.input_gates * H) if bias else None,
-        random(spec.hidden_gates * H) if bias and spec.hidden_gates else None,
+        random(spec.input_gates * H) if bias and spec.input_gates else None,
+        random(spec.biased * H) if bias and spec.biased else None,
         random(P, H, scale=scale) if spec.projected else None,
         random(spec.learned * H, scale=0.5) if spec.learned else None,
         random(B, P),
@@ -83,7 +86,8 @@ def run(
     x, weights, states = leaves[0], leaves[1:7], leaves[7:]
     results = sequence(cell, x, states, *weights, batch_sizes=sizes, reverse=reverse)
     wanted = [leaf for leaf in leaves if leaf is not None]
-    grads = torch.autograd.grad(results, wanted, [g.to(r.dtype) for g, r in zip(upstream, results, strict=True)])
+    cotangents = [g.to(r.dtype) for g, r in zip(upstream, results, strict=True)]
+    grads = torch.autograd.grad(results, wanted, cotangents, materialize_grads=True)
     return [*(r.detach() for r in results), *grads]
 
 
@@ -97,6 +101,11 @@ def error(a: list[Tensor], b: list[Tensor]) -> float:
     return worst
 
 
+def tolerance(cell: str, shape: str) -> float:
+    """A norm over one unit has 0 for its gradient, and what is computed is the rounding of a difference, times 1 / √ε at each step."""
+    return 1e-9 if ops.CELLS[cell].moments and SHAPES[shape][3] == 1 else 1e-12
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("cell", ops.CELLS)
@@ -108,7 +117,7 @@ def test_float64(cell: str, isa: str, shape: str) -> None:
             continue
         case = arguments(cell, *SHAPES[shape], ragged=ragged, bias=bias)
         found, expected = run(ours, cell, *case, reverse), run(oracle, cell, *case, reverse)
-        assert error(found, expected) < 1e-12, f"{ragged=} {reverse=} {bias=}"
+        assert error(found, expected) < tolerance(cell, shape), f"{ragged=} {reverse=} {bias=}"
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -121,7 +130,7 @@ def test_stepwise_float64(cell: str, shape: str) -> None:
             continue
         case = arguments(cell, *SHAPES[shape], ragged=ragged, bias=bias)
         found, expected = run(stepwise, cell, *case, reverse), run(oracle, cell, *case, reverse)
-        assert error(found, expected) < 1e-12, f"{ragged=} {reverse=} {bias=}"
+        assert error(found, expected) < tolerance(cell, shape), f"{ragged=} {reverse=} {bias=}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -155,9 +164,15 @@ def test_recompute(cell: str, dtype: torch.dtype, engine: str) -> None:
         assert mine <= 2 * theirs + ulps * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=} {bias=}"
 
 
-@pytest.mark.parametrize("engine", ["cpu", "stepwise", "compiled"])
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
-@pytest.mark.parametrize("cell", [c for c, spec in ops.CELLS.items() if len(spec.states) > 1])
+@pytest.mark.parametrize(
+    ("cell", "engine"),
+    [
+        (c, e)
+        for c, e in itertools.product(ops.CELLS, ["cpu", "stepwise", "compiled"])
+        if len(ops.CELLS[c].states) > 1 and (c in PLAIN or e != "compiled")
+    ],
+)
 @pytest.mark.usefixtures("poison")
 def test_states_come_out_with_gradients(cell: str, recompute: bool, engine: str) -> None:
     options = {"recompute": recompute, "engine": "auto" if engine == "compiled" else engine, "return_states": True}
@@ -203,17 +218,21 @@ def test_torch_as_an_engine(cell: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if not c.endswith("relu")])
+@pytest.mark.parametrize(
+    ("cell", "isa"), [(c, i) for c, i in itertools.product(ops.CELLS, ISAS) if not c.endswith("relu") and (c in PLAIN or i == ISAS[0])]
+)
 @pytest.mark.usefixtures("restore", "poison")
 def test_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: str, isa: str, dtype: torch.dtype) -> None:
     # relu's gradient is left out: a pre-activation near zero decides it by its rounding. test_relu_forward holds what can be held.
     ops.set_isa(isa)
     for shape, ragged, reverse in itertools.product(("row", "under", "odd", "large", "rounds"), (False, True), (False, True)):
-        tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype)
-        truth = run(oracle, cell, tensors, sizes, upstream, reverse, torch.float64)
-        mine = error(run(ours, cell, tensors, sizes, upstream, reverse), truth)
-        theirs = error(run(oracle, cell, tensors, sizes, upstream, reverse), truth)
+        mine = theirs = 0.0
+        # Over a hundred steps the error of one problem is a matter of luck, the reference's as well as ours.
+        for number in range(3 if shape == "rounds" and cell not in PLAIN else 1):
+            tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype, number=number)
+            truth = run(oracle, cell, tensors, sizes, upstream, reverse, torch.float64)
+            mine = max(mine, error(run(ours, cell, tensors, sizes, upstream, reverse), truth))
+            theirs = max(theirs, error(run(oracle, cell, tensors, sizes, upstream, reverse), truth))
         assert mine <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=}"
 
 
@@ -230,7 +249,7 @@ def test_relu_forward(isa: str) -> None:
         assert mine <= 2 * theirs + 8 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if c not in {"srn_relu", "lstm_projected"}])
+@pytest.mark.parametrize("cell", [c for c in [*PLAIN, "lstm_cell_norm_layer_norm"] if c not in {"srn_relu", "lstm_projected"}])
 def test_error_over_a_thousand_steps(cell: str) -> None:
     mine = theirs = 0.0
     for number in range(4):  # over so many steps one draw of roundings says little of another
@@ -263,8 +282,7 @@ def exact(tensors: list[Tensor | None]) -> list[Tensor | None]:
     """The same with an input product that has one value in any order of summation, since for one step it is torch's."""
     x, w_ih, *rest = tensors
     assert x is not None
-    assert w_ih is not None
-    return [x.mul(4).round().div(4), w_ih.mul(8).round().div(8), *rest]
+    return [x.mul(4).round().div(4), None if w_ih is None else w_ih.mul(8).round().div(8), *rest]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)

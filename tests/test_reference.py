@@ -37,10 +37,10 @@ def arguments(cell: str, *, ragged: bool, bias: bool) -> tuple[Tensor, list[Tens
     states = [leaf(B, width if name == "h" else H) for name in facts.states]
     inputs, gates = facts.input_gates * H, facts.hidden_gates * H
     weights = [
-        leaf(inputs, I),
+        leaf(inputs, I) if inputs else None,
         leaf(gates, width) if gates else None,
-        leaf(inputs) if bias else None,
-        leaf(gates) if bias and gates else None,
+        leaf(inputs) if bias and inputs else None,
+        leaf(gates) if bias and inputs and gates else None,
         leaf(P, H) if facts.projected else None,
         leaf(facts.vectors * H) if facts.vectors else None,
     ]

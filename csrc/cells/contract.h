@@ -8,9 +8,14 @@
 //     static constexpr int kept = …;                          // values of a step that backward needs; absent: one a slot
 //     static constexpr Stage stages[] = {…};                  // absent: one stage of all slots
 //     static constexpr PerUnit vectors[] = {…};               // absent: none
-//     template <int S, class V> RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k);
-//     template <int S, class V> RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d);  // absent: automatic.h
+//     static constexpr unsigned changes[] = {…};              // of each stage, the slots that its backward changes, a bit each; absent:
+//     all template <int S, class V> RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k); template <int S, class V>
+//     RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d);  // absent: automatic.h
 //   };
+//
+// A page with sums over a row's units takes more: forward(…, const V* r, V* e), backward(…, const V* r, const V* q, V* e). e: what goes
+// into the sums; r: mean, variance, mean, variance … of what the stages' forward put in, all stages one after the other; q: the means of
+// what backward put in at the stage after this one. There s[i > 0] in forward after the writer is the state that it wrote.
 //
 // A page made of others says all of the above but the functions at once: static constexpr CellInfo info.
 //
@@ -27,7 +32,7 @@
 // How what comes next fits. Coupled or absent forget gates: other slots. Peephole: vectors, `o` after the new `c` inside forward. GRU
 // reset-before and projections: two stages, the second reading a kept value. SCRN, IndRNN: a stage without an H slot has no product, so no
 // barrier. Clockwork: the engine shortens a stage's width to a prefix of units, as it shortens a batch to a prefix of rows. Layer norm:
-// Stage::reduction, which an engine that cannot do it refuses. No page changes for another's sake.
+// sums over a row's units between two stages, which an engine that cannot take them refuses. No page changes for another's sake.
 #pragma once
 
 #include <stdint.h>
@@ -48,9 +53,6 @@ struct Slot {
 // How many units a stage has: the hidden size, or the size of state 0 where a projection makes it smaller.
 enum class Width { Hidden, Output };
 
-// What a stage needs across the units of a row before its pointwise part.
-enum class Reduction { None, LayerNorm };
-
 constexpr int kPreviousState = -1;
 
 struct Stage {
@@ -58,7 +60,8 @@ struct Stage {
   int operand =
       kPreviousState;  // what its matrix multiplies: state 0 before the step, or the kept value of this index, from an earlier stage
   Width width = Width::Hidden;
-  Reduction reduction = Reduction::None;
+  int sums = 0;       // values that forward hands to a sum over the row's units: the stages after it get their means and variances
+  int back_sums = 0;  // likewise backward: the stage before it gets their means
 };
 
 // A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which the engine takes. One: it is
@@ -72,7 +75,7 @@ struct PerUnit {
   int state = 0;
 };
 
-constexpr int kMaxSlots = 12, kMaxStages = 3, kMaxStates = 4, kMaxVectors = 8, kMaxGiven = 8;
+constexpr int kMaxSlots = 16, kMaxStages = 3, kMaxStates = 4, kMaxVectors = 8, kMaxGiven = 8, kMaxSums = 8;
 
 // A page's shape with its defaults filled in: what engines, bindings and tests read.
 struct CellInfo {
@@ -85,6 +88,9 @@ struct CellInfo {
   const char* page = "";           // as C++ names it
   int writer = 0;                  // the stage that writes the states beyond the first
   int keeper[2 * kMaxSlots] = {};  // of kept values beyond the slots, the stage that writes each
+
+  unsigned unkept = 0;                             // the slots, a bit each, of which forward leaves nothing for backward
+  unsigned changes[kMaxStages] = {~0u, ~0u, ~0u};  // the slots that a stage's backward may change
 
   RNN_FN constexpr bool in_stage(int s, int i) const { return stage[s].first <= i && i < stage[s].first + stage[s].count; }
   RNN_FN constexpr int stage_of(int i) const {
@@ -119,8 +125,20 @@ struct CellInfo {
       if (slot[i].feeds & H) return true;
     return false;
   }
-  // Whether U's bias has a row for the slot: those that a projection feeds have none.
-  RNN_FN constexpr bool biased(int i) const { return (slot[i].feeds & H) && stage[stage_of(i)].width == Width::Hidden; }
+  // Whether U's bias has a row for the slot: those that a projection feeds have none, and those with a norm between it and the page.
+  RNN_FN constexpr bool biased(int i) const {
+    bool vector_of_it = false;
+    for (int v = 0; v < vectors; ++v) vector_of_it = vector_of_it || (vector[v].slot == i && vector[v].factor == Factor::One);
+    return (slot[i].feeds & H) && ((slot[i].feeds & X) || vector_of_it);
+  }
+  // How many means and variances of the stages before `end` a token has.
+  RNN_FN constexpr int moments(int end = kMaxStages) const {
+    int n = 0;
+    for (int s = 0; s < stages && s < end; ++s) n += 2 * stage[s].sums;
+    return n;
+  }
+  // Whether a stage's backward finds the slot's or kept value: as forward left it, or as the stages after it did.
+  RNN_FN constexpr bool arrives(int s, int i) const { return (i < kept && !(unkept >> i & 1)) || (i < slots && s + 1 < stages); }
   // The values a token has room for: a kept value becomes the gradient of the slot in its place.
   RNN_FN constexpr int room() const { return kept > slots ? kept : slots; }
   RNN_FN constexpr bool projected() const { return stage[stages - 1].width == Width::Output; }
@@ -132,7 +150,9 @@ struct CellInfo {
     return s;
   }
   RNN_FN constexpr bool writes(int s, int i) const { return sees(s, i) && s == (i == 0 ? stages - 1 : writer); }
-  RNN_FN constexpr bool keeps(int s, int i) const { return i < kept && (in_stage(s, i) || (i >= slots && keeper[i] == s)); }
+  RNN_FN constexpr bool keeps(int s, int i) const {
+    return i < kept && !(unkept >> i & 1) && (in_stage(s, i) || (i >= slots && keeper[i] == s));
+  }
   // Whether a vector's gradient is more than the sum of its slot's.
   RNN_FN constexpr bool has_factor(int v) const {
     return vector[v].factor == Factor::OldState || vector[v].factor == Factor::NewState || vector[v].factor == Factor::Kept;
@@ -172,6 +192,15 @@ struct Kept<Cell, decltype(void(Cell::kept))> {
 };
 
 template <class Cell, class = void>
+struct Changes {
+  static constexpr unsigned get(int) { return ~0u; }
+};
+template <class Cell>
+struct Changes<Cell, decltype(void(Cell::changes))> {
+  static constexpr unsigned get(int s) { return Cell::changes[s]; }
+};
+
+template <class Cell, class = void>
 struct Described {
   static constexpr CellInfo get() {
     static_assert(sizeof(Cell::slots) / sizeof(Slot) <= kMaxSlots && Stages<Cell>::count <= kMaxStages &&
@@ -189,6 +218,7 @@ struct Described {
                   {}};
     for (int i = 0; i < info.slots; ++i) info.slot[i] = Cell::slots[i];
     for (int i = 0; i < info.stages; ++i) info.stage[i] = Stages<Cell>::get(i);
+    for (int i = 0; i < info.stages; ++i) info.changes[i] = Changes<Cell>::get(i);
     for (int i = 0; i < info.states; ++i) info.state[i] = Cell::states[i];
     for (int i = 0; i < info.vectors; ++i) info.vector[i] = Vectors<Cell>::get(i);
     return info;

@@ -3,8 +3,10 @@
 
 #include "cells/automatic.h"
 #include "cells/gru.h"
+#include "cells/layer_norm.h"
 #include "cells/lstm.h"
 #include "cells/lstm_variants.h"
+#include "cells/normed.h"
 #include "cells/projected.h"
 #include "cells/residual.h"
 #include "cells/srn.h"

@@ -30,6 +30,8 @@ struct Variational {
     for (int i = 0; i < inner.vectors; ++i)
       if (inner.vector[i].factor == Factor::Kept) info.vector[i].state = place(inner.vector[i].state);
     info.writer = inner.writer + 1;
+    info.changes[0] = 0;
+    for (int s = 0; s < inner.stages; ++s) info.changes[s + 1] = inner.changes[s];
     return info;
   }
   static_assert(inner.slots < kMaxSlots && inner.stages < kMaxStages, "the page has too many slots or stages");
@@ -42,29 +44,29 @@ struct Variational {
     return false;
   }
 
-  template <int S, class V>
-  RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k) {
+  template <int S, class V, class... Sums>
+  RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k, Sums... sums_of_rows) {
     if constexpr (S == 0) {
       k[mask] = a[mask];
       k[dropped] = k[mask] * s[0];
     } else {
       V own[inner.room()];
       each<inner.kept>([&](auto i) { own[i.value] = k[place(i.value)]; });
-      Cell::template forward<S - 1>(a, w, s, s1, own);
+      Cell::template forward<S - 1>(a, w, s, s1, own, sums_of_rows...);
       each<inner.kept>([&](auto i) {
         if constexpr (inner.keeps(S - 1, i.value)) k[place(i.value)] = operand(i.value) ? own[i.value] * k[mask] : own[i.value];
       });
     }
   }
 
-  template <int S, class V>
-  RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d) {
+  template <int S, class V, class... Sums>
+  RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d, Sums... sums_of_rows) {
     if constexpr (S == 0) {
       d[0] = fma(d1, k[mask], d[0]);
     } else {
       V own[inner.room()];
       each<inner.kept>([&](auto i) { own[i.value] = k[place(i.value)]; });
-      Cell::template backward<S - 1>(S < inner.stages ? d1 * k[mask] : d1, w, s, s1, own, d);
+      Cell::template backward<S - 1>(S < inner.stages ? d1 * k[mask] : d1, w, s, s1, own, d, sums_of_rows...);
       each<inner.slots>([&](auto i) { k[i.value] = own[i.value]; });
     }
   }

@@ -40,6 +40,14 @@ struct Zoneout {
       for (int i = 0; i < inner.states; ++i)
         if (inner.writes(s, i)) info.slot[mask(s, i)] = {i == 0 ? "zoneout_h" : "zoneout_c", G | M};
     }
+    info.unkept = 0;
+    for (int s = 0; s < inner.stages; ++s) {
+      info.changes[s] = 0;
+      for (int i = 0; i < inner.slots; ++i) info.changes[s] |= (inner.changes[s] >> i & 1) << place(i);
+      for (int i = 0; i < inner.states; ++i)
+        if (inner.writes(s, i)) info.changes[s] |= 1u << mask(s, i);
+    }
+    for (int i = 0; i < inner.slots; ++i) info.unkept |= (inner.unkept >> i & 1) << place(i);
     for (int i = 0; i < inner.vectors; ++i) {
       info.vector[i].slot = place(inner.vector[i].slot);
       if (info.vector[i].factor == Factor::NewState)
@@ -62,14 +70,14 @@ struct Zoneout {
     each<extra>([&](auto i) { k[slots + i.value] = own[inner.slots + i.value]; });
   }
 
-  template <int S, class V>
-  RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k) {
+  template <int S, class V, class... Sums>
+  RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k, Sums... sums_of_rows) {
     V sums[inner.slots], own[inner.room()] = {};
     each<inner.slots>([&](auto i) {
       if constexpr (inner.in_stage(S, i.value)) sums[i.value] = a[place(i.value)];
     });
     if constexpr (S > 0) take(k, own);
-    Cell::template forward<S>(sums, w, s, s1, own);
+    Cell::template forward<S>(sums, w, s, s1, own, sums_of_rows...);
     give(own, k);
     each<inner.states>([&](auto i) {
       if constexpr (inner.writes(S, i.value)) {
@@ -80,8 +88,8 @@ struct Zoneout {
     });
   }
 
-  template <int S, class V>
-  RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d) {
+  template <int S, class V, class... Sums>
+  RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d, Sums... sums_of_rows) {
     V own[inner.room()], was[inner.states], kept_back[inner.states];
     take(k, own);
     was[0] = s1[0];
@@ -95,7 +103,7 @@ struct Zoneout {
         total = total - kept_back[i.value];
       }
     });
-    Cell::template backward<S>(d1, w, s, was, own, d);
+    Cell::template backward<S>(d1, w, s, was, own, d, sums_of_rows...);
     give(own, k);
     each<inner.states>([&](auto i) {
       if constexpr (inner.writes(S, i.value)) d[i.value] = d[i.value] + kept_back[i.value];

@@ -196,6 +196,16 @@ inline int64_t split(int64_t n, int64_t groups, int64_t i) { return n / groups *
 inline int64_t panel_count(const Machine& m, const Product& p, int blocks) { return ceil_div(p.units, int64_t(blocks) * m.lanes); }
 inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) { return p.depth * blocks * p.columns * m.lanes; }
 
+// Doubles of a row's parts of sums: for each vector of units, each value's sum and that of its squares.
+inline int64_t partial_row(const Machine& m, const CellInfo& cell, const Problem& p) {
+  int most = 0;
+  for (int s = 0; s < cell.stages; ++s) {
+    if (cell.stage[s].sums > most) most = cell.stage[s].sums;
+    if (cell.stage[s].back_sums > most) most = cell.stage[s].back_sums;
+  }
+  return ceil_div(p.hidden, m.lanes) * 2 * most;
+}
+
 // Where everything lies in the workspace, in bytes, each part on its own cache line. Rows of numbers are padded().
 struct Layout {
   int64_t packed[kMaxStages], packed_input[kMaxStages];
@@ -203,8 +213,11 @@ struct Layout {
   int64_t between;              // forward, several stages: this step's kept values, [B][kept·H]
   int64_t operand[kMaxStages];  // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
   int64_t gates;                // inference: input gates of a chunk, storage type, [chunk][B][X slots · H]
-  int64_t bias;                 // forward: of the input's slots, as numbers
-  int64_t numbers;              // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
+  // Sums over a row's units: doubles [B][vectors of units][sums][2], twice, so that a stage's are not written over while they are read; and
+  // what became of them, for each thread, numbers [B][moments()] forward, [B][kMaxSums] backward.
+  int64_t partial, totals;
+  int64_t bias;     // forward: of the input's slots, as numbers
+  int64_t numbers;  // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
   // Backward's products, for K = grad_chunk · B tokens: gate gradients as numbers [K][X slots·H] and turned [slots·H][K], panels of the
   // input, of each stage's operand and of W; sums over the slots and vectors; for half types sums of the weights' gradients.
   int64_t grad_numbers, grad_turned, grad_input, grad_operand[kMaxStages], grad_packed, grad_slots, grad_vectors, grad_weight_ih,
@@ -232,6 +245,8 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   }
   for (int i = 0; i < cell.states; ++i) l.state[i] = l.take((i == 0 && !backward ? 2 : 1) * rows(width_of(p, cell.state_width(i))));
   l.between = l.take(!backward && cell.stages > 1 ? rows(cell.kept * p.hidden) : 0);
+  l.partial = l.take(cell.moments() ? 2 * p.batch * partial_row(m, cell, p) * int64_t(sizeof(double)) : 0);
+  l.totals = l.take(cell.moments() ? s.threads() * p.batch * (backward ? kMaxSums : cell.moments()) * m.number_bytes : 0);
   const int64_t storage = kStorageBytes[int(p.storage)];
   const bool input = !backward && !p.complete;
   l.gates = l.take(input && !p.training ? s.chunk * p.batch * cell.input_slots() * p.hidden * storage : 0);

@@ -52,6 +52,7 @@ struct Forward {
   void* final[kMaxStates];    // [B, width]
   void* output;               // [N, P]: state 0 after each step
   void* history[kMaxStates];  // [N, H]: the other states after each step, or null for inference
+  void* moments;              // numbers, [N, moments()]: of the sums over a row's units, or null for inference
   void* workspace;            // workspace_bytes() of it
 };
 
@@ -64,6 +65,7 @@ struct Backward {
   const void* initial[kMaxStates];
   const void* output;
   const void* history[kMaxStates];
+  const void* moments;
   const void* grad_states[kMaxStates];  // [N, width]: of each state after each step, the output's first; each null for zero
   const void* grad_final[kMaxStates];   // [B, width], or null for zero
   void* grad_initial[kMaxStates];       // [B, width], or null where nobody asks; of a complete run without U's part

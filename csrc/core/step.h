@@ -25,6 +25,9 @@ struct ForwardStep {
   void* next[kMaxStates];            // numbers
   int64_t state_row[kMaxStates];     // of previous and next
   void* history[kMaxStates];         // storage; [0] is the output
+  const void* moments;               // numbers, rows of moments(): those of the stages before are there
+  double* partial;                   // what goes into the sums over a row's units, each value and its square; see the engines
+  int64_t partial_row;
 };
 
 struct BackwardStep {
@@ -42,6 +45,10 @@ struct BackwardStep {
   int64_t carried_row[kMaxStates];
   void* operand[kMaxStages];  // numbers: gate gradients for the product of the step to come, or of the stage before
   int64_t operand_row[kMaxStages], operand_slot[kMaxStages];
+  const void* moments;  // numbers, rows of moments()
+  const void* means;    // numbers, rows of kMaxSums: of what the stage after this put in
+  double* partial;
+  int64_t partial_row;
 };
 
 template <class Cell, int stage>
@@ -69,10 +76,17 @@ struct GatesInMemory {
   }
 };
 
-// n lanes of units from `unit` on. sum: the product's part of the stage's slots, one after the other by sum_slot numbers; null for zero.
+// So many numbers, each for all lanes.
+template <int n, class V>
+RNN_FN void broadcast(const void* numbers, int64_t at, V* to) {
+  each<n>([&](auto i) { to[i.value] = V(static_cast<const typename V::element*>(numbers)[at + i.value]); });
+}
+
+// n lanes of units from `unit` on; e: what goes into the sums over the row. sum: the product's part of the stage's slots, one after the
+// other by sum_slot numbers; null for zero.
 template <class Cell, int stage, class V, class S, class Gates>
 RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum,
-                          int64_t sum_slot, const Gates& gates) {
+                          int64_t sum_slot, const Gates& gates, [[maybe_unused]] V* e) {
   using T = typename V::element;
   using Info = InfoOf<Cell>;
   constexpr int slots = Info::value.slots, states = Info::value.states, kept = Info::value.kept;
@@ -101,7 +115,13 @@ RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int6
     k[i] = V::load(between + i * step.between_slot, n);
   });
 
-  Cell::template forward<stage>(a, w, s, s1, k);
+  if constexpr (Info::value.moments() > 0) {
+    V r[Info::value.moments()];
+    broadcast<Info::value.moments(stage)>(step.moments, row * Info::value.moments(), r);
+    Cell::template forward<stage>(a, w, s, s1, k, r, e);
+  } else {
+    Cell::template forward<stage>(a, w, s, s1, k);
+  }
 
   const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
   each<states>([&](auto index) {
@@ -122,14 +142,15 @@ RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int6
 
 template <class Cell, int stage, class V, class S>
 RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum,
-                          int64_t sum_slot) {
+                          int64_t sum_slot, V* e) {
   const S* gates = static_cast<const S*>(step.gates) + row * step.gates_row + unit;
-  forward_units<Cell, stage, V, S>(step, w, row, unit, n, sum, sum_slot, GatesInMemory<V, S>{gates, step.gates_slot, n});
+  forward_units<Cell, stage, V, S>(step, w, row, unit, n, sum, sum_slot, GatesInMemory<V, S>{gates, step.gates_slot, n}, e);
 }
 
 // sum: the gradient of what the stage gave, as far as a matrix has read it; null for zero.
 template <class Cell, int stage, class V, class S>
-RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum) {
+RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, int64_t unit, int n, const typename V::element* sum,
+                           [[maybe_unused]] V* e) {
   using T = typename V::element;
   using Info = InfoOf<Cell>;
   constexpr int slots = Info::value.slots, states = Info::value.states, kept = Info::value.kept, room = Info::value.room();
@@ -145,9 +166,9 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
       d[i] = V::load(static_cast<const T*>(step.carried[i]) + row * step.carried_row[i] + unit, n);
     }
   });
-  each<kept>([&](auto index) {
+  each<room>([&](auto index) {
     constexpr int i = decltype(index)::value;
-    k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
+    if constexpr (Info::value.arrives(stage, i)) k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
   });
   V d1 = sum ? V::load(sum) : V(0);
   if (stage == 0 && row < step.previous_rows) {
@@ -169,13 +190,22 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
       if (step.grad_states[i]) d[i] = d[i] + V::load(static_cast<const S*>(step.grad_states[i]) + at, n);
   });
 
-  Cell::template backward<stage>(d1, w, s, s1, k, d);
+  if constexpr (Info::value.moments() > 0) {
+    constexpr int means = stage + 1 < Info::value.stages ? Info::value.stage[stage + 1 < Info::value.stages ? stage + 1 : 0].back_sums : 0;
+    V r[Info::value.moments()], q[means ? means : 1];
+    broadcast<Info::value.moments()>(step.moments, row * Info::value.moments(), r);
+    broadcast<means>(step.means, row * kMaxSums, q);
+    Cell::template backward<stage>(d1, w, s, s1, k, d, r, q, e);
+  } else {
+    Cell::template backward<stage>(d1, w, s, s1, k, d);
+  }
 
   each<slots>([&](auto index) {
     constexpr int i = decltype(index)::value;
     constexpr int column = Info::value.hidden_slots(stage, i);
     // A stage may also have changed the slots of others of its width.
-    if constexpr (Info::value.stage[Info::value.stage_of(i)].width == Info::value.stage[stage].width)
+    if constexpr ((Info::value.changes[stage] >> i & 1) &&
+                  Info::value.stage[Info::value.stage_of(i)].width == Info::value.stage[stage].width)
       k[i].store(static_cast<S*>(step.grad_gates) + token + i * step.hidden, n);
     if constexpr (Info::value.in_stage(stage, i) && (Info::value.slot[i].feeds & H))
       k[i].store(static_cast<T*>(step.operand[stage]) + row * step.operand_row[stage] + column * step.operand_slot[stage] + unit, n);

@@ -97,6 +97,7 @@ RNN_FN F32 min(F32 a, F32 b) { return F32(_mm256_min_ps(a.v, b.v)); }
 RNN_FN F32 max(F32 a, F32 b) { return F32(_mm256_max_ps(a.v, b.v)); }
 RNN_FN F32::Mask lt(F32 a, F32 b) { return {_mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ)}; }
 RNN_FN F32 select(F32::Mask m, F32 a, F32 b) { return F32(_mm256_blendv_ps(b.v, a.v, m.m)); }
+RNN_FN F32 sqrt(F32 a) { return F32(_mm256_sqrt_ps(a.v)); }
 RNN_FN F32 abs(F32 a) { return F32(_mm256_andnot_ps(_mm256_set1_ps(-0.f), a.v)); }
 RNN_FN F32 copysign(F32 a, F32 s) {
   const __m256 sign = _mm256_set1_ps(-0.f);
@@ -145,6 +146,7 @@ RNN_FN F64 min(F64 a, F64 b) { return F64(_mm256_min_pd(a.v, b.v)); }
 RNN_FN F64 max(F64 a, F64 b) { return F64(_mm256_max_pd(a.v, b.v)); }
 RNN_FN F64::Mask lt(F64 a, F64 b) { return {_mm256_cmp_pd(a.v, b.v, _CMP_LT_OQ)}; }
 RNN_FN F64 select(F64::Mask m, F64 a, F64 b) { return F64(_mm256_blendv_pd(b.v, a.v, m.m)); }
+RNN_FN F64 sqrt(F64 a) { return F64(_mm256_sqrt_pd(a.v)); }
 RNN_FN F64 abs(F64 a) { return F64(_mm256_andnot_pd(_mm256_set1_pd(-0.), a.v)); }
 RNN_FN F64 copysign(F64 a, F64 s) {
   const __m256d sign = _mm256_set1_pd(-0.);

@@ -34,6 +34,10 @@ struct Dual {
   friend RNN_FN Dual max(Dual a, Dual b) { return select(lt(b, a), a, b); }
   friend RNN_FN Dual abs(Dual a) { return select(lt(a.v, V(element(0))), -a, a); }
 
+  friend RNN_FN Dual sqrt(Dual a) {
+    const V r = sqrt(a.v);
+    return {r, a.d / (r + r)};
+  }
   friend RNN_FN Dual exp(Dual a) {
     const V e = exp(a.v);
     return {e, e * a.d};

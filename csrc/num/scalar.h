@@ -65,6 +65,12 @@ struct Number {
   friend RNN_FN Number max(Number a, Number b) { return a.v > b.v ? a : b; }
   friend RNN_FN Mask lt(Number a, Number b) { return {a.v < b.v}; }
   friend RNN_FN Number select(Mask m, Number a, Number b) { return m.m ? a : b; }
+  friend RNN_FN Number sqrt(Number a) {
+    if constexpr (sizeof(E) == 4)
+      return __builtin_sqrtf(a.v);
+    else
+      return __builtin_sqrt(a.v);
+  }
   friend RNN_FN Number abs(Number a) { return of_bits(bits(a) & ~sign); }
   friend RNN_FN Number copysign(Number a, Number s) { return of_bits((bits(a) & ~sign) | (bits(s) & sign)); }
   friend RNN_FN Number power(Number a) { return of_bits(bits(a) << mantissa); }

@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from .. import _C
 from . import cpu, peer, steps
-from .cells import CELLS, PERSISTENT, STORAGE, Cell, Sizes, Weights, grad_shapes, problem
+from .cells import CELLS, PERSISTENT, STORAGE, Cell, Sizes, Weights, grad_shapes, number, problem
 from .load import load_page, modified, source_of
 
 __all__ = ["CELLS", "ENGINES", "Cell", "Sequence", "build_info", "load_page", "modified", "plan", "sequence", "set_isa", "source_of"]
@@ -167,7 +167,7 @@ class Sequence(torch.autograd.Function):
         if not s.recompute:
             weights = weights._replace(bias_ih=None)  # not needed, so whoever changes it is free to
         ctx.save_for_backward(input, *weights, rows, output, kept, *states, *history, *given)
-        return (output, *final, *(history if s.returns else []))
+        return (output, *final, *(history[: len(s.cell.states) - 1] if s.returns else []))
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> Any:
@@ -176,7 +176,8 @@ class Sequence(torch.autograd.Function):
         input, *saved = ctx.saved_tensors
         weights, (rows, output, kept, *rest) = Weights(*saved[:_COUNT]), saved[_COUNT:]
         rest, given = _parted(rest, s.given)
-        n = len(rest) - len(s.cell.states) + 1  # the rest are initial states, if there were any, and histories
+        # The rest are initial states, if there were any, and histories.
+        n = len(rest) - len(s.cell.states) + 1 - (s.cell.moments > 0)
         overwrite = ctx.own and _last_use()
         grad_states = [grad_output, *grad_history]
         with torch.no_grad():
@@ -290,7 +291,7 @@ def _checked(
     if bias_ih is not None:
         _expect("bias_ih", bias_ih, (spec.input_gates * H,), input)
     if bias_hh is not None:
-        _expect("bias_hh", bias_hh, (spec.hidden_gates * H,), input)
+        _expect("bias_hh", bias_hh, (spec.biased * H,), input)
     _check_given(spec, given, H, B, input)
     sizes = Sizes(spec, reverse, T, B, H, P, recompute=recompute, given=len(given))
     return sizes._replace(engine=_engine(engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
@@ -512,7 +513,8 @@ def _traceable(
         cell, input, list(states), *weights, batch_sizes, list(given), reverse, engine, recompute, return_states, training
     )
     n = len(s.cell.states)
-    histories = results[len(results) - n + 1 :] if return_states else []
+    end = len(results) - (training and s.cell.moments > 0)
+    histories = results[end - n + 1 : end] if return_states else []
     return _shaped([*results[: 1 + n], *histories], n, input)
 
 
@@ -549,7 +551,9 @@ def _op_forward(
     return_states: bool,
     training: bool,
 ) -> list[Tensor]:
-    """output, final states, for training the kept values, if not to be recomputed, and, if asked for too, the other states' histories"""
+    """output, final states, for training the kept values, if not to be recomputed, and, if asked for too, the other states' histories; for
+    training moments, of a cell that has them
+    """
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
     s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, True)
     s = s._replace(returns=return_states)
@@ -557,6 +561,8 @@ def _op_forward(
     dense = [state.contiguous() for state in states]
     numbers = [t.contiguous() for t in given]
     output, final, kept, history = _RUNS[s.engine].forward(s, training, input, dense, weights.dense(), rows, numbers)
+    if kept is not None and s.cell.kept < s.cell.room:
+        kept[:, s.cell.kept * s.hidden :].zero_()  # places that only backward fills: an op's results are the same each time
     return [output, *final, *([] if kept is None else [kept]), *history]
 
 
@@ -587,6 +593,8 @@ def _op_forward_fake(
         results.append(input.new_empty(N, spec.room * H))
     if training or return_states:
         results += [input.new_empty(N, H) for _ in states[1:]]
+    if training and spec.moments:
+        results.append(input.new_empty(N, spec.moments, dtype=number(input.dtype)))
     return results
 
 
@@ -615,17 +623,21 @@ def _op_backward(
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
     s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, kept is None, True)
     N = s.steps * s.batch if batch_sizes is None else input.shape[0]
-    counts = (1 + _COUNT + len(states) + len(given), len(states), len(states) - 1)
+    counts = (1 + _COUNT + len(states) + len(given), len(states), len(states) - 1 + (s.cell.moments > 0))
     if (len(needs), len(grad_final), len(history)) != counts or not 1 <= len(grad_states) <= len(states):
         raise RuntimeError("needs, grad_final, history: expected {}, {}, {} of them".format(*counts))
     _expect("output", output, (*input.shape[:-1], s.output), input)
     if kept is not None:
         _expect("kept", kept, (N, s.cell.room * s.hidden), input)
-    wide = (N, s.hidden)
+    wide = [(N, s.hidden)] * (len(states) - 1)
+    if s.cell.moments and (history[-1].shape != (N, s.cell.moments) or history[-1].dtype != number(input.dtype)):
+        raise RuntimeError(
+            f"history: expected moments of shape {(N, s.cell.moments)}, got {tuple(history[-1].shape)} of {history[-1].dtype}"
+        )
     for name, tensors, shapes in (
-        ("grad_states", grad_states, [output.shape, *[wide] * len(history)]),
+        ("grad_states", grad_states, [output.shape, *wide]),
         ("grad_final", grad_final, [state.shape for state in states]),
-        ("history", history, [wide] * len(history)),
+        ("history", history[: len(wide)], wide),
     ):
         for tensor, shape in zip(tensors, shapes, strict=False):
             if tensor is not None:
@@ -698,10 +710,11 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
     input, *saved = ctx.saved_tensors
     weights, (batch_sizes, y, kept, *rest) = saved[:_COUNT], saved[_COUNT:]
     rest, given = _parted(rest, ctx.given)
+    end = len(grads) - (CELLS[ctx.cell].moments > 0)
     results = torch.ops.rnnkernels.sequence_backward(
         ctx.cell,
         ctx.needs,
-        [grads[0], *grads[len(grads) - n + 1 :]],
+        [grads[0], *grads[end - n + 1 : end]],
         grads[1 : 1 + n],
         input,
         rest[:n],

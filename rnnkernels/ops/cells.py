@@ -38,6 +38,9 @@ class Cell:
     given: tuple[int, ...]  # the slots that the caller feeds
     projection: int  # the slot that a projection feeds, or -1
     page: str  # in C++
+    sums: tuple[tuple[int, int], ...]  # of each stage: values that go into sums over a row's units, forward and backward
+    moments: int  # numbers that a token has of the former
+    biased: int  # row blocks of bias_hh
     uniform: bool  # the input and U feed all slots, and a token has room for nothing else
 
 
@@ -78,6 +81,9 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         tuple(i for i, (*_, given, _) in enumerate(slots) if given),
         projection,
         d["page"],
+        tuple(d["sums"]),
+        2 * sum(forward for forward, _ in d["sums"]),
+        sum(d["biased"]),
         runs == [(0, 0, inputs)] and d["room"] == inputs,
     )
 
@@ -179,7 +185,7 @@ def vectors(cell: Cell, hidden: int, weights: Weights) -> list[int]:
 def stage_blocks(cell: Cell, hidden: int, hh: Tensor | None, hr: Tensor | None) -> list[Tensor | None]:
     """What each stage multiplies with: row blocks of weight_hh, or the projection. Likewise their gradients."""
     if cell.stage_rows[0] == (0, cell.hidden_gates):  # all of it in the first stage; a view would cost microseconds
-        return [hh if cell.hidden_gates else None, hr][: len(cell.stages)]
+        return [hh if cell.hidden_gates else None, *(hr if projects else None for *_, projects in cell.stages[1:])]
     return [
         hr if projects else None if hh is None or begin == end else hh[begin * hidden : end * hidden]
         for (begin, end), (*_, projects) in zip(cell.stage_rows, cell.stages, strict=True)
@@ -235,9 +241,19 @@ def grad_given(s: Sizes, gates: Tensor, given: Seq[Tensor], needs: Seq[bool], to
 
 def grad_shapes(s: Sizes, input: Tensor, weights: Weights) -> list[Seq[int]]:
     """Of the input's gradient and the weights'; biases have one where the weight is absent too."""
-    biases = [(s.cell.input_gates * s.hidden,), (s.cell.hidden_gates * s.hidden,)]
+    biases = [(s.cell.input_gates * s.hidden,), (s.cell.biased * s.hidden,)]
     ih, hh, _, _, hr, v = ((0,) if w is None else w.shape for w in weights)
     return [input.shape, ih, hh, *biases, hr, v]
+
+
+def number(dtype: torch.dtype) -> torch.dtype:
+    """What numbers of a storage type are computed in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def new_moments(s: Sizes, like: Tensor, tokens: int) -> list[Tensor]:
+    """Room for a token's means and variances, for cells that have any."""
+    return [like.new_empty(tokens, s.cell.moments, dtype=number(like.dtype))] if s.cell.moments else []
 
 
 def new_kept(s: Sizes, like: Tensor, tokens: int) -> Tensor:

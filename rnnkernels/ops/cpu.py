@@ -21,6 +21,7 @@ from .cells import (
     grad_shapes,
     grad_vectors,
     new_kept,
+    new_moments,
     place_given,
     problem,
     stage_blocks,
@@ -52,7 +53,9 @@ memory = Memory()
 def forward(
     s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None, given: Seq[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
-    """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for)."""
+    """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for) and,
+    for training, moments of a cell that has them.
+    """
     H, P = s.hidden, s.output
     tokens = input.flatten(0, -2).contiguous()
     keeps = training and not s.recompute
@@ -60,6 +63,8 @@ def forward(
     output = empty(input, (*input.shape[:-1], P))
     final = [input.new_empty(s.batch, H if i else P) for i in range(len(s.cell.states))]
     history = [empty(input, (tokens.shape[0], H)) for _ in s.cell.states[1:]] if training or s.returns else []
+    if training:
+        history += new_moments(s, input, tokens.shape[0])
     _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, place_given(s, given, input.shape[:-1]))
     return output, final, kept if keeps else None, history
 
@@ -84,6 +89,7 @@ def _run(
     task = problem(s, tokens.dtype, tokens.shape[-1], rows, keeps)
     bytes = _C.workspace_bytes(task, False)
     workspace = memory.take(bytes)
+    count = len(cell.states) - 1
     _C.forward(
         task,
         tokens.data_ptr(),
@@ -97,10 +103,11 @@ def _run(
         [state.data_ptr() for state in states],
         [state.data_ptr() for state in final],
         output.data_ptr(),
-        [0, *[h.data_ptr() for h in history]],
+        [0, *[h.data_ptr() for h in history[:count]]],
         workspace.data_ptr(),
         bytes,
         given,
+        history[count].data_ptr() if len(history) > count else 0,
     )
 
 
@@ -119,11 +126,11 @@ def recompute(
     N = tokens.shape[0]
     kept = new_kept(s, input, N)
     if len(s.cell.stages) > 1:
-        finals = [input.new_empty(s.batch, width) for width in (s.output, *[s.hidden] * len(history))]
+        finals = [input.new_empty(s.batch, width) for width in (s.output, *[s.hidden] * (len(s.cell.states) - 1))]
         again, places = [torch.empty_like(h) for h in history], place_given(s, given, input.shape[:-1])
         _run(s, True, tokens, states, weights, rows, kept, torch.empty_like(output), finals, again, places)
         return kept
-    after = [output.view(N, s.output), *history]
+    after = [output.view(N, s.output), *history[: len(s.cell.states) - 1]]
     before = [before_each_token(s, state, states[i] if states else None, rows) for i, state in enumerate(after)]
     once = s._replace(steps=1, batch=N)
     finals = [torch.empty_like(state) for state in after]
@@ -195,7 +202,7 @@ def backward(
         vectors(cell, H, weights),
         [state.data_ptr() for state in states],
         output.data_ptr(),
-        [0, *[h.data_ptr() for h in history]],
+        [0, *[h.data_ptr() for h in history[: len(cell.states) - 1]]],
         [address(g) for g in upstream],
         [address(g) for g in finals],
         [address(g) for g in initial],
@@ -209,6 +216,7 @@ def backward(
         _grad_vectors(cell, H, grad_v),
         workspace.data_ptr(),
         bytes,
+        history[-1].data_ptr() if cell.moments else 0,
     )
     if s.complete:
         _complete_backward(s, grads, initial, gates, kept, tokens, states, weights, [output.view(tokens.shape[0], s.output), *history])

@@ -29,6 +29,8 @@ from .cells import (
     grad_given,
     grad_vectors,
     new_kept,
+    new_moments,
+    number,
     place_given,
     problem,
     stage_blocks,
@@ -85,10 +87,6 @@ class _Steps:
         return torch.arange(self.steps + 1, dtype=torch.int64, device=like.device) * batch
 
 
-def _number(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype is torch.float64 else torch.float32
-
-
 def _widths(s: Sizes) -> list[int]:
     return [s.output] + [s.hidden] * (len(s.cell.states) - 1)
 
@@ -106,7 +104,9 @@ def _width(s: Sizes, stage: int) -> int:
 def forward(
     s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None, given: Seq[Tensor]
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
-    """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for)."""
+    """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for) and,
+    for training, moments of a cell that has them.
+    """
     H, keeps = s.hidden, training and not s.recompute
     tokens = input.flatten(0, -2).contiguous()
     N = tokens.shape[0]
@@ -114,6 +114,8 @@ def forward(
     _input_gates(s, gates, tokens, weights)
     output = input.new_empty(*input.shape[:-1], s.output)
     history = [input.new_empty(N, H) for _ in s.cell.states[1:]] if training or s.returns else []
+    if training:
+        history += new_moments(s, input, N)
     if s.batch == 0:
         return output, [input.new_empty(0, width) for width in _widths(s)], gates if keeps else None, history
     walk = _walk_together if s.engine in PERSISTENT else _walk
@@ -147,11 +149,12 @@ def recompute(
     N = tokens.shape[0]
     kept = new_kept(s, input, N)
     _input_gates(s, kept, tokens, weights)
-    after = [output.view(N, s.output), *history]
+    after = [output.view(N, s.output), *history[: len(s.cell.states) - 1]]
     before = [before_each_token(s, state, states[i] if states else None, rows) for i, state in enumerate(after)]
     if N:
         once = s._replace(steps=1, batch=N, engine="stepwise")
-        again = [torch.empty_like(h) for h in history]
+        count = len(s.cell.states) - 1
+        again = [*(torch.empty_like(h) for h in history[:count]), *history[count:]]  # the moments are missing too
         laid = given_each_token(s, given, input.shape[:-1], rows)
         _walk(once, True, kept, before, weights, None, torch.empty_like(after[0]), again, place_given(once, laid, (N,)))
     return kept
@@ -204,10 +207,11 @@ def _walk(
 ) -> list[Tensor]:
     cell, H, dtype, matrices = s.cell, s.hidden, gates.dtype, stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)
     steps, task = _Steps(s, rows), problem(s, dtype, 0, None, training)
-    number = _number(dtype)
-    carried = [state.to(number, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=number) for width in _widths(s)]
-    between = gates.new_empty(s.batch, cell.kept * H, dtype=number) if len(cell.stages) > 1 else None
+    kind = number(dtype)
+    carried = [state.to(kind, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=kind) for width in _widths(s)]
+    between = gates.new_empty(s.batch, cell.kept * H, dtype=kind) if len(cell.stages) > 1 else None
     y, unit_vectors, place = output.view(-1, s.output), vectors(cell, H, weights), device_of(gates)
+    sums = _Sums(s, gates, history[len(cell.states) - 1] if training and cell.moments else None)
     for n, step in enumerate(steps.forward()):
         active, token, before = steps.size[step], steps.start[step], steps.before(step)
         for stage, (_, _, operand, _) in enumerate(cell.stages):
@@ -225,7 +229,7 @@ def _walk(
                 if known < active:
                     rest = states[0][known:active] if states else y.new_zeros(active - known, s.output)
                     read = torch.cat([read, rest])
-            sums = None if read is None or weight is None else torch.mm(read, weight.t())
+            product = None if read is None or weight is None else torch.mm(read, weight.t())
             _C.forward_step(
                 task,
                 stage,
@@ -235,14 +239,55 @@ def _walk(
                 address(between),
                 unit_vectors,
                 [state.data_ptr() for state in carried],
-                [_at(y, token), *[_at(h, token) for h in history]],
+                [_at(y, token), *[_at(h, token) for h in history[: len(cell.states) - 1]]],
                 [data + token * per_token * gates.element_size() for data, per_token, _ in given],
                 [per_row for *_, per_row in given],
                 active,
-                address(sums),
+                address(product),
+                sums.moments_at(token),
+                sums.partial_of(cell.sums[stage][0]),
                 *place,
             )
+            sums.take_moments(stage, token, active)
     return [state.to(dtype) for state in carried]
+
+
+class _Sums:
+    """The sums over a row's units of a cell that has such: a stage leaves each unit's part, torch adds them up, the next stage reads it."""
+
+    def __init__(self, s: Sizes, like: Tensor, moments: Tensor | None) -> None:
+        self.cell, self.hidden, self.every_token = s.cell, s.hidden, moments is not None
+        if s.cell.moments:
+            most = max(max(pair) for pair in s.cell.sums)
+            self.partial = like.new_empty(s.batch * s.hidden * most * 2, dtype=torch.float64)
+            self.moments = like.new_empty(s.batch, s.cell.moments, dtype=number(like.dtype)) if moments is None else moments
+            self.means = like.new_empty(s.batch, _C.MAX_SUMS, dtype=number(like.dtype))
+
+    def moments_at(self, token: int) -> int:
+        return _at(self.moments, token if self.every_token else 0) if self.cell.moments else 0
+
+    def partial_of(self, count: int) -> int:
+        return self.partial.data_ptr() if count else 0
+
+    def _added(self, active: int, count: int) -> Tensor:
+        parts = self.partial[: active * self.hidden * count * 2].view(active, self.hidden, count, 2)
+        return parts.sum(1) / self.hidden
+
+    def take_moments(self, stage: int, token: int, active: int) -> None:
+        count = self.cell.sums[stage][0]
+        if not count:
+            return
+        first = 2 * sum(forward for forward, _ in self.cell.sums[:stage])
+        mean, square = self._added(active, count).unbind(2)
+        start = token if self.every_token else 0
+        rows = self.moments[start : start + active, first : first + 2 * count].view(active, count, 2)
+        rows[..., 0] = mean
+        rows[..., 1] = (square - mean * mean).clamp_min(0)
+
+    def take_means(self, stage: int, active: int) -> None:
+        count = self.cell.sums[stage][1]
+        if count:
+            self.means[:active, :count] = self._added(active, count)[..., 0]
 
 
 def _at(t: Tensor | None, row: int) -> int:
@@ -292,7 +337,7 @@ def backward(
         total = gates.sum(0)
         if needs[3]:
             grads[3] = total[: cell.input_gates * H].clone()
-        if needs[4]:
+        if needs[4] and cell.biased:
             grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.hidden_runs])
     if needs[5]:
         projected = cell.projection * H
@@ -364,14 +409,16 @@ def _walk_back(
 ) -> None:
     cell, dtype, matrices = s.cell, gates.dtype, stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)
     steps, task = _Steps(s, rows), problem(s, dtype, 0, None, True)
-    number, last = _number(dtype), len(cell.stages) - 1
+    kind, last = number(dtype), len(cell.stages) - 1
     carried = [
-        gates.new_zeros(s.batch, width, dtype=number) if g is None else g.to(number, copy=True)
+        gates.new_zeros(s.batch, width, dtype=kind) if g is None else g.to(kind, copy=True)
         for g, width in zip(finals, _widths(s), strict=True)
     ]
     # The gate gradients that the next product reads; a row that has left keeps those of its last visit.
-    staged = [gates.new_zeros(s.batch, _columns(cell, stage) * _width(s, stage), dtype=number) for stage in range(last + 1)]
+    staged = [gates.new_zeros(s.batch, _columns(cell, stage) * _width(s, stage), dtype=kind) for stage in range(last + 1)]
     unit_vectors, place = vectors(cell, s.hidden, weights), device_of(gates)
+    sums = _Sums(s, gates, history[-1] if cell.moments else None)
+    history = history[: len(cell.states) - 1]
     source = gates if last else kept
     for n, step in enumerate(reversed(steps.forward())):
         active, token, before = steps.size[step], steps.start[step], steps.before(step)
@@ -380,9 +427,9 @@ def _walk_back(
             reader = 0 if stage == last else stage + 1
             summed = active if stage < last else 0 if n == 0 else min(active, steps.size[after])
             weight = matrices[reader]
-            sums = None
+            product = None
             if summed and weight is not None and staged[reader].shape[1]:
-                sums = torch.mm(staged[reader][:summed].to(dtype), weight)
+                product = torch.mm(staged[reader][:summed].to(dtype), weight)
             _C.backward_step(
                 task,
                 stage,
@@ -397,10 +444,14 @@ def _walk_back(
                 [state.data_ptr() for state in carried],
                 staged[stage].data_ptr(),
                 active,
-                summed if sums is not None else 0,
-                address(sums),
+                summed if product is not None else 0,
+                address(product),
+                sums.moments_at(token),
+                sums.means.data_ptr() if cell.moments else 0,
+                sums.partial_of(cell.sums[stage][1]),
                 *place,
             )
+            sums.take_means(stage, active)
     for i, (to, state) in enumerate(zip(initial, carried, strict=False)):
         if to is not None:
             if i == 0 and matrices[0] is not None:

@@ -7,11 +7,7 @@
 namespace rnnkernels::cpu {
 
 std::string fits(const Problem& p, const Page& page) {
-  const CellInfo& cell = page.cell;
-  for (int s = 0; s < cell.stages; ++s)
-    if (cell.stage[s].reduction != Reduction::None)
-      return std::string("the cpu engine has no reduction across units, which ") + cell.name + " asks for";
-  if (p.complete && (p.steps != 1 || cell.stages != 1)) return "complete gates are for one step of a cell of one stage";
+  if (p.complete && (p.steps != 1 || page.cell.stages != 1)) return "complete gates are for one step of a cell of one stage";
   return "";
 }
 
@@ -101,7 +97,15 @@ void backward(const Backward& g, const Page& page) {
         step.operand_slot[s] = w.width_of_stage(s);
         step.operand_row[s] = w.row_bytes(w.cell.hidden_slots(s) * w.width_of_stage(s)) / w.number_bytes;
       }
+      const int width = w.cell.moments();
+      step.moments = at(g.moments, token * width * w.number_bytes);
+      void* const means = at(g.workspace, w.memory.totals + me.id * p.batch * kMaxSums * w.number_bytes);
+      step.means = means;
+      step.partial_row = partial_row(w.m, w.cell, p);
       for (int s = last; s >= 0; --s) {
+        if (s < last && w.cell.stage[s + 1].back_sums)
+          w.add_sums(me, s + 1, w.cell.stage[s + 1].back_sums, false, active, g.workspace, means, kMaxSums, 0);
+        step.partial = width ? w.partial(g.workspace, s) : nullptr;
         const void* read = s < last ? step.operand[s + 1] : gates[~n & 1];
         const int64_t row_bytes = w.row_bytes(w.products[s].depth);
         w.tiles(

@@ -177,33 +177,56 @@ void put(const void* sums, const int64_t* tokens, int count, int64_t unit, int b
       }
 }
 
+// A vector's part of the sums over its row: of each value and of its square, in double, so that neither loses digits.
+template <int count, class V>
+RNN_FN void put_sums(const V* e, int n, double* to) {
+  for (int j = 0; j < count; ++j) {
+    typename V::element lane[V::lanes];
+    e[j].store(lane, V::lanes);
+    double sum = 0, squares = 0;
+    for (int i = 0; i < n; ++i) {
+      sum += lane[i];
+      squares += double(lane[i]) * lane[i];
+    }
+    to[2 * j] = sum;
+    to[2 * j + 1] = squares;
+  }
+}
+
 template <class Cell, int stage, class V, class S>
 void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, const void* sums) {
   constexpr int L = V::lanes, columns = InfoOf<Cell>::value.hidden_slots(stage), vectors = InfoOf<Cell>::value.vectors;
+  constexpr int count = InfoOf<Cell>::value.stage[stage].sums;
   const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
   for (int b = 0; b < blocks && unit + b * L < width; ++b) {
     const int64_t u = unit + b * L;
     const int n = int(width - u < L ? width - u : L);
     V w[vectors ? vectors : 1];
     load_vectors<Cell, V, S>(step.vectors, u, n, w);
-    for (int r = 0; r < rows.count; ++r)
-      forward_units<Cell, stage, V, S>(step, w, rows[r], u, n,
-                                       sums ? static_cast<const typename V::element*>(sums) + (r * blocks + b) * columns * L : nullptr, L);
+    for (int r = 0; r < rows.count; ++r) {
+      V e[count ? count : 1];
+      forward_units<Cell, stage, V, S>(
+          step, w, rows[r], u, n, sums ? static_cast<const typename V::element*>(sums) + (r * blocks + b) * columns * L : nullptr, L, e);
+      if constexpr (count > 0) put_sums<count>(e, n, step.partial + rows[r] * step.partial_row + u / L * 2 * count);
+    }
   }
 }
 
 template <class Cell, int stage, class V, class S>
 void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, const void* sums) {
-  constexpr int L = V::lanes, vectors = InfoOf<Cell>::value.vectors;
+  constexpr int L = V::lanes, vectors = InfoOf<Cell>::value.vectors, count = InfoOf<Cell>::value.stage[stage].back_sums;
   const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
   for (int b = 0; b < blocks && unit + b * L < width; ++b) {
     const int64_t u = unit + b * L;
     const int n = int(width - u < L ? width - u : L);
     V w[vectors ? vectors : 1];
     load_vectors<Cell, V, S>(step.vectors, u, n, w);
-    for (int r = 0; r < rows.count; ++r)
+    for (int r = 0; r < rows.count; ++r) {
+      V e[count ? count : 1];
       backward_units<Cell, stage, V, S>(step, w, rows[r], u, n,
-                                        sums ? static_cast<const typename V::element*>(sums) + (r * blocks + b) * L : nullptr);
+                                        sums ? static_cast<const typename V::element*>(sums) + (r * blocks + b) * L : nullptr, e);
+      if constexpr (count > 0) put_sums<count>(e, n, step.partial + rows[r] * step.partial_row + u / L * 2 * count);
+    }
   }
 }
 

@@ -57,8 +57,15 @@ class Prepared {
       step.previous[i] = step.next[i] = carried(i);
       step.history[i] = at(f.history[i], token * w.width(i) * w.storage_bytes);
     }
+    const int width = w.cell.moments();
+    void* const moments = at(f.workspace, w.memory.totals + me.id * p.batch * width * w.number_bytes);
+    step.moments = moments;
+    step.partial_row = partial_row(w.m, w.cell, p);
     for (int s = 0; s < w.cell.stages; ++s) {
       if (s > 0) w.wait(me);
+      if (s > 0 && w.cell.stage[s - 1].sums)
+        w.add_sums(me, s - 1, w.cell.stage[s - 1].sums, true, active, f.workspace, moments, width, w.cell.moments(s - 1));
+      step.partial = width ? w.partial(f.workspace, s) : nullptr;
       const InputGates::Place gates = input.of(me, n, s);
       step.gates = gates.gates;
       step.gates_row = gates.row;
@@ -72,6 +79,12 @@ class Prepared {
             return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);
           },
           [&](RowSet rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, w.plan_.blocks[s], sums); });
+    }
+    if (width && f.moments && me.unit_group == 0) {
+      const Walk::Rows mine = w.rows_of(me, active);
+      const int64_t bytes = width * w.number_bytes;
+      for (int64_t i = 0; i < mine.count; ++i)
+        std::memcpy(at(f.moments, (token + mine[i]) * bytes), at(moments, mine[i] * bytes), size_t(bytes));
     }
   }
 

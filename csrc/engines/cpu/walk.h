@@ -178,6 +178,37 @@ class Walk {
     }
   }
 
+  // Where stage s puts its parts of the sums over a row's units, and what they come to for this member's rows: mean and variance of each
+  // value (moments) or its mean alone, as numbers, `count` values from `first` on of rows of `width`. The vectors' parts are added up in
+  // their order, whoever made them.
+  double* partial(void* workspace, int s) const {
+    return static_cast<double*>(at(workspace, memory.partial)) + (s & 1) * p.batch * partial_row(m, cell, p);
+  }
+  void add_sums(const Member& me, int s, int count, bool moments, int64_t active, const void* workspace, void* totals, int width,
+                int first) const {
+    const Rows mine = rows_of(me, active);
+    const int64_t row = partial_row(m, cell, p), units = width_of_stage(s), vectors = ceil_div(units, m.lanes);
+    const double* const parts = static_cast<const double*>(at(workspace, memory.partial)) + (s & 1) * p.batch * row;
+    for (int64_t i = 0; i < mine.count; ++i)
+      for (int j = 0; j < count; ++j) {
+        double sum = 0, squares = 0;
+        for (int64_t v = 0; v < vectors; ++v) {
+          sum += parts[mine[i] * row + (v * count + j) * 2];
+          squares += parts[mine[i] * row + (v * count + j) * 2 + 1];
+        }
+        const double mean = sum / double(units), variance = std::max(squares / double(units) - mean * mean, 0.0);
+        const int64_t to = mine[i] * width + first + (moments ? 2 * j : j);
+        put_number(totals, to, mean);
+        if (moments) put_number(totals, to + 1, variance);
+      }
+  }
+  void put_number(void* numbers, int64_t i, double x) const {
+    if (number_bytes == sizeof(double))
+      static_cast<double*>(numbers)[i] = x;
+    else
+      static_cast<float*>(numbers)[i] = float(x);
+  }
+
   // Rows that other cores have just written: asked for all at once, they arrive together.
   void fetch(const void* const* rows, int count, int64_t numbers) const {
     for (int r = 0; r < count; ++r)

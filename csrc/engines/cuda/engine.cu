@@ -136,9 +136,6 @@ void pack_weights(const Problem& p, const Tiling& t, const void* const* weights,
 std::string fits(const Problem& p, bool backward, int index) {
   const CellInfo& cell = registry[p.cell];
   if (!find(p.cell)) return std::string("the cell ") + cell.name + " was loaded without kernels for a GPU";
-  for (int s = 0; s < cell.stages; ++s)
-    if (cell.stage[s].reduction != Reduction::None)
-      return std::string("the persistent engine has no reduction across units, which ") + cell.name + " asks for";
   const PersistentKernels& kernels = kernels_of(p);
   if (!kernels_of(p.cell).persistent[int(Storage::F32)].forward)
     return std::string("the persistent engine is not compiled for ") + cell.name + ", which is not among the hot cells of cells.def";

@@ -124,6 +124,17 @@ __global__ void __launch_bounds__(kThreads, 1) backward_kernel(const __grid_cons
   persistent_backward<Cell, S, Arithmetic>(cta, r);
 }
 
+// A unit's part of the sums over its row, which a library adds up.
+template <int count, class V>
+RNN_FN void put_sums(const V* e, double* to) {
+  RNN_UNROLL
+  for (int j = 0; j < count; ++j) {
+    const double x = e[j].v;
+    to[2 * j] = x;
+    to[2 * j + 1] = x * x;
+  }
+}
+
 // The page of one stage over the rows of one step, a thread a unit; sums as a library's product left them.
 template <class Cell, int stage, class V, class S>
 __global__ void __launch_bounds__(kThreads) forward_step_kernel(const __grid_constant__ ForwardStep step, int64_t rows, const S* sums) {
@@ -136,7 +147,10 @@ __global__ void __launch_bounds__(kThreads) forward_step_kernel(const __grid_con
   typename V::element sum[columns ? columns : 1];
   RNN_UNROLL
   for (int c = 0; c < columns; ++c) sum[c] = sums ? widen(sums[(row * columns + c) * width + unit]) : 0;
-  forward_units<Cell, stage, V, S>(step, w, row, unit, 1, sum, 1);
+  constexpr int count = InfoOf<Cell>::value.stage[stage].sums;
+  V e[count ? count : 1];
+  forward_units<Cell, stage, V, S>(step, w, row, unit, 1, sum, 1, e);
+  if constexpr (count > 0) put_sums<count>(e, step.partial + row * step.partial_row + unit * 2 * count);
 }
 
 template <class Cell, int stage, class V, class S>
@@ -149,7 +163,10 @@ __global__ void __launch_bounds__(kThreads)
   V w[vectors ? vectors : 1];
   load_vectors<Cell, V, S>(step.vectors, unit, 1, w);
   const typename V::element sum = row < summed_rows ? widen(sums[row * width + unit]) : 0;
-  backward_units<Cell, stage, V, S>(step, w, row, unit, 1, &sum);
+  constexpr int count = InfoOf<Cell>::value.stage[stage].back_sums;
+  V e[count ? count : 1];
+  backward_units<Cell, stage, V, S>(step, w, row, unit, 1, &sum, e);
+  if constexpr (count > 0) put_sums<count>(e, step.partial + row * step.partial_row + unit * 2 * count);
 }
 
 // ---- launches
@@ -267,8 +284,9 @@ template <Heat heat, class Cell>
 constexpr CellKernels cell_kernels() {
   CellKernels k{};
   if constexpr (heat == Heat::HOT) {
-    static_assert(InfoOf<Cell>::value.given_slots() == 0 && InfoOf<Cell>::value.writer == 0,
-                  "the persistent engine has no given slots, and its first stage writes the states beyond the first: make the cell COLD");
+    static_assert(
+        InfoOf<Cell>::value.given_slots() == 0 && InfoOf<Cell>::value.writer == 0 && InfoOf<Cell>::value.moments() == 0,
+        "the persistent engine has no given slots, no sums over a row, and its first stage writes all states but one: make it COLD");
     k.persistent[int(Storage::F32)] = k.tf32 = persistent_kernels<Cell, float, Exact>();
     k.persistent[int(Storage::BF16)] = persistent_kernels<Cell, bf16, Tensor<Fragment::Bf16>>();
     k.persistent[int(Storage::F16)] = persistent_kernels<Cell, f16, Tensor<Fragment::F16>>();

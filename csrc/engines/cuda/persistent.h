@@ -123,7 +123,7 @@ RNN_FN void forward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const typen
           const int64_t at = first + ahead + row;
           Fetched<Cell, s, S> gates = fetched;
           if (row * b.units[s] + u >= kThreads) gates.fetch(static_cast<const S*>(x.gates) + at * x.gates_row + unit, x.gates_slot);
-          forward_units<Cell, s, Number, S>(x, w, at, unit, 1, given, 1, gates);
+          forward_units<Cell, s, Number, S>(x, w, at, unit, 1, given, 1, gates, static_cast<Number*>(nullptr));
         });
         if (columns || sends) b.cta.sync();
         if (sends)
@@ -233,7 +233,7 @@ RNN_FN void backward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const type
           Number w[places];
           load_vectors<Cell, Number, S>(g.vectors, unit, 1, w);
           const float sum = multiply ? b.total(s, row, 0, u) : 0.0f;
-          backward_units<Cell, s, Number, S>(x, w, from + row, unit, 1, &sum);
+          backward_units<Cell, s, Number, S>(x, w, from + row, unit, 1, &sum, static_cast<Number*>(nullptr));
         });
         if (columns || reads) b.cta.sync();
         if (columns) {
