@@ -170,7 +170,7 @@ def make(cell: str, family: Family, dtype: torch.dtype, number: int = 0) -> Prob
     if family.bias and spec.biased:
         weights["bias_hh"] = uniform(spec.biased * H)
     if spec.learned:
-        weights["weight_v"] = normal(spec.learned * H) / 2
+        weights["weight_v"] = normal(spec.learned * H) / (8 if spec.moments else 2)  # a norm's gain alone makes chaos
     if spec.projected:
         weights["weight_hr"] = uniform(P, H)
     batch_sizes = batch_sizes_of(family.T, family.B) if family.ragged else None

@@ -67,7 +67,7 @@ def arguments(
         random(spec.input_gates * H) if bias and spec.input_gates else None,
         random(spec.biased * H) if bias and spec.biased else None,
         random(P, H, scale=scale) if spec.projected else None,
-        random(spec.learned * H, scale=0.5) if spec.learned else None,
+        random(spec.learned * H, scale=0.15 if spec.moments else 0.5) if spec.learned else None,  # a norm's gain alone makes chaos
         random(B, P),
         *([random(B, H)] if len(spec.states) > 1 else []),
     ]
@@ -226,13 +226,10 @@ def test_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype(cell: st
     # relu's gradient is left out: a pre-activation near zero decides it by its rounding. test_relu_forward holds what can be held.
     ops.set_isa(isa)
     for shape, ragged, reverse in itertools.product(("row", "under", "odd", "large", "rounds"), (False, True), (False, True)):
-        mine = theirs = 0.0
-        # Over a hundred steps the error of one problem is a matter of luck, the reference's as well as ours.
-        for number in range(3 if shape == "rounds" and cell not in PLAIN else 1):
-            tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype, number=number)
-            truth = run(oracle, cell, tensors, sizes, upstream, reverse, torch.float64)
-            mine = max(mine, error(run(ours, cell, tensors, sizes, upstream, reverse), truth))
-            theirs = max(theirs, error(run(oracle, cell, tensors, sizes, upstream, reverse), truth))
+        tensors, sizes, upstream = arguments(cell, *SHAPES[shape], ragged=ragged, dtype=dtype)
+        truth = run(oracle, cell, tensors, sizes, upstream, reverse, torch.float64)
+        mine = error(run(ours, cell, tensors, sizes, upstream, reverse), truth)
+        theirs = error(run(oracle, cell, tensors, sizes, upstream, reverse), truth)
         assert mine <= 2 * theirs + 8 * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=}"
 
 

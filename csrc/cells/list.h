@@ -2,11 +2,12 @@
 #pragma once
 
 #include "cells/automatic.h"
+#include "cells/cell_norm.h"
+#include "cells/dreamer.h"
 #include "cells/gru.h"
 #include "cells/layer_norm.h"
 #include "cells/lstm.h"
 #include "cells/lstm_variants.h"
-#include "cells/normed.h"
 #include "cells/projected.h"
 #include "cells/residual.h"
 #include "cells/srn.h"
