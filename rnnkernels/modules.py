@@ -63,6 +63,38 @@ def _check_ranks(states: Sequence[Tensor], rank: int) -> None:
             raise RuntimeError(f"For {case} input, {found}")
 
 
+WEIGHT_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_v")
+
+
+def reshape(module: Any, cell: str, suffix: str = "", normed: str = "") -> list[str]:
+    """Give the weights that torch.nn's base has made the shapes of `cell`'s; return the names of those that it has.
+
+    ``normed``: the same cell with a layer norm, which has no bias at U, other vectors, and gains of the input's norm.
+    """
+    spec, final, H = ops.CELLS[cell], ops.CELLS[normed or cell], module.hidden_size
+    made: Tensor = getattr(module, f"weight_ih{suffix}")
+    biased = getattr(module, f"bias_ih{suffix}", None) is not None
+    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (spec.input_gates * H, made.shape[1])}
+    if spec.hidden_gates:
+        shapes["weight_hh"] = (spec.hidden_gates * H, H)
+    if biased:
+        shapes["bias_ih"] = (spec.input_gates * H,)
+    if biased and final.biased:
+        shapes["bias_hh"] = (final.biased * H,)
+    if final.learned:
+        shapes["weight_v"] = (final.learned * H,)
+    if normed:
+        shapes["norm_ih"] = (spec.input_gates * H,)
+    for name in (*WEIGHT_NAMES, "norm_ih"):
+        known = name + suffix in module._parameters
+        module._parameters.pop(name + suffix, None)  # set anew, it comes last: torch.nn's order, layer by layer
+        if name in shapes:
+            setattr(module, name + suffix, nn.Parameter(made.new_empty(shapes[name])))
+        elif known:
+            module.register_parameter(name + suffix, None)
+    return [name + suffix for name in shapes]
+
+
 class _Layer(nn.RNNBase):
     """What RNN, GRU and LSTM share: everything but the shape of hx."""
 
@@ -73,6 +105,10 @@ class _Layer(nn.RNNBase):
     recurrent_init: str = "uniform"
     zoneout: float | Sequence[float] = 0.0
     recurrent_dropout: float = 0.0
+    layer_norm: str | None = None
+    cell_norm: bool = False
+    _reshaped = False
+    _constructed = True  # until then the base class knows no better than torch.nn
     _rank_text: str
 
     def __init__(
@@ -86,14 +122,17 @@ class _Layer(nn.RNNBase):
         recurrent_init: str = "uniform",
         zoneout: float | Sequence[float] = 0.0,
         recurrent_dropout: float = 0.0,
+        layer_norm: str | None = None,
         **kwargs: Any,
     ) -> None:
         _checked_engine(engine)
         if recurrent_init not in _RECURRENT_INITS:
             raise ValueError(f"recurrent_init must be one of {', '.join(map(repr, _RECURRENT_INITS))}, got {recurrent_init!r}")
         # The base reads the shapes of the weights off the mode, and knows those of torch.nn.
+        self.__dict__["_constructed"] = False
         super().__init__(mode if mode in ("LSTM", "GRU") else "RNN_TANH", *args, **kwargs)
-        self.mode = mode
+        self.mode, self.layer_norm = mode, layer_norm
+        del self._constructed
         self._reshape_weights()
         self.engine, self.recompute = engine, recompute
         self.forget_bias, self.recurrent_init = forget_bias, recurrent_init
@@ -103,6 +142,24 @@ class _Layer(nn.RNNBase):
 
     def _reshape_weights(self) -> None:
         """Where the cell's weights have other shapes than the base gave them, give them these."""
+        if self.layer_norm not in (None, "gates", "gate"):
+            raise ValueError(f"layer_norm: expected None, 'gates' (all at once) or 'gate' (each by itself), got {self.layer_norm!r}")
+        if self.layer_norm is not None and (self.proj_size > 0 or not ops.CELLS[self._base_cell].hidden_gates):
+            why = "a projection" if self.proj_size > 0 else "no recurrent matrix"
+            raise ValueError(f"layer_norm: expected None for a layer with {why}, got {self.layer_norm!r}")
+        if not self._reshaped and self.layer_norm is None and not self.cell_norm:
+            return
+        normed = ops.modified(self._base_cell, self._norms()) if self.layer_norm else ""
+        directions = ("", "_reverse") if self.bidirectional else ("",)
+        suffixes = [f"_l{layer}{direction}" for layer in range(self.num_layers) for direction in directions]
+        self._all_weights = [reshape(self, self._base_cell, suffix, normed) for suffix in suffixes]
+        self._flat_weights_names = [name for names in self._all_weights for name in names]
+        names = (*WEIGHT_NAMES, "norm_ih") if normed else WEIGHT_NAMES
+        self._argument_names = [[name + suffix for name in names] for suffix in suffixes]
+        self.reset_parameters()
+
+    def _norms(self) -> list[str]:
+        return [] if self.layer_norm is None else ["layer_norm" if self.layer_norm == "gates" else "gate_norm"]
 
     def reset_parameters(self) -> None:
         """Draw all weights anew: as torch.nn, then as ``forget_bias`` and ``recurrent_init`` have it."""
@@ -110,6 +167,9 @@ class _Layer(nn.RNNBase):
         self._reset_beyond_torch()
 
     def _reset_beyond_torch(self) -> None:
+        if not self._constructed:
+            return
+        self._reset_norms()
         if self.forget_bias is None and self.recurrent_init == "uniform":
             return
         slots = [name for name, fed, *_ in ops.CELLS[self._base_cell].slots if fed]
@@ -125,6 +185,17 @@ class _Layer(nn.RNNBase):
                     for block in weight_hh.split(self.hidden_size):
                         _RECURRENT_INITS[self.recurrent_init](block)
 
+    def _reset_norms(self) -> None:
+        vectors = [name for name, _, learned, *_ in ops.CELLS[ops.modified(self._base_cell, self._norms())].vectors if learned]
+        H = self.hidden_size
+        with torch.no_grad():
+            for _, _, _, _, *rest in self._weights() if any(name.startswith("gain") for name in vectors) else []:
+                for i, name in enumerate(vectors):
+                    if name.startswith(("gain", "shift")):
+                        rest[1][i * H : (i + 1) * H].fill_(float(name.startswith("gain")))
+                if self.layer_norm:
+                    rest[2].fill_(1)
+
     @property
     def _base_cell(self) -> str:
         return _CELLS[self.mode]
@@ -133,7 +204,7 @@ class _Layer(nn.RNNBase):
         """The cell that runs, and how probably each of its states keeps its old value."""
         base = self._base_cell
         if not self.zoneout and not self.recurrent_dropout:
-            return base, ()
+            return (ops.modified(base, self._norms()), ()) if self.layer_norm else (base, ())
         names = ops.CELLS[base].states
         zones = tuple(self.zoneout) if isinstance(self.zoneout, Sequence) else (self.zoneout,) * len(names)
         if len(zones) != len(names) or not all(isinstance(p, int | float) and 0 <= p <= 1 for p in zones):
@@ -144,7 +215,7 @@ class _Layer(nn.RNNBase):
         if dropped and (ops.CELLS[base].projected or not ops.CELLS[base].hidden_gates):
             why = "a projection" if ops.CELLS[base].projected else "no recurrent matrix"
             raise ValueError(f"recurrent_dropout: expected 0 for a layer with {why}, got {self.recurrent_dropout}")
-        wrappers = ["zoneout"] * zoned + ["dropout"] * (dropped and training)
+        wrappers = [*self._norms(), *["zoneout"] * zoned, *["dropout"] * (dropped and training)]
         return ops.modified(base, wrappers), zones if zoned else ()
 
     @property
@@ -154,19 +225,20 @@ class _Layer(nn.RNNBase):
     def _given(self, cell: str, zones: tuple[float, ...], data: Tensor, batch: int, row: Tensor | None) -> list[list[Tensor]] | None:
         """What each layer and direction is given: masks drawn anew in training, expectations otherwise. ``row``: that of each segment."""
         spec = ops.CELLS[cell]
-        if not spec.given:
+        names = [spec.slots[slot][0] for slot in spec.given if spec.slots[slot][4]]
+        if not names:
             return None
         H = self.hidden_size
 
         def draw(name: str) -> Tensor:
             if name == "dropout":
                 keeps = 1 - self.recurrent_dropout
-                mask = data.new_empty(batch, H).bernoulli_(keeps).div_(keeps)
+                mask = functional.mask(data, (batch, H), keeps) / keeps
                 return mask if row is None else mask.index_select(0, row.to(data.device))
             p = zones[spec.states.index(name.removeprefix("zoneout_"))]
-            return data.new_empty(*data.shape[:-1], H).bernoulli_(p) if self.training else data.new_full((H,), p)
+            return functional.mask(data, (*data.shape[:-1], H), p) if self.training else data.new_full((H,), p)
 
-        return [[draw(spec.slots[slot][0]) for slot in spec.given] for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
+        return [[draw(name) for name in names] for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:
@@ -185,7 +257,8 @@ class _Layer(nn.RNNBase):
 
     def extra_repr(self) -> str:
         engine = f", engine={self.engine}" if self.engine != "auto" else ""
-        modifiers = {"recompute": self.recompute, "zoneout": self.zoneout, "recurrent_dropout": self.recurrent_dropout}
+        names = ("recompute", "zoneout", "recurrent_dropout", "layer_norm", "cell_norm")
+        modifiers = {name: getattr(self, name) for name in names}
         return super().extra_repr() + engine + "".join(f", {name}={value}" for name, value in modifiers.items() if value)
 
     def forward(
@@ -245,6 +318,7 @@ class _Layer(nn.RNNBase):
                 recompute=self.recompute,
                 return_states=return_states,
                 given=self._given(cell, zones, data, batch, None if cut is None else cut.row),
+                layer_norm=self.layer_norm,
             )
         count = len(self._widths)
         finals, histories = finals[:count], finals[count:]
@@ -285,9 +359,10 @@ class _Layer(nn.RNNBase):
         cell, zones = self._modifiers(training=False)
         like = self._weights()[0][0]
         spec = ops.CELLS[cell]
-        expected = [zones[spec.states.index(spec.slots[slot][0].removeprefix("zoneout_"))] for slot in spec.given]
+        masks = [spec.slots[slot][0] for slot in spec.given if spec.slots[slot][4]]
+        expected = [zones[spec.states.index(name.removeprefix("zoneout_"))] for name in masks]
         constants = [like.detach().new_full((self.hidden_size,), p) for p in expected]
-        return Stream(cell, self._weights, batch_size, hx, self.engine, self._split, self._join, constants)
+        return Stream(cell, self._weights, batch_size, hx, self.engine, self._split, self._join, constants, self.layer_norm)
 
     @property
     def _output_width(self) -> int:
@@ -401,6 +476,8 @@ class _Layer(nn.RNNBase):
         return data, states, batch_sizes, weights
 
     def _weights(self) -> list[list[Any]]:
+        if hasattr(self, "_argument_names"):
+            return [_named(self, names) for names in self._argument_names]
         groups = [_named(self, names) for names in self._all_weights]
         if self.proj_size > 0 and not self.bias:
             return [[weight_ih, weight_hh, None, None, weight_hr] for weight_ih, weight_hh, weight_hr in groups]
@@ -543,6 +620,8 @@ class LSTM(_PairLayer):
             does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
         zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
             training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
+            layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016),
+            with gains norm_ih, weight_v and the shift bias_ih; cell_norm: also the cell state on its way out.
             Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
 
     Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
@@ -557,12 +636,15 @@ class LSTM(_PairLayer):
 
     _rank_text = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, cell_norm: bool = False, **kwargs: Any) -> None:
+        if cell_norm and kwargs.get("proj_size", 0):
+            raise ValueError("cell_norm: expected False for a layer with a projection, got True")
+        self.__dict__["cell_norm"] = cell_norm  # the base asks for the cell before it lets attributes be set
         super().__init__("LSTM", *args, **kwargs)
 
     @property
     def _base_cell(self) -> str:
-        return "lstm_projected" if self.proj_size > 0 else "lstm"
+        return "lstm_projected" if self.proj_size > 0 else "lstm_cell_norm" if self.cell_norm else "lstm"
 
 
 def _pair(hx: Any, name: str) -> tuple[Tensor, Tensor]:

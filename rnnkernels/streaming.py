@@ -9,11 +9,54 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from .ops.stream import stack
+from . import functional, ops
+from .ops.stream import Stack, stack
 
 __all__ = ["Stream"]
 
 _version = operator.attrgetter("_version")
+
+
+class _Normed:
+    """A stack of layers whose input gates are normalised outside the engine: one call of the stack a step."""
+
+    def __init__(
+        self, cell: str, lead: tuple[int, ...], weights: Sequence[Sequence[Any]], engine: str, constants: Sequence[Tensor], layer_norm: str
+    ) -> None:
+        self._cell, self._lead, self._constants, self._engine, self._layer_norm = cell, lead, constants, engine, layer_norm
+        like: Tensor = weights[0][0]
+        H = weights[0][1].shape[0] // ops.CELLS[cell].hidden_gates
+        self.widths = [H] * len(ops.CELLS[cell].states)
+        self._states = [like.detach().new_zeros(len(weights), *(lead or (1,)), H) for _ in self.widths]
+        self.pack(weights)
+
+    def pack(self, weights: Sequence[Sequence[Any]]) -> None:
+        self._weights = weights
+
+    def load(self, states: Sequence[Tensor] | None, rows: Sequence[int]) -> None:
+        index = torch.tensor(rows, dtype=torch.int64, device=self._states[0].device)
+        for i, kept in enumerate(self._states):
+            if states is None:
+                kept.index_fill_(1, index, 0)
+            else:
+                kept.index_copy_(1, index, states[i].index_select(1, index))
+
+    def store(self) -> list[Tensor]:
+        return [state.clone() for state in self._states]
+
+    def run(self, x: Tensor) -> Tensor:
+        given = [self._constants] * len(self._weights) if self._constants else None
+        with torch.no_grad():
+            y, *self._states = functional.stack(
+                self._cell,
+                x.reshape(1, -1, x.shape[-1]),
+                self._states,
+                self._weights,
+                given=given,
+                engine=self._engine,
+                layer_norm=self._layer_norm,
+            )
+        return y.view(*self._lead, -1)
 
 
 class Stream:
@@ -21,7 +64,8 @@ class Stream:
 
     Weights are packed once, states stay inside and change in place, nothing is recorded for autograd, dropout is not applied and autocast
     does not reach it. On a CPU the results have the bits that the layer gives for the whole sequence in one call (of two steps or more, and
-    with the stream's instruction set). On another device, and with ``engine="stepwise"`` or ``"torch"``, each step is one call of
+    with the stream's instruction set; layers with a layer norm are no quicker than by calls of the layer). On another device, and with
+    ``engine="stepwise"`` or ``"torch"``, each step is one call of
     :func:`rnnkernels.ops.sequence` a layer; what would be a persistent launch is stepwise.
 
     A change of the weights in place (an optimizer's step, ``load_state_dict``, ``copy_``) is noticed at the next step. Not noticed, until
@@ -52,9 +96,10 @@ class Stream:
         split: Callable[[Any], Sequence[Tensor]],
         join: Callable[[Sequence[Tensor]], Any],
         constants: Sequence[Tensor] = (),
+        layer_norm: str | None = None,
     ) -> None:
         """``weights`` gives those of each layer as they are now; ``split`` and ``join`` take hx apart and make it; ``constants`` are what
-        the cell is given at every step.
+        the cell is given at every step; ``layer_norm`` as :func:`rnnkernels.functional.stack` has it.
         """
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"batch_size: expected a positive int, or None for unbatched steps, got {batch_size!r}")
@@ -62,7 +107,11 @@ class Stream:
         like: Tensor = now[0][0]
         lead = () if batch_size is None else (batch_size,)
         self._weights, self._split, self._join, self._batch = weights, split, join, batch_size
-        self._stack = stack(cell, lead, now, engine, constants)
+        self._stack: Stack
+        if layer_norm is None:
+            self._stack = stack(cell, lead, now, engine, constants)
+        else:
+            self._stack = _Normed(cell, lead, now, engine, constants, layer_norm)
         self._run = self._stack.run
         self._shape, self._dtype, self._device = (*lead, like.shape[1]), like.dtype, like.device
         self._state_shapes = [(len(now), *lead, width) for width in self._stack.widths]

@@ -7,7 +7,6 @@ order of the equation; a cell that multiplies states by a number a unit has ``we
 
 from __future__ import annotations
 
-import itertools
 from typing import Any
 
 import torch
@@ -15,12 +14,13 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .modules import _Cell, _checked_engine, _Layer, _named, _pair, _PairCell, _PairLayer
+from .modules import WEIGHT_NAMES, _Cell, _checked_engine, _Layer, _pair, _PairCell, _PairLayer, reshape
 
 __all__ = [
     "SCRN",
     "CoupledLSTM",
     "CoupledLSTMCell",
+    "DreamerGRU",
     "GRUResetBefore",
     "GRUResetBeforeCell",
     "IndRNN",
@@ -32,32 +32,6 @@ __all__ = [
     "ResidualRNN",
     "ResidualRNNCell",
 ]
-
-_NAMES = ("weight_ih", "weight_hh", "bias_ih", "bias_hh", "weight_hr", "weight_v")
-
-
-def _reshape(module: Any, cell: str, suffix: str = "") -> list[str]:
-    """Give the weights that torch.nn's base has made for an SRN the shapes of `cell`'s; return the names of those that it has."""
-    spec, H = ops.CELLS[cell], module.hidden_size
-    made: Tensor = getattr(module, f"weight_ih{suffix}")
-    biased = getattr(module, f"bias_ih{suffix}", None) is not None
-    shapes: dict[str, tuple[int, ...]] = {"weight_ih": (spec.input_gates * H, made.shape[1])}
-    if spec.hidden_gates:
-        shapes["weight_hh"] = (spec.hidden_gates * H, H)
-    if biased:
-        shapes["bias_ih"] = (spec.input_gates * H,)
-    if biased and spec.hidden_gates:
-        shapes["bias_hh"] = (spec.hidden_gates * H,)
-    if spec.learned:
-        shapes["weight_v"] = (spec.learned * H,)
-    for name in _NAMES:
-        known = name + suffix in module._parameters
-        module._parameters.pop(name + suffix, None)  # set anew, it comes last: torch.nn's order, layer by layer
-        if name in shapes:
-            setattr(module, name + suffix, nn.Parameter(made.new_empty(shapes[name])))
-        elif known:
-            module.register_parameter(name + suffix, None)
-    return [name + suffix for name in shapes]
 
 
 def _with_nonlinearity(family: str, nonlinearity: str) -> str:
@@ -75,13 +49,7 @@ class _Variant(_Layer):
             raise ValueError(f"proj_size argument is only supported for LSTM, not {type(self).__name__}")
         super().__init__(cell.upper(), *args, **kwargs)
 
-    def _reshape_weights(self) -> None:
-        directions = ("", "_reverse") if self.bidirectional else ("",)
-        suffixes = [f"_l{layer}{direction}" for layer, direction in itertools.product(range(self.num_layers), directions)]
-        self._all_weights = [_reshape(self, self._base_cell, suffix) for suffix in suffixes]
-        self._flat_weights_names = [name for names in self._all_weights for name in names]
-        self._argument_names = [[name + suffix for name in _NAMES] for suffix in suffixes]
-        self.reset_parameters()
+    _reshaped = True
 
     @property
     def _base_cell(self) -> str:
@@ -91,9 +59,6 @@ class _Variant(_Layer):
     def _rank_text(self) -> str:  # type: ignore[override]
         return type(self).__name__ + ": Expected input to be 2D or 3D, got {}D tensor instead"
 
-    def _weights(self) -> list[list[Any]]:
-        return [_named(self, names) for names in self._argument_names]
-
 
 class _PairVariant(_PairLayer, _Variant):
     """A layer of a cell of two states."""
@@ -102,14 +67,14 @@ class _PairVariant(_PairLayer, _Variant):
 class _VariantCell(_Cell):
     """A step of a cell of one state."""
 
-    _weight_names = _NAMES
+    _weight_names = WEIGHT_NAMES
     _page: str
 
     def __init__(
         self, input_size: int, hidden_size: int, bias: bool = True, device: Any = None, dtype: Any = None, *, engine: str = "auto"
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 1, device, dtype, engine=engine)
-        _reshape(self, self._cell)
+        reshape(self, self._cell)
         self.reset_parameters()
 
     @property
@@ -177,6 +142,24 @@ class NoForgetLSTM(_PairVariant):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("lstm_no_forget", *args, **kwargs)
+
+
+class DreamerGRU(_Variant):
+    r"""A stack of Dreamer's gated recurrent units, with one layer norm over all gates (Hafner et al. 2020).
+
+    Row blocks r, n, u; weight_v: the norm's gains and shifts.
+
+    .. math::
+        \hat r_t, \hat n_t, \hat u_t &= \gamma \odot N(W x_t + U h_{t-1} + b) + \beta \qquad u_t = \sigma(\hat u_t - 1) \\
+        h_t &= u_t \odot \tanh(\sigma(\hat r_t) \odot \hat n_t) + (1 - u_t) \odot h_{t-1}
+
+    >>> import torch, rnnkernels
+    >>> rnnkernels.DreamerGRU(3, 5)(torch.zeros(7, 2, 3))[0].shape
+    torch.Size([7, 2, 5])
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__("gru_dreamer", *args, **kwargs)
 
 
 class GRUResetBefore(_Variant):

@@ -193,3 +193,140 @@ def test_a_mask_takes_no_gradient() -> None:
         ops.sequence("gru_zoneout", torch.randn(T, B, I), None, *layer._weights()[0], given=[torch.rand(3, H)])
     with pytest.raises(RuntimeError, match="given: expected nothing for cell 'gru', got them for 1"):
         ops.sequence("gru", torch.randn(T, B, I), None, *layer._weights()[0], given=[torch.rand(H)])
+
+
+NORMS = {
+    "lstm gates": (rnnkernels.LSTM, {"layer_norm": "gates"}),
+    "lstm gate": (rnnkernels.LSTM, {"layer_norm": "gate"}),
+    "lstm cell": (rnnkernels.LSTM, {"cell_norm": True}),
+    "lstm gates cell": (rnnkernels.LSTM, {"layer_norm": "gates", "cell_norm": True}),
+    "gru gates": (rnnkernels.GRU, {"layer_norm": "gates"}),
+    "gru gate": (rnnkernels.GRU, {"layer_norm": "gate"}),
+    "srn": (rnnkernels.RNN, {"layer_norm": "gates"}),
+    "peephole": (rnnkernels.PeepholeLSTM, {"layer_norm": "gates"}),
+    "dreamer": (rnnkernels.DreamerGRU, {}),
+}
+
+
+def normalised(v: Tensor, gain: Tensor, shift: Tensor | None, gates: int, by_gate: bool, eps: float = 1e-5) -> Tensor:
+    blocks = v.unflatten(-1, (gates, -1)) if by_gate else v
+    result = torch.nn.functional.layer_norm(blocks, blocks.shape[-1:], eps=eps).reshape(v.shape) * gain
+    return result if shift is None else result + shift
+
+
+def by_equations(layer: Any, name: str, x: Tensor) -> Tensor:
+    """One layer, one direction, step by step, as Ba 2016, or for Dreamer Hafner 2020, has it."""
+    p = {key.removesuffix("_l0"): value for key, value in layer.named_parameters()}
+    v = list(p["weight_v"].split(H))
+    h = c = x.new_zeros(x.size(1), H)
+    by_gate, gates = layer.layer_norm == "gate", p["weight_ih"].size(0) // H
+    outputs = []
+    for x_t in x:
+        if name == "dreamer":
+            z = x_t @ p["weight_ih"].t() + p["bias_ih"] + h @ p["weight_hh"].t() + p["bias_hh"]
+            r, n, u = normalised(z, torch.cat(v[:3]), torch.cat(v[3:]), 3, by_gate=False, eps=1e-3).chunk(3, -1)
+            u = (u - 1).sigmoid()
+            h = u * (r.sigmoid() * n).tanh() + (1 - u) * h
+            outputs.append(h)
+            continue
+        if layer.layer_norm:
+            a = normalised(x_t @ p["weight_ih"].t(), p["norm_ih"], p["bias_ih"], gates, by_gate)
+            m = normalised(h @ p["weight_hh"].t(), torch.cat(v[:gates]), None, gates, by_gate)
+            own = v[gates:]
+        else:
+            a, m, own = x_t @ p["weight_ih"].t() + p["bias_ih"], h @ p["weight_hh"].t() + p["bias_hh"], v
+        if isinstance(layer, rnnkernels.GRU):
+            (x_r, x_z, x_n), (m_r, m_z, m_n) = a.chunk(3, -1), m.chunk(3, -1)
+            z = (x_z + m_z).sigmoid()
+            h = z * h + (1 - z) * (x_n + (x_r + m_r).sigmoid() * (m_n + own[0])).tanh()
+        elif isinstance(layer, rnnkernels.RNN):
+            h = (a + m).tanh()
+        else:
+            i, f, g, o = (a + m).chunk(4, -1)
+            if name == "peephole":
+                i, f = i + own[0] * c, f + own[1] * c
+            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+            if name == "peephole":
+                o = o + own[2] * c
+            out = torch.nn.functional.layer_norm(c, (H,), own[0], own[1]) if layer.cell_norm else c
+            h = o.sigmoid() * out.tanh()
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "stepwise"])
+@pytest.mark.parametrize("name", NORMS)
+def test_layer_norm_is_its_equations(name: str, engine: str) -> None:
+    torch.manual_seed(2)
+    layer_class, options = NORMS[name]
+    layer = layer_class(I, H, dtype=torch.float64, engine=engine, **options)
+    for key, parameter in layer.named_parameters():
+        if key.startswith(("weight_v", "norm")):
+            torch.nn.init.normal_(parameter, 1 if key.startswith("norm") else 0.3, 0.3)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    output, _ = layer(x)
+    truth = by_equations(layer, name, x)
+    torch.testing.assert_close(output, truth)
+    leaves, cotangent = [x, *layer.parameters()], torch.randn_like(output)
+    for ours, theirs in zip(torch.autograd.grad(output, leaves, cotangent), torch.autograd.grad(truth, leaves, cotangent), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.equal(layer.eval()(x)[0], output)
+
+
+@pytest.mark.parametrize("name", NORMS)
+def test_layer_norm_in_the_grammar_of_layers(name: str) -> None:
+    torch._dynamo.reset()
+    layer_class, options = NORMS[name]
+    layer = layer_class(I, H, num_layers=2, bidirectional=True, batch_first=True, **options)
+    gains = {key: value for key, value in layer.named_parameters() if key.startswith("norm")}
+    assert all(value.eq(1).all() for value in gains.values())
+    x = torch.randn(B, T, I)
+    output, hx = layer(x)
+    assert output.shape == (B, T, 2 * H)
+    other = copy.deepcopy(layer)
+    other.reset_parameters()
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other(x, hx)[0], layer(x, hx)[0])
+    lengths = torch.tensor([6, 2, 5, 1])
+    ragged, _ = layer(x, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(ragged[row, :length], layer(x[row : row + 1, :length])[0][0])
+    assert torch.equal(torch.compile(layer, fullgraph=True, backend="aot_eager")(x)[0], output)
+    stream = layer_class(I, H, num_layers=2, **options)
+    running = stream.stream(B)
+    steps = torch.stack([running.step(x[:, t]) for t in range(T)])
+    torch.testing.assert_close(steps, stream(x.transpose(0, 1))[0])
+    assert rnnkernels.explain(layer, x).plans[0].engine == "cpu"
+
+
+def test_all_modifiers_at_once() -> None:
+    layer = rnnkernels.LSTM(I, H, layer_norm="gates", cell_norm=True, zoneout=(0.1, 0.2), recurrent_dropout=0.3, dtype=torch.float64)
+    names = ("i", "f", "g", "o")
+    x, weights = torch.randn(T, B, I, dtype=torch.float64), layer._weights()[0]
+    spec = ops.CELLS[layer._cell]
+    given = [
+        torch.rand(B if spec.slots[slot][0] == "dropout" else T, *([] if spec.slots[slot][0] == "dropout" else [B]), H).double()
+        for slot in spec.given
+    ]
+    assert tuple(spec.slots[slot][0] for slot in spec.given[:4]) == names
+    leaves = [given[0].requires_grad_(), weights[1], weights[5]]
+
+    def run(gate: Tensor, u: Tensor, v: Tensor) -> Any:
+        return ops.sequence(layer._cell, x, None, None, u, None, None, None, v, given=[gate, *given[1:]])
+
+    assert torch.autograd.gradcheck(run, leaves)
+
+
+@pytest.mark.parametrize(
+    ("make_layer", "text"),
+    [
+        (lambda: rnnkernels.LSTM(I, H, layer_norm="rows"), r"layer_norm: expected None, 'gates' \(all at once\) or 'gate'"),
+        (lambda: rnnkernels.LSTM(I, H, layer_norm="gates", proj_size=2), "layer_norm: expected None for a layer with a projection"),
+        (lambda: rnnkernels.LSTM(I, H, cell_norm=True, proj_size=2), "cell_norm: expected False for a layer with a projection"),
+        (lambda: rnnkernels.IndRNN(I, H, layer_norm="gates"), "layer_norm: expected None for a layer with no recurrent matrix"),
+    ],
+    ids=["unknown", "projected", "projected cell", "no matrix"],
+)
+def test_a_norm_is_refused(make_layer: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make_layer()

@@ -75,7 +75,7 @@ struct PerUnit {
   int state = 0;
 };
 
-constexpr int kMaxSlots = 16, kMaxStages = 3, kMaxStates = 4, kMaxVectors = 8, kMaxGiven = 8, kMaxSums = 8;
+constexpr int kMaxSlots = 20, kMaxStages = 4, kMaxStates = 4, kMaxVectors = 8, kMaxGiven = 8, kMaxSums = 8;
 
 // A page's shape with its defaults filled in: what engines, bindings and tests read.
 struct CellInfo {
@@ -89,8 +89,8 @@ struct CellInfo {
   int writer = 0;                  // the stage that writes the states beyond the first
   int keeper[2 * kMaxSlots] = {};  // of kept values beyond the slots, the stage that writes each
 
-  unsigned unkept = 0;                             // the slots, a bit each, of which forward leaves nothing for backward
-  unsigned changes[kMaxStages] = {~0u, ~0u, ~0u};  // the slots that a stage's backward may change
+  unsigned unkept = 0;                                  // the slots, a bit each, of which forward leaves nothing for backward
+  unsigned changes[kMaxStages] = {~0u, ~0u, ~0u, ~0u};  // the slots that a stage's backward may change
 
   RNN_FN constexpr bool in_stage(int s, int i) const { return stage[s].first <= i && i < stage[s].first + stage[s].count; }
   RNN_FN constexpr int stage_of(int i) const {

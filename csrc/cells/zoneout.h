@@ -41,6 +41,8 @@ struct Zoneout {
         if (inner.writes(s, i)) info.slot[mask(s, i)] = {i == 0 ? "zoneout_h" : "zoneout_c", G | M};
     }
     info.unkept = 0;
+    for (int i = 1; i < inner.states; ++i) info.keeper[made + i] = inner.writer;
+    for (int i = inner.slots; i < inner.kept; ++i) info.keeper[i + slots - inner.slots] = inner.keeper[i];
     for (int s = 0; s < inner.stages; ++s) {
       info.changes[s] = 0;
       for (int i = 0; i < inner.slots; ++i) info.changes[s] |= (inner.changes[s] >> i & 1) << place(i);
@@ -56,7 +58,6 @@ struct Zoneout {
     return info;
   }
   static_assert(inner.slots + inner.states <= kMaxSlots, "the page has too many slots");
-  static_assert(inner.writer == 0, "zoneout goes on a page before dropout does");
   static constexpr CellInfo info = make();
 
   template <class V>
@@ -77,7 +78,15 @@ struct Zoneout {
       if constexpr (inner.in_stage(S, i.value)) sums[i.value] = a[place(i.value)];
     });
     if constexpr (S > 0) take(k, own);
-    Cell::template forward<S>(sums, w, s, s1, own, sums_of_rows...);
+    // Stages after the writer go on with what the page made, not with what was kept of it.
+    V seen[inner.states];
+    each<inner.states>([&](auto i) {
+      if constexpr (i.value > 0 && S > inner.writer)
+        seen[i.value] = k[made + i.value];
+      else if constexpr (inner.sees(S, i.value))
+        seen[i.value] = s[i.value];
+    });
+    Cell::template forward<S>(sums, w, seen, s1, own, sums_of_rows...);
     give(own, k);
     each<inner.states>([&](auto i) {
       if constexpr (inner.writes(S, i.value)) {

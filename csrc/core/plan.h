@@ -70,11 +70,12 @@ struct Machine {
 
 struct Schedule {
   int row_groups = 1, unit_groups = 1;
-  int blocks[kMaxStages] = {1, 1, 1};        // vectors of units a panel
-  int input_blocks[kMaxStages] = {1, 1, 1};  // likewise for the input's product: a divisor, so that panels' owners own whole ones of these
-  int64_t chunk = 1;                         // steps whose input gates are made at a time
-  int64_t grad_chunk = 1;                    // steps between two rounds of backward's products; the same for any number of threads
-  int grad_input_blocks = 1, grad_weight_ih_blocks = 1, grad_weight_blocks[kMaxStages] = {1, 1, 1};
+  int blocks[kMaxStages] = {1, 1, 1, 1};  // vectors of units a panel
+  int input_blocks[kMaxStages] = {1, 1, 1,
+                                  1};  // likewise for the input's product: a divisor, so that panels' owners own whole ones of these
+  int64_t chunk = 1;                   // steps whose input gates are made at a time
+  int64_t grad_chunk = 1;              // steps between two rounds of backward's products; the same for any number of threads
+  int grad_input_blocks = 1, grad_weight_ih_blocks = 1, grad_weight_blocks[kMaxStages] = {1, 1, 1, 1};
   double ns = 0;  // the model's estimate
   int threads() const { return row_groups * unit_groups; }
 };

@@ -80,16 +80,21 @@ def load_page(source: str | os.PathLike[str], cuda: bool | None = None) -> str:
     return name
 
 
-_WRAPPERS = {"zoneout": "Zoneout", "dropout": "Variational"}
+_WRAPPERS = {
+    "layer_norm": "LayerNorm<{}, false>",
+    "gate_norm": "LayerNorm<{}, true>",
+    "zoneout": "Zoneout<{}>",
+    "dropout": "Variational<{}>",
+}
 
 
 def modified(cell: str, modifiers: Sequence[str]) -> str:
-    """The cell with these modifiers, ``"zoneout"`` and ``"dropout"`` in this order; one that is not in the library is compiled."""
+    """The cell with these modifiers, in the order of the table above; one that is not in the library is compiled."""
     name = "_".join([cell, *modifiers])
     if name not in CELLS:
         page = f"Complete<{CELLS[cell].page}>"
         for modifier in modifiers:
-            page = f"{_WRAPPERS[modifier]}<{page}>"
+            page = _WRAPPERS[modifier].format(page)
         line = f"RNN_CELL({name}, COLD, {page})\n"
         text = _sources.get(cell)
         load_page(line + "\n" if text is None else re.sub(r"^\s*RNN_CELL\s*\(.*\)\s*$", lambda _: line, text, flags=re.MULTILINE))
@@ -169,7 +174,8 @@ def _compiled(text: str, shown: str, prologue: str, command: list[str], suffix: 
         except FileNotFoundError:
             raise RuntimeError(f"load_cell: no compiler {command[0]!r} here: put one on PATH or set CXX (for a GPU: CUDACXX)") from None
         if done.returncode:
-            raise RuntimeError(f"load_cell: {shown} does not compile\n{done.stderr[-4000:]}")
+            said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
+            raise RuntimeError("\n".join([f"load_cell: {shown} does not compile", *said[:20]]))
         made.replace(library)  # others may be making the same
     return library
 

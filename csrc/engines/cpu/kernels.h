@@ -261,6 +261,7 @@ constexpr PageOps page_ops() {
   ops.backward[0] = backward<Cell, 0, V, S>;
   if constexpr (stages > 1) ops.forward[1] = forward<Cell, 1, V, S>, ops.backward[1] = backward<Cell, 1, V, S>;
   if constexpr (stages > 2) ops.forward[2] = forward<Cell, 2, V, S>, ops.backward[2] = backward<Cell, 2, V, S>;
+  if constexpr (stages > 3) ops.forward[3] = forward<Cell, 3, V, S>, ops.backward[3] = backward<Cell, 3, V, S>;
   return ops;
 }
 

@@ -274,6 +274,7 @@ constexpr StepKernels step_kernels() {
   k.backward[0] = launch_backward_step<Cell, 0, V, S>;
   if constexpr (stages > 1) k.forward[1] = launch_forward_step<Cell, 1, V, S>, k.backward[1] = launch_backward_step<Cell, 1, V, S>;
   if constexpr (stages > 2) k.forward[2] = launch_forward_step<Cell, 2, V, S>, k.backward[2] = launch_backward_step<Cell, 2, V, S>;
+  if constexpr (stages > 3) k.forward[3] = launch_forward_step<Cell, 3, V, S>, k.backward[3] = launch_backward_step<Cell, 3, V, S>;
   return k;
 }
 
