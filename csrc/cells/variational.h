@@ -65,7 +65,7 @@ struct Variational {
       d[0] = fma(d1, k[mask], d[0]);
     } else {
       V own[inner.room()];
-      each<inner.kept>([&](auto i) { own[i.value] = k[place(i.value)]; });
+      each<inner.room()>([&](auto i) { own[i.value] = k[place(i.value)]; });
       Cell::template backward<S - 1>(S < inner.stages ? d1 * k[mask] : d1, w, s, s1, own, d, sums_of_rows...);
       each<inner.slots>([&](auto i) { k[i.value] = own[i.value]; });
     }

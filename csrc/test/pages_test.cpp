@@ -1,5 +1,5 @@
-// Each page's backward against its forward: ⟨v, J u⟩ = ⟨Jᵀ v, u⟩, with J u from dual numbers. One unit, its matrices one number a slot, so
-// that what an engine adds around a page (products, sums of gradients) is a line each.
+// Each page's backward against its forward: ⟨v, J u⟩ = ⟨Jᵀ v, u⟩, with J u from dual numbers. A row of three units, so that what an engine
+// adds around a page (products, sums over the units, sums of gradients) is some lines each.
 #include <cmath>
 #include <random>
 #include <string>
@@ -20,39 +20,91 @@ using D = Dual<F>;
 
 double value(F x) { return x.v; }
 
-// The numbers a step depends on.
+constexpr int kUnits = 3;
+
+// What a step depends on, and what it makes of it; one row.
 template <class V>
-struct Inputs {
-  V x[kMaxSlots], m[kMaxSlots], w[kMaxVectors], s[kMaxStates];
+struct Unit {
+  V x[kMaxSlots], w[kMaxVectors], s[kMaxStates];     // given
+  V a[kMaxSlots], s1[kMaxStates], k[2 * kMaxSlots];  // made
+  V grad[kMaxStates], e[kMaxSums];
+};
+template <class V>
+struct Row {
+  Unit<V> unit[kUnits];
+  V matrix[kMaxSlots][kUnits][kUnits];  // of each slot that one feeds
+  V moments[2 * kMaxSums * kMaxStages];
 };
 
-template <class Cell, class V, int stage = 0>
-void step(const Inputs<V>& in, V* a, V* s1, V* k) {
+template <class V>
+V mean_of(const Row<V>& row, int j) {
+  V sum(0);
+  for (const Unit<V>& u : row.unit) sum = sum + u.e[j];
+  return sum / V(kUnits);
+}
+
+template <class Cell, int stage = 0, class V>
+void step(Row<V>& row) {
   constexpr CellInfo cell = InfoOf<Cell>::value;
+  constexpr int operand = cell.stage[stage].operand;
   for (int i = 0; i < cell.slots; ++i) {
     if (!cell.in_stage(stage, i)) continue;
-    const V operand =
-        cell.stage[stage].operand == kPreviousState ? in.s[0] : k[cell.stage[stage].operand < 0 ? 0 : cell.stage[stage].operand];
-    a[i] = cell.slot[i].feeds & (X | G) ? in.x[i] : V(0);
-    if (cell.slot[i].feeds & H) a[i] = a[i] + in.m[i] * operand;
+    for (int n = 0; n < kUnits; ++n) {
+      Unit<V>& u = row.unit[n];
+      u.a[i] = cell.slot[i].feeds & (X | G) ? u.x[i] : V(0);
+      if (cell.slot[i].feeds & H)
+        for (int m = 0; m < kUnits; ++m)
+          u.a[i] = u.a[i] + row.matrix[i][n][m] * (operand == kPreviousState ? row.unit[m].s[0] : row.unit[m].k[operand < 0 ? 0 : operand]);
+    }
   }
-  Cell::template forward<stage>(a, in.w, in.s, s1, k);
-  if constexpr (stage + 1 < cell.stages) step<Cell, V, stage + 1>(in, a, s1, k);
+  for (Unit<V>& u : row.unit) {
+    V seen[kMaxStates];
+    for (int i = 0; i < cell.states; ++i) seen[i] = i > 0 && stage > cell.writer ? u.s1[i] : u.s[i];
+    if constexpr (cell.moments() > 0)
+      Cell::template forward<stage>(u.a, u.w, seen, u.s1, u.k, row.moments, u.e);
+    else
+      Cell::template forward<stage>(u.a, u.w, seen, u.s1, u.k);
+  }
+  for (int j = 0; j < cell.stage[stage].sums; ++j) {
+    const V mean = mean_of(row, j);
+    V variance(0);
+    for (const Unit<V>& u : row.unit) variance = variance + (u.e[j] - mean) * (u.e[j] - mean) / V(kUnits);
+    row.moments[cell.moments(stage) + 2 * j] = mean;
+    row.moments[cell.moments(stage) + 2 * j + 1] = variance;
+  }
+  if constexpr (stage + 1 < cell.stages) step<Cell, stage + 1>(row);
+}
+
+// What the stage's matrices hand back to the units that they read.
+template <class Cell, int stage>
+F through(const Row<F>& row, int m) {
+  constexpr CellInfo cell = InfoOf<Cell>::value;
+  F sum(0);
+  for (int i = 0; i < cell.slots; ++i)
+    for (int n = 0; n < kUnits; ++n)
+      if (cell.in_stage(stage, i) && (cell.slot[i].feeds & H)) sum = sum + row.matrix[i][n][m] * row.unit[n].k[i];
+  return sum;
 }
 
 template <class Cell, int stage>
-void back(const Inputs<F>& in, const F* s1, F d1, F* k, F* d) {
+void back(Row<F>& row, const F* d1) {
   constexpr CellInfo cell = InfoOf<Cell>::value;
-  F unseen[kMaxStates];
-  for (int i = 0; i < cell.states; ++i) unseen[i] = d[i];
-  Cell::template backward<stage>(d1, in.w, in.s, s1, k, d);
-  for (int i = 0; i < cell.states; ++i)
-    if (!cell.sees(stage, i)) d[i] = unseen[i];
+  F q[kMaxSums], next[kUnits];
+  for (int j = 0; stage + 1 < cell.stages && j < cell.stage[stage + 1 < cell.stages ? stage + 1 : 0].back_sums; ++j) q[j] = mean_of(row, j);
+  for (int n = 0; n < kUnits; ++n) {
+    Unit<F>& u = row.unit[n];
+    F unseen[kMaxStates];
+    for (int i = 0; i < cell.states; ++i) unseen[i] = u.grad[i];
+    if constexpr (cell.moments() > 0)
+      Cell::template backward<stage>(d1[n], u.w, u.s, u.s1, u.k, u.grad, row.moments, q, u.e);
+    else
+      Cell::template backward<stage>(d1[n], u.w, u.s, u.s1, u.k, u.grad);
+    for (int i = 0; i < cell.states; ++i)
+      if (!cell.sees(stage, i)) u.grad[i] = unseen[i];
+  }
   if constexpr (stage > 0) {
-    F through(0);
-    for (int i = 0; i < cell.slots; ++i)
-      if (cell.in_stage(stage, i) && (cell.slot[i].feeds & H)) through = through + in.m[i] * k[i];
-    back<Cell, stage - 1>(in, s1, through, k, d);
+    for (int n = 0; n < kUnits; ++n) next[n] = through<Cell, stage>(row, n);
+    back<Cell, stage - 1>(row, next);
   }
 }
 
@@ -63,60 +115,51 @@ void test(const char* name) {
   std::normal_distribution<double> normal;
   double worst = 0;
   for (int trial = 0; trial < 200; ++trial) {
-    Inputs<F> in{};
-    Inputs<D> dual{};
-    std::vector<F*> inputs;
-    std::vector<double> u;
-    auto vary = [&](F* plain, D* both, int n) {
-      for (int i = 0; i < n; ++i) {
-        plain[i] = F(normal(random));
-        const double tangent = normal(random);
-        both[i] = D(plain[i], F(tangent));
-        inputs.push_back(&plain[i]);
-        u.push_back(tangent);
+    Row<F> row{};
+    Row<D> dual{};
+    std::vector<double> tangents;  // unit by unit: x, w, s
+    for (int n = 0; n < kUnits; ++n) {
+      auto vary = [&](F* plain, D* both, int count, auto fixed) {
+        for (int i = 0; i < count; ++i) {
+          plain[i] = F(normal(random));
+          tangents.push_back(fixed(i) ? 0 : normal(random));
+          both[i] = D(plain[i], F(tangents.back()));
+        }
+      };
+      vary(row.unit[n].x, dual.unit[n].x, cell.slots, [&](int i) { return (cell.slot[i].feeds & M) || !(cell.slot[i].feeds & (X | G)); });
+      vary(row.unit[n].w, dual.unit[n].w, cell.vectors, [&](int i) { return cell.vector[i].factor == Factor::Fixed; });
+      vary(row.unit[n].s, dual.unit[n].s, cell.states, [](int) { return false; });
+    }
+    for (int i = 0; i < cell.slots; ++i)
+      for (int n = 0; n < kUnits; ++n)
+        for (int m = 0; m < kUnits; ++m) dual.matrix[i][n][m] = D(row.matrix[i][n][m] = F(normal(random)));
+    step<Cell>(dual);
+    step<Cell>(row);
+
+    double forward_sum = 0, backward_sum = 0;
+    F d1[kUnits];
+    Row<F> before = row;
+    for (int n = 0; n < kUnits; ++n)
+      for (int i = 0; i < cell.states; ++i) {
+        const F v(normal(random));
+        forward_sum += value(v) * value(dual.unit[n].s1[i].d);
+        row.unit[n].grad[i] = i == 0 ? F(0) : v;
+        if (i == 0) d1[n] = v;
       }
-    };
-    vary(in.x, dual.x, cell.slots);
-    for (int i = 0; i < cell.slots; ++i)
-      if (cell.slot[i].feeds & M) dual.x[i].d = F(0);
-    vary(in.w, dual.w, cell.vectors);
-    for (int i = 0; i < cell.vectors; ++i)
-      if (cell.vector[i].factor == Factor::Fixed) dual.w[i].d = F(0);
-    vary(in.s, dual.s, cell.states);
-    for (int i = 0; i < cell.slots; ++i) in.m[i] = F(normal(random)), dual.m[i] = D(in.m[i], F(0));
-
-    D da[kMaxSlots], ds1[kMaxStates], dk[2 * kMaxSlots];
-    step<Cell, D>(dual, da, ds1, dk);
-    F a[kMaxSlots], s1[kMaxStates], k[2 * kMaxSlots];
-    step<Cell, F>(in, a, s1, k);
-
-    double forward_sum = 0;
-    F d[kMaxStates], v[kMaxStates];
-    for (int i = 0; i < cell.states; ++i) {
-      v[i] = F(normal(random));
-      forward_sum += value(v[i]) * value(ds1[i].d);
-      d[i] = i == 0 ? F(0) : v[i];
-    }
-    F was[2 * kMaxSlots];
-    for (int i = 0; i < cell.kept; ++i) was[i] = k[i];
-    back<Cell, cell.stages - 1>(in, s1, v[0], k, d);
-    double backward_sum = 0;
-    for (int i = 0; i < cell.slots; ++i)
-      if ((cell.slot[i].feeds & (X | G)) && !(cell.slot[i].feeds & M)) backward_sum += value(k[i]) * u[size_t(i)];
-    for (int i = 0; i < cell.vectors; ++i) {
-      const PerUnit& vector = cell.vector[i];
-      const double factor = !cell.has_factor(i)                 ? vector.factor != Factor::Fixed
-                            : vector.factor == Factor::Kept     ? value(was[vector.state])
-                            : vector.factor == Factor::OldState ? value(in.s[vector.state])
-                                                                : value(s1[vector.state]);
-      backward_sum += value(k[vector.slot]) * factor * u[size_t(cell.slots + i)];
-    }
-    for (int i = 0; i < cell.states; ++i) {
-      double total = value(d[i]);
-      if (i == 0)
-        for (int j = 0; j < cell.slots; ++j)
-          if (cell.in_stage(0, j) && (cell.slot[j].feeds & H)) total += value(in.m[j]) * value(k[j]);
-      backward_sum += total * u[size_t(cell.slots + cell.vectors + i)];
+    back<Cell, cell.stages - 1>(row, d1);
+    const double* tangent = tangents.data();
+    for (int n = 0; n < kUnits; ++n) {
+      const Unit<F>& u = row.unit[n];
+      for (int i = 0; i < cell.slots; ++i) backward_sum += value(u.k[i]) * *tangent++;
+      for (int i = 0; i < cell.vectors; ++i) {
+        const PerUnit& vector = cell.vector[i];
+        const double factor = !cell.has_factor(i)                 ? vector.factor != Factor::Fixed
+                              : vector.factor == Factor::Kept     ? value(before.unit[n].k[vector.state])
+                              : vector.factor == Factor::OldState ? value(u.s[vector.state])
+                                                                  : value(u.s1[vector.state]);
+        backward_sum += value(u.k[vector.slot]) * factor * *tangent++;
+      }
+      for (int i = 0; i < cell.states; ++i) backward_sum += value(i == 0 ? u.grad[0] + through<Cell, 0>(row, n) : u.grad[i]) * *tangent++;
     }
     worst = std::fmax(worst, std::fabs(forward_sum - backward_sum) / (1 + std::fabs(forward_sum)));
   }
@@ -142,7 +185,7 @@ template <class Page>
 void test_both(const char* name) {
   test<Complete<Page>>(name);
   constexpr CellInfo page = InfoOf<Page>::value;
-  if constexpr (!page.projected() && page.stages + page.given_slots() <= 2 && page.writer == 0)
+  if constexpr (!page.projected() && page.stages + page.given_slots() <= 2 && page.writer == 0 && page.moments() == 0)
     test<Automatic<Page>>((std::string(name) + ", automatic").c_str());
 }
 
@@ -161,5 +204,8 @@ int main() {
   test<Zoneout<Projected<Lstm>>>("lstm_projected, zoneout");
   test<Variational<PeepholeLstm>>("lstm_peephole, variational");
   test<Variational<GruResetBefore>>("gru_reset_before, variational");
+  test<Zoneout<LayerNorm<CellNormLstm, true>>>("lstm, both norms, zoneout");
+  test<Variational<Zoneout<LayerNorm<CellNormLstm, false>>>>("lstm, all modifiers");
+  test<Variational<LayerNorm<PeepholeLstm, true>>>("lstm_peephole, norm, variational");
   return check_failures != 0;
 }
