@@ -10,7 +10,11 @@ from typing import Any
 
 import torch
 
-GATES = {"lstm": 4, "gru": 3, "srn": 1}
+from rnnkernels import ops
+
+# The cells that torch.nn has, by the names that reports know them by; all others are those of cells.def.
+IN_TORCH = {"lstm": "lstm", "gru": "gru", "srn": "srn_tanh"}
+OTHERS = tuple(name for name, cell in ops.CELLS.items() if name not in IN_TORCH.values() and not cell.projected)
 PASSES = ("inference", "training")
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -35,19 +39,24 @@ class Case:
         return f"{self.cell}/{self.direction}/{self.dtype}/T{self.T}/B{self.B}/I{self.I}/H{self.H}/t{self.threads}"
 
     @property
+    def page(self) -> ops.Cell:
+        """The cell as cells.def has it."""
+        return ops.CELLS[IN_TORCH.get(self.cell, self.cell)]
+
+    @property
     def training(self) -> bool:
         return self.direction == "training"
 
     @property
     def recurrent_flops(self) -> int:
         """U h, and U' dG in training: what has to be done step by step."""
-        return (2 if self.training else 1) * 2 * self.T * self.B * GATES[self.cell] * self.H * self.H
+        return (2 if self.training else 1) * 2 * self.T * self.B * self.page.hidden_gates * self.H * self.H
 
     @property
     def outside_flops(self) -> int:
         """W x; in training dW, dx and dU too: large products over all steps at once."""
-        to_input = 2 * self.T * self.B * GATES[self.cell] * self.H * self.I
-        return 3 * to_input + 2 * self.T * self.B * GATES[self.cell] * self.H * self.H if self.training else to_input
+        to_input = 2 * self.T * self.B * self.page.input_gates * self.H * self.I
+        return 3 * to_input + 2 * self.T * self.B * self.page.hidden_gates * self.H * self.H if self.training else to_input
 
     @property
     def flops(self) -> int:
@@ -57,7 +66,7 @@ class Case:
     def weight_bytes(self) -> int:
         """U, read once a step (and once more a step in training); in streaming W too."""
         depth = self.H + (self.I if self.direction == "streaming" else 0)
-        return GATES[self.cell] * self.H * depth * DTYPES[self.dtype].itemsize
+        return self.page.hidden_gates * self.H * depth * DTYPES[self.dtype].itemsize
 
     @property
     def sweeps(self) -> int:
@@ -85,9 +94,10 @@ class Preset:
 
 
 PRESETS = {
-    "quick": (Preset(tuple(GATES), PASSES, (50,), (1, 32), (128,)),),
-    "grid": (Preset(tuple(GATES), PASSES, (50, 100), (1, 8, 32, 64, 128), (64, 128, 256, 512)),),
-    "stream": (Preset(tuple(GATES), ("streaming",), (100,), (1, 8), (64, 128, 256, 512)),),
+    "quick": (Preset(tuple(IN_TORCH), PASSES, (50,), (1, 32), (128,)),),
+    "grid": (Preset(tuple(IN_TORCH), PASSES, (50, 100), (1, 8, 32, 64, 128), (64, 128, 256, 512)),),
+    "stream": (Preset(tuple(IN_TORCH), ("streaming",), (100,), (1, 8), (64, 128, 256, 512)),),
+    "cells": (Preset(OTHERS, PASSES, (100,), (1, 16, 64), (128, 256)),),
     "figures": (
         Preset(("lstm",), ("inference",), (100,), (1,), (64, 128, 256, 512, 1024)),
         Preset(("gru", "srn"), ("training",), (100,), (1,), (128, 256)),

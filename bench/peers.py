@@ -15,7 +15,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from bench.cases import DTYPES, GATES, Case
+from bench.cases import DTYPES, IN_TORCH, Case
+from rnnkernels import ops, reference
 
 Results = dict[str, Tensor]
 Runner = Callable[[], Results]
@@ -28,6 +29,7 @@ class Problem:
     input: Tensor
     upstream: Tensor
     weights: dict[str, Tensor]
+    given: tuple[Tensor, ...] = ()
 
 
 def make_layer(module: ModuleType, case: Case) -> torch.nn.Module:
@@ -39,9 +41,28 @@ def make_layer(module: ModuleType, case: Case) -> torch.nn.Module:
 def make_problem(case: Case) -> Problem:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
+        if case.cell not in IN_TORCH:
+            return make_sequence(case)
         weights = {name: value.detach() for name, value in make_layer(torch.nn, case).named_parameters()}
         dtype = DTYPES[case.dtype]
         return Problem(torch.randn(case.T, case.B, case.I).to(dtype), torch.randn(case.T, case.B, case.H).to(dtype), weights)
+
+
+def make_sequence(case: Case) -> Problem:
+    """For cells that torch.nn lacks: what ``ops.sequence`` and ``reference.sequence`` take."""
+    cell, H, dtype = case.page, case.H, DTYPES[case.dtype]
+    shapes = {
+        "weight_ih": (cell.input_gates * H, case.I),
+        "weight_hh": (cell.hidden_gates * H, H),
+        "bias_ih": (cell.input_gates * H,),
+        "bias_hh": (cell.biased * H,),
+        "weight_v": (cell.learned * H,),
+    }
+    weights = {name: (torch.rand(shape) * 2 - 1).div(H**0.5).to(dtype) for name, shape in shapes.items() if shape[0]}
+    given = [torch.rand(case.B, H) if cell.slots[i][0] == "dropout" else torch.rand(case.T, case.B, H) for i in cell.given]
+    return Problem(
+        torch.randn(case.T, case.B, case.I).to(dtype), torch.randn(case.T, case.B, H).to(dtype), weights, tuple(g.to(dtype) for g in given)
+    )
 
 
 class Peer(Protocol):
@@ -97,10 +118,45 @@ class Layers:
         return training if case.training else streaming if case.direction == "streaming" else inference
 
 
-class Ours(Layers):
-    """Streaming is the layer's stream."""
+class Torch(Layers):
+    def why_not(self, case: Case) -> str | None:
+        return None if case.cell in IN_TORCH else f"torch.nn has no cell {case.cell}"
+
+
+class Loop:
+    """One call a step: what whoever needs the cell writes in Python, here the reference's own loop."""
+
+    def __init__(self, name: str, sequence: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.name, self.sequence = name, sequence
+
+    def why_not(self, case: Case) -> str | None:
+        return "is for cells that torch.nn lacks" if case.cell in IN_TORCH else None
 
     def prepare(self, case: Case, problem: Problem) -> Runner:
+        leaves = {name: weight.clone().requires_grad_(case.training) for name, weight in problem.weights.items()}
+        input = problem.input.clone().requires_grad_(case.training and case.page.input_gates > 0)
+        options = {"given": problem.given} if problem.given else {}
+
+        def forward() -> Results:
+            weights = {"weight_ih": None, "weight_hh": None, **leaves}
+            output, *finals = self.sequence(case.page.name, input, None, **weights, **options)
+            return {"output": output, **{f"final {name}": value for name, value in zip(case.page.states, finals, strict=True)}}
+
+        def training() -> Results:
+            results = forward()
+            wanted = {**({"input": input} if input.requires_grad else {}), **leaves}
+            found = torch.autograd.grad(results["output"], list(wanted.values()), problem.upstream)
+            return results | {f"gradient of {name}": grad for name, grad in zip(wanted, found, strict=True)}
+
+        return training if case.training else torch.no_grad()(forward)
+
+
+class Ours(Layers):
+    """Streaming is the layer's stream; cells that torch.nn lacks run through ops.sequence."""
+
+    def prepare(self, case: Case, problem: Problem) -> Runner:
+        if case.cell not in IN_TORCH:
+            return Loop(self.name, ops.sequence).prepare(case, problem)
         if case.direction != "streaming":
             return super().prepare(case, problem)
         stream = self.layer(case, problem).stream(case.B)
@@ -131,6 +187,8 @@ class OnnxRuntime:
         missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
         if missing:
             return f"not installed: {', '.join(missing)}"
+        if case.cell not in IN_TORCH:
+            return "its recurrent operators are LSTM, GRU and RNN"
         if case.training:
             return "runs inference only"
         if case.direction == "streaming":
@@ -143,7 +201,7 @@ class OnnxRuntime:
         from onnx import TensorProto, helper, numpy_helper
 
         def blocks(name: str) -> Tensor:
-            parts = problem.weights[name].chunk(GATES[case.cell])
+            parts = problem.weights[name].chunk(case.page.hidden_gates)
             return torch.cat([parts[i] for i in ONNX_BLOCKS[case.cell]])
 
         constants = {
@@ -183,8 +241,8 @@ class OnnxRuntime:
 
 
 OURS = Ours("rnnkernels", "rnnkernels")
-TORCH = Layers("torch", "torch.nn")
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (OURS, TORCH, OnnxRuntime())}
+TORCH = Torch("torch", "torch.nn")
+PEERS: dict[str, Peer] = {peer.name: peer for peer in (OURS, TORCH, OnnxRuntime(), Loop("loop", reference.sequence))}
 
 # Largest difference over largest value: two computations in one dtype, each with rounding of its own. `verify` holds the strict rule.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 0.1, "float16": 0.02}

@@ -108,6 +108,7 @@ class _Layer(nn.RNNBase):
     layer_norm: str | None = None
     cell_norm: bool = False
     _reshaped = False
+    _argument_names: list[list[str]] | None = None
     _constructed = True  # until then the base class knows no better than torch.nn
     _rank_text: str
 
@@ -147,6 +148,8 @@ class _Layer(nn.RNNBase):
         if self.layer_norm is not None and (self.proj_size > 0 or not ops.CELLS[self._base_cell].hidden_gates):
             why = "a projection" if self.proj_size > 0 else "no recurrent matrix"
             raise ValueError(f"layer_norm: expected None for a layer with {why}, got {self.layer_norm!r}")
+        if self.cell_norm and self.proj_size > 0:
+            raise ValueError("cell_norm: expected False for a layer with a projection, got True")
         if not self._reshaped and self.layer_norm is None and not self.cell_norm:
             return
         normed = ops.modified(self._base_cell, self._norms()) if self.layer_norm else ""
@@ -176,11 +179,13 @@ class _Layer(nn.RNNBase):
         if self.forget_bias is not None and ("f" not in slots or not self.bias):
             raise ValueError(f"forget_bias: expected None for a layer without a forget gate or without biases, got {self.forget_bias}")
         with torch.no_grad():
-            for _, weight_hh, bias_ih, bias_hh, *_ in self._weights():
+            for _, weight_hh, *biases in self._weights():
                 if self.forget_bias is not None:
+                    bias_ih, bias_hh = biases[:2]
                     rows = slice(slots.index("f") * self.hidden_size, (slots.index("f") + 1) * self.hidden_size)
                     bias_ih[rows].fill_(self.forget_bias)
-                    bias_hh[rows].zero_()
+                    if bias_hh is not None:
+                        bias_hh[rows].zero_()
                 if weight_hh is not None and self.recurrent_init != "uniform":
                     for block in weight_hh.split(self.hidden_size):
                         _RECURRENT_INITS[self.recurrent_init](block)
@@ -191,7 +196,7 @@ class _Layer(nn.RNNBase):
         with torch.no_grad():
             for _, _, _, _, *rest in self._weights() if any(name.startswith("gain") for name in vectors) else []:
                 for i, name in enumerate(vectors):
-                    if name.startswith(("gain", "shift")):
+                    if name.startswith(("gain", "shift")) or (name == "b_hn" and not self.bias):
                         rest[1][i * H : (i + 1) * H].fill_(float(name.startswith("gain")))
                 if self.layer_norm:
                     rest[2].fill_(1)
@@ -235,7 +240,9 @@ class _Layer(nn.RNNBase):
                 keeps = 1 - self.recurrent_dropout
                 mask = functional.mask(data, (batch, H), keeps) / keeps
                 return mask if row is None else mask.index_select(0, row.to(data.device))
-            p = zones[spec.states.index(name.removeprefix("zoneout_"))]
+            if not name.startswith("zoneout_"):
+                raise RuntimeError(f"the cell {cell!r} is given {name!r}, which a layer knows nothing of: call rnnkernels.ops.sequence")
+            p = zones[int(name.removeprefix("zoneout_"))]
             return functional.mask(data, (*data.shape[:-1], H), p) if self.training else data.new_full((H,), p)
 
         return [[draw(name) for name in names] for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
@@ -360,7 +367,7 @@ class _Layer(nn.RNNBase):
         like = self._weights()[0][0]
         spec = ops.CELLS[cell]
         masks = [spec.slots[slot][0] for slot in spec.given if spec.slots[slot][4]]
-        expected = [zones[spec.states.index(name.removeprefix("zoneout_"))] for name in masks]
+        expected = [zones[int(name.removeprefix("zoneout_"))] for name in masks]
         constants = [like.detach().new_full((self.hidden_size,), p) for p in expected]
         return Stream(cell, self._weights, batch_size, hx, self.engine, self._split, self._join, constants, self.layer_norm)
 
@@ -476,7 +483,7 @@ class _Layer(nn.RNNBase):
         return data, states, batch_sizes, weights
 
     def _weights(self) -> list[list[Any]]:
-        if hasattr(self, "_argument_names"):
+        if self._argument_names is not None:
             return [_named(self, names) for names in self._argument_names]
         groups = [_named(self, names) for names in self._all_weights]
         if self.proj_size > 0 and not self.bias:
@@ -512,6 +519,8 @@ class RNN(_Layer):
         zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
             training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
             Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
+        layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016), with
+            gains norm_ih and weight_v and the shift bias_ih.
 
     Shape, with D = 2 if bidirectional else 1 and L = num_layers:
         * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
@@ -566,6 +575,8 @@ class GRU(_Layer):
         zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
             training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
             Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
+        layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016), with
+            gains norm_ih and weight_v and the shift bias_ih.
 
     Shapes, dtypes and errors: as :class:`RNN`.
 
@@ -620,9 +631,9 @@ class LSTM(_PairLayer):
             does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
         zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
             training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
-            layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016),
-            with gains norm_ih, weight_v and the shift bias_ih; cell_norm: also the cell state on its way out.
             Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
+        layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016), with
+            gains norm_ih and weight_v and the shift bias_ih. cell_norm: keyword only: normalises the cell state on its way out.
 
     Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
     proj_size or else hidden_size, the output is D · P wide, h ``(L · D, B, P)`` and c ``(L · D, B, H)``.
@@ -637,8 +648,6 @@ class LSTM(_PairLayer):
     _rank_text = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
     def __init__(self, *args: Any, cell_norm: bool = False, **kwargs: Any) -> None:
-        if cell_norm and kwargs.get("proj_size", 0):
-            raise ValueError("cell_norm: expected False for a layer with a projection, got True")
         self.__dict__["cell_norm"] = cell_norm  # the base asks for the cell before it lets attributes be set
         super().__init__("LSTM", *args, **kwargs)
 

@@ -31,7 +31,10 @@ class _Own:
     _page: str
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so that a pickle names the page and makes it again.
+        # The class is made at run time, so that a pickle names the page and makes it again; a subclass is its module's matter.
+        layer = _classes(self._page)
+        if type(self) not in (layer, layer.Cell):
+            return super().__reduce_ex__(protocol)
         return _restore, (ops.source_of(self._page), isinstance(self, _Cell)), super().__reduce_ex__(protocol)[2]
 
 
@@ -103,8 +106,8 @@ def load_cell(source: str | os.PathLike[str], *, cuda: bool | None = None) -> An
 
     Args:
         source: the page, or a path to it.
-        cuda: whether to compile it for a GPU too, with nvcc (``CUDACXX``); None: if torch finds one. HOT pages then run persistent, COLD
-            ones stepwise.
+        cuda: whether to compile it for a GPU now, with nvcc (``CUDACXX``); otherwise that is done when it first runs on one. HOT pages
+            run persistent there, COLD ones stepwise.
 
     Raises:
         FileNotFoundError: no such file. ValueError: not one RNN_CELL line, or a name that another cell has. RuntimeError: no compiler, or a

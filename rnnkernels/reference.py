@@ -127,7 +127,7 @@ def gru_reset_before(x: Tensor, u: Product, v: Vectors, h: Tensor) -> tuple[Tens
 
 def zoneout(cell: Cell) -> Cell:
     """s' = z ⊙ s + (1 − z) ⊙ s̃ for each state, s̃ what the cell makes of it. Krueger et al. 2017."""
-    names = tuple(f"zoneout_{state}" for state in cell.states)
+    names = tuple(f"zoneout_{i}" for i in range(len(cell.states)))
     order = (*names[1:], names[0]) if cell.projected else names
     return replace(cell, given=order, after=lambda z, old, new: new if z is None else z * old + (1 - z) * new)
 
@@ -263,7 +263,7 @@ def sequence(
         h, *others = spec.step(x, u, vectors, *before)
         if weight_hr is not None:
             h = linear(h, weight_hr)
-        masks = [g.get(f"zoneout_{state}") for state in spec.states]
+        masks = [g.get(f"zoneout_{i}") for i in range(len(spec.states))]
         made = zip(masks, before, (h, *others), strict=True)
         h, *others = (spec.after(None if z is None else z[:, : old.size(1)], old, new) for z, old, new in made)
         outputs[t] = h

@@ -46,7 +46,7 @@ class _Normed:
 
     def run(self, x: Tensor) -> Tensor:
         given = [self._constants] * len(self._weights) if self._constants else None
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(x.device.type, enabled=False):
             y, *self._states = functional.stack(
                 self._cell,
                 x.reshape(1, -1, x.shape[-1]),
@@ -64,16 +64,16 @@ class Stream:
 
     Weights are packed once, states stay inside and change in place, nothing is recorded for autograd, dropout is not applied and autocast
     does not reach it. On a CPU the results have the bits that the layer gives for the whole sequence in one call (of two steps or more, and
-    with the stream's instruction set; layers with a layer norm are no quicker than by calls of the layer). On another device, and with
-    ``engine="stepwise"`` or ``"torch"``, each step is one call of
-    :func:`rnnkernels.ops.sequence` a layer; what would be a persistent launch is stepwise.
+    with the stream's instruction set); but not of layers with a layer norm, which run no quicker than by calls of the layer. On another
+    device, and with ``engine="stepwise"`` or ``"torch"``, each step is one call of :func:`rnnkernels.ops.sequence` a layer; what would be a
+    persistent launch is stepwise.
 
     A change of the weights in place (an optimizer's step, ``load_state_dict``, ``copy_``) is noticed at the next step. Not noticed, until
     :meth:`refresh`: writes through ``.data``, Parameters replaced (also by ``layer.to(dtype)``), weights that are computed from others
     (parametrizations, weight drop), and weights that are inference tensors.
 
-    It keeps the instruction set and the number of threads that it was made with, and cannot be copied or pickled. Calls from several
-    threads wait for each other.
+    On a CPU it keeps the instruction set and the number of threads that it was made with. It cannot be copied or pickled, and is one
+    thread's at a time.
 
     >>> import torch, rnnkernels
     >>> layer = rnnkernels.LSTM(3, 5)

@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 
 from bench import peers, roofs, tables, timing
 from bench.__main__ import main
-from bench.cases import PRESETS, Case, select
+from bench.cases import OTHERS, PRESETS, Case, select
 from bench.run import report, run_case
 from bench.saved import saved_for_backward
 from bench.timing import MIN_SAMPLES, Timing, measure
@@ -28,7 +28,10 @@ def hurry(monkeypatch):
 SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
 
 
-@pytest.mark.parametrize(("preset", "size"), [("quick", 12), ("grid", 2 * 5 * 4 * 2 * 3), ("figures", 5 + 2 * 2), ("stream", 2 * 4 * 3)])
+@pytest.mark.parametrize(
+    ("preset", "size"),
+    [("quick", 12), ("grid", 2 * 5 * 4 * 2 * 3), ("figures", 5 + 2 * 2), ("stream", 2 * 4 * 3), ("cells", 12 * len(OTHERS))],
+)
 def test_presets(preset, size):
     cases = select(preset, ["float32"], [2])
     assert len(cases) == len({case.id for case in cases}) == size
@@ -37,7 +40,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    assert set(PRESETS) == {"quick", "grid", "stream", "figures"}
+    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "figures"}
 
 
 def test_work_is_counted():
@@ -69,6 +72,15 @@ def test_a_case_is_checked_and_timed(cell, direction):
     assert found["peers"].keys() == {"torch", "rnnkernels"}
     assert found["speedup"]["torch"]["median"] > 0
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+@pytest.mark.parametrize("cell", ["lstm_peephole", "indrnn_relu", "gru_zoneout", "lstm_cell_norm_layer_norm"])
+def test_a_cell_that_torch_lacks_is_held_against_a_loop(cell, direction):
+    found = run_case(replace(SMALL, cell=cell, direction=direction), ["torch", "loop", "rnnkernels"], 0, roofs.Roofs())
+    assert not found["wrong"]
+    assert found["unavailable"] == {"torch": f"torch.nn has no cell {cell}"}
+    assert found["speedup"]["loop"]["median"] > 0
 
 
 class Wrong(peers.Layers):

@@ -187,7 +187,7 @@ def test_a_mask_takes_no_gradient() -> None:
     mask = torch.rand(H, requires_grad=True)
     with pytest.raises(RuntimeError, match=r"given\[0\]: expected a mask that requires no gradient"):
         ops.sequence("gru_zoneout", torch.randn(T, B, I), None, *layer._weights()[0], given=[mask])
-    with pytest.raises(RuntimeError, match=r"given: expected numbers for 1 slots \(zoneout_h\) for cell 'gru_zoneout', got them for 0"):
+    with pytest.raises(RuntimeError, match=r"given: expected numbers for 1 slots \(zoneout_0\) for cell 'gru_zoneout', got them for 0"):
         ops.sequence("gru_zoneout", torch.randn(T, B, I), None, *layer._weights()[0])
     with pytest.raises(RuntimeError, match=r"given\[0\]: expected shape \(6, 4, 5\), \(4, 5\) or \(5,\), got \(3, 5\)"):
         ops.sequence("gru_zoneout", torch.randn(T, B, I), None, *layer._weights()[0], given=[torch.rand(3, H)])
@@ -330,3 +330,26 @@ def test_all_modifiers_at_once() -> None:
 def test_a_norm_is_refused(make_layer: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
         make_layer()
+
+
+def test_corners_that_a_reader_found() -> None:
+    x = torch.randn(T, B, I)
+    assert rnnkernels.LSTM(I, H, layer_norm="gates", forget_bias=1.0).bias_ih_l0[H : 2 * H].eq(1).all()
+    assert rnnkernels.LSTM(I, H, bias=False, recurrent_init="orthogonal")(x)[0].shape == (T, B, H)
+    assert rnnkernels.LSTM(I, H, layer_norm="gate")(x[:, :0])[0].shape == (T, 0, H)
+    assert rnnkernels.GRU(I, H, bias=False, layer_norm="gates").weight_v_l0[-H:].eq(0).all()
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = rnnkernels.GRU(I, H, recurrent_dropout=0.2)
+        assert layer(x)[0].dtype == layer.eval()(x)[0].dtype == torch.float32
+        stream = rnnkernels.LSTM(I, H, layer_norm="gates").stream(B)
+        assert stream.step(x[0]).dtype == torch.float32
+    with pytest.raises(ValueError, match="cell_norm: expected False for a layer with a projection"):
+        rnnkernels.LSTM(I, H, 1, True, False, 0.0, False, 2, cell_norm=True)
+
+
+def test_a_norm_recomputes_stepwise_and_twice() -> None:
+    layer = rnnkernels.LSTM(I, H, layer_norm="gates", engine="stepwise", recompute=True)
+    output, _ = layer(torch.randn(T, B, I))
+    first = torch.autograd.grad(output.sum(), list(layer.parameters()), retain_graph=True)
+    second = torch.autograd.grad(output.sum(), list(layer.parameters()))
+    assert all(map(torch.equal, first, second))

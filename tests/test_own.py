@@ -226,6 +226,51 @@ def test_what_is_wrong_is_said(source: str, error: type[Exception], text: str) -
     assert text in str(raised.value)
 
 
+def test_a_subclass_stays_itself() -> None:
+    class Mine(layer_of("leaky")):
+        pass
+
+    assert type(copy.deepcopy(Mine(3, 5))) is Mine
+
+
+@pytest.mark.parametrize(
+    "line", ["RNN_CELL(styled, HOT, OwnLstm);  // mine", "RNN_CELL(styled,\n         HOT, OwnLstm)"], ids=["comment", "lines"]
+)
+def test_modifiers_of_a_page_however_its_line_is_written(line: str) -> None:
+    name = "styled" + str(len(line))
+    layer = rnnkernels.load_cell(OWN_LSTM.replace("RNN_CELL(own_lstm, COLD, OwnLstm)", line.replace("styled", name)))(3, 5, zoneout=0.1)
+    assert layer(torch.randn(4, 2, 3))[0].shape == (4, 2, 5)
+    assert layer._cell == f"{name}_zoneout"
+
+
+def test_states_of_any_name_zone_out() -> None:
+    layer = layer_of("three_states")(3, 5, zoneout=(0.0, 1.0, 0.0)).eval()
+    x, hx = torch.randn(4, 2, 3), tuple(torch.randn(1, 2, 5) for _ in range(3))
+    _, (_, fast, slow) = layer(x, hx)
+    assert torch.equal(fast, hx[1])
+    assert not torch.equal(slow, hx[2])
+
+
+def test_a_hidden_slot_without_a_bias() -> None:
+    page = """
+struct Unbiased {
+  static constexpr Slot slots[] = {{"f", X | H}, {"n", X}, {"m", H}};
+  static constexpr const char* states[] = {"h"};
+  template <int S, class V>
+  RNN_FN static void forward(const V* a, const V*, const V* s, V* s1, V*) {
+    s1[0] = fma(sigmoid(a[0]), tanh(a[1] + a[2]) - s[0], s[0]);
+  }
+};
+RNN_CELL(unbiased, COLD, Unbiased)
+"""
+    rnnkernels.load_cell(page)
+    shapes = [(4, 3, 2), (10, 2), (10, 5), (10,), (5,), (3, 5)]
+    tensors = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    for engine, T in (("cpu", 4), ("stepwise", 4), ("cpu", 1)):
+        cut = [tensors[0][:T].detach().requires_grad_(), *tensors[1:]]
+        assert torch.autograd.gradcheck(lambda x, w, u, b, d, h, e=engine: ops.sequence("unbiased", x, [h], w, u, b, d, engine=e), cut)
+
+
 def test_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(RuntimeError, match="no compiler 'no-such-compiler' here: put one on PATH or set CXX"):
@@ -250,4 +295,4 @@ def test_kernels_for_a_gpu_are_compiled() -> None:
         pytest.skip("this build has no CUDA part")
     if not (shutil.which("nvcc") or Path("/usr/local/cuda/bin/nvcc").is_file() or os.environ.get("CUDACXX")):
         pytest.skip("no nvcc here")
-    load._load_cuda("leaky", (EXAMPLES / "leaky.h").read_text(), "leaky.h")
+    load.load_kernels("leaky")

@@ -31,6 +31,7 @@ LAYERS: dict[str, tuple[str, dict[str, Any]]] = {
     "ResidualRNN": ("ResidualRNN", {}),
     "ResidualRNN without U": ("ResidualRNN", {"recurrent": False}),
     "IndRNN": ("IndRNN", {}),
+    "DreamerGRU": ("DreamerGRU", {}),
 }
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 layers = pytest.mark.parametrize("name", LAYERS)

@@ -8,10 +8,11 @@
 //     static constexpr int kept = …;                          // values of a step that backward needs; absent: one a slot
 //     static constexpr Stage stages[] = {…};                  // absent: one stage of all slots
 //     static constexpr PerUnit vectors[] = {…};               // absent: none
-//     static constexpr unsigned changes[] = {…};              // of each stage, the slots that its backward changes, a bit each; absent:
-//     all template <int S, class V> RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k); template <int S, class V>
-//     RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d);  // absent: automatic.h
+//     static constexpr unsigned changes[] = {…};              // absent: all; of each stage, a bit for a slot that its backward changes
+//     template <int S, class V> RNN_FN static void forward(const V* a, const V* w, const V* s, V* s1, V* k);
+//     template <int S, class V> RNN_FN static void backward(V d1, const V* w, const V* s, const V* s1, V* k, V* d);
 //   };
+// Without a backward it gets that of automatic.h.
 //
 // A page with sums over a row's units takes more: forward(…, const V* r, V* e), backward(…, const V* r, const V* q, V* e). e: what goes
 // into the sums; r: mean, variance, mean, variance … of what the stages' forward put in, all stages one after the other; q: the means of
@@ -66,8 +67,8 @@ struct Stage {
 
 // A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which the engine takes. One: it is
 // the bias of a slot that U alone feeds. Itself: it enters anywhere, and backward leaves its gradient in the slot, which nothing feeds.
-// Kept: the kept value of the index `state`, beyond the slots. Fixed: it is not learned.
-enum class Factor { One, OldState, NewState, Itself, Kept, Fixed };
+// Kept: the kept value of the index `state`, beyond the slots.
+enum class Factor { One, OldState, NewState, Itself, Kept };
 struct PerUnit {
   const char* name = nullptr;
   int slot = 0;
@@ -254,6 +255,13 @@ struct InfoOf {
   }
   static_assert(slots_in_stages(), "every slot is in one stage");
   static_assert(value.kept <= 2 * kMaxSlots, "the page keeps too many values");
+  static_assert(value.given_slots() <= kMaxGiven, "the page is given too many slots");
+  static constexpr bool sums_fit() {
+    for (int s = 0; s < value.stages; ++s)
+      if (value.stage[s].sums > kMaxSums || value.stage[s].back_sums > kMaxSums) return false;
+    return true;
+  }
+  static_assert(sums_fit(), "a stage puts too many values into sums over a row");
   static constexpr bool inputs_first() {
     for (int i = 1; i < value.slots; ++i)
       if ((value.slot[i].feeds & X) && !(value.slot[i - 1].feeds & X)) return false;

@@ -29,6 +29,7 @@ struct Variational {
     for (int i = 0; i < extra; ++i) info.keeper[place(inner.slots + i)] = inner.keeper[inner.slots + i] + 1;
     for (int i = 0; i < inner.vectors; ++i)
       if (inner.vector[i].factor == Factor::Kept) info.vector[i].state = place(inner.vector[i].state);
+    info.keeper[dropped] = 0;
     info.writer = inner.writer + 1;
     info.changes[0] = 0;
     for (int s = 0; s < inner.stages; ++s) info.changes[s + 1] = inner.changes[s];

@@ -28,6 +28,9 @@ struct Zoneout {
   static constexpr int extra = inner.kept > inner.slots ? inner.kept - inner.slots : 0, slots = inner.slots + inner.states;
   static constexpr int made = slots + extra - 1;  // of state i at made + i
 
+  static constexpr const char* names[] = {"zoneout_0", "zoneout_1", "zoneout_2", "zoneout_3"};  // by the state
+  static_assert(kMaxStates == 4, "a name for each state");
+
   static constexpr CellInfo make() {
     CellInfo info = inner;
     info.slots = slots;
@@ -38,7 +41,7 @@ struct Zoneout {
       info.stage[s].count += masks_before(s + 1) - masks_before(s);
       if (info.stage[s].operand != kPreviousState) info.stage[s].operand += slots - inner.slots;
       for (int i = 0; i < inner.states; ++i)
-        if (inner.writes(s, i)) info.slot[mask(s, i)] = {i == 0 ? "zoneout_h" : "zoneout_c", G | M};
+        if (inner.writes(s, i)) info.slot[mask(s, i)] = {names[i], G | M};
     }
     info.unkept = 0;
     for (int i = 1; i < inner.states; ++i) info.keeper[made + i] = inner.writer;

@@ -127,7 +127,7 @@ void test(const char* name) {
         }
       };
       vary(row.unit[n].x, dual.unit[n].x, cell.slots, [&](int i) { return (cell.slot[i].feeds & M) || !(cell.slot[i].feeds & (X | G)); });
-      vary(row.unit[n].w, dual.unit[n].w, cell.vectors, [&](int i) { return cell.vector[i].factor == Factor::Fixed; });
+      vary(row.unit[n].w, dual.unit[n].w, cell.vectors, [](int) { return false; });
       vary(row.unit[n].s, dual.unit[n].s, cell.states, [](int) { return false; });
     }
     for (int i = 0; i < cell.slots; ++i)
@@ -153,7 +153,7 @@ void test(const char* name) {
       for (int i = 0; i < cell.slots; ++i) backward_sum += value(u.k[i]) * *tangent++;
       for (int i = 0; i < cell.vectors; ++i) {
         const PerUnit& vector = cell.vector[i];
-        const double factor = !cell.has_factor(i)                 ? vector.factor != Factor::Fixed
+        const double factor = !cell.has_factor(i)                 ? 1
                               : vector.factor == Factor::Kept     ? value(before.unit[n].k[vector.state])
                               : vector.factor == Factor::OldState ? value(u.s[vector.state])
                                                                   : value(u.s1[vector.state]);

@@ -20,12 +20,13 @@ from torch.autograd import forward_ad
 from .. import _C
 from . import cpu, peer, steps
 from .cells import CELLS, PERSISTENT, STORAGE, Cell, Sizes, Weights, grad_shapes, number, problem
-from .load import load_page, modified, source_of
+from .load import load_kernels, load_page, modified, source_of
 
 __all__ = ["CELLS", "ENGINES", "Cell", "Sequence", "build_info", "load_page", "modified", "plan", "sequence", "set_isa", "source_of"]
 
 ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT, "torch")
 _COUNT = len(Weights._fields)
+_GRU = re.compile("gru(_layer_norm|_gate_norm|_zoneout|_dropout)*")
 _RUNS: dict[str, Any] = {"cpu": cpu, "stepwise": steps, **dict.fromkeys(PERSISTENT, steps)}
 
 
@@ -346,6 +347,7 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
         raise RuntimeError(f"engine: 'cpu' cannot run on input's device {device}")
     if too_old := _too_old(*torch.cuda.get_device_capability(device)):
         raise RuntimeError(f"input: no engine for device {device}: {too_old}")
+    load_kernels(s.cell.name)
     if engine == "stepwise":
         return engine, asked
     chosen = "persistent" if engine == "auto" else engine
@@ -437,7 +439,7 @@ def sequence(
     place = input.device.type
     if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
         # As torch.nn, whose GRU keeps the input's dtype on a CPU.
-        dtype = input.dtype if cell == "gru" and place == "cpu" else torch.get_autocast_dtype(place)
+        dtype = input.dtype if place == "cpu" and _GRU.fullmatch(cell) else torch.get_autocast_dtype(place)
         input, *cast = (_autocast(t, dtype) for t in (input, *weights))
         given = [_autocast(t, dtype) for t in given]
         weights = Weights(*cast)

@@ -33,6 +33,7 @@ class Cell:
     input_gates: int
     hidden_gates: int
     hidden_runs: tuple[tuple[int, int, int], ...]  # consecutive slots that U feeds: first row block of weight_hh, first slot, last slot + 1
+    bias_runs: tuple[tuple[int, int, int], ...]  # likewise those with a row block in bias_hh, by that
     stage_rows: tuple[tuple[int, int], ...]  # of each stage: first and last + 1 row block of weight_hh; (0, 0): none
     learned: int  # row blocks of weight_v
     given: tuple[int, ...]  # the slots that the caller feeds
@@ -42,6 +43,16 @@ class Cell:
     moments: int  # numbers that a token has of the former
     biased: int  # row blocks of bias_hh
     uniform: bool  # the input and U feed all slots, and a token has room for nothing else
+
+
+def _runs(slots: Seq[int]) -> list[tuple[int, int, int]]:
+    """Consecutive ones: the place of the first, the first, the last + 1."""
+    runs, row = [], 0
+    for _, group in itertools.groupby(enumerate(slots), lambda pair: pair[1] - pair[0]):
+        members = [slot for _, slot in group]
+        runs.append((row, members[0], members[-1] + 1))
+        row += len(members)
+    return runs
 
 
 def _cell(index: int, d: dict[str, Any]) -> Cell:
@@ -57,11 +68,7 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         else:
             fed += by_matrix
         rows.append((begin, len(fed)) if len(fed) > begin else (0, 0))
-    runs, row = [], 0
-    for _, group in itertools.groupby(enumerate(fed), lambda pair: pair[1] - pair[0]):
-        members = [slot for _, slot in group]
-        runs.append((row, members[0], members[-1] + 1))
-        row += len(members)
+    runs, bias_runs = _runs(fed), _runs([slot for slot in fed if d["biased"][slot]])
     inputs = sum(x for _, x, *_ in slots)
     return Cell(
         index,
@@ -76,6 +83,7 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         inputs,
         len(fed),
         tuple(runs),
+        tuple(bias_runs),
         tuple(rows),
         sum(learned for _, _, learned, *_ in d["vectors"]),
         tuple(i for i, (*_, given, _) in enumerate(slots) if given),
@@ -172,7 +180,7 @@ def vectors(cell: Cell, hidden: int, weights: Weights) -> list[int]:
     """The per-unit vectors: row blocks of weight_v, and the biases of slots which U alone feeds (b_hn of GRU), blocks of bias_hh."""
     if not cell.vectors:
         return []
-    block = {slot: row + slot - first for row, first, end in cell.hidden_runs for slot in range(first, end)}
+    block = {slot: row + slot - first for row, first, end in cell.bias_runs for slot in range(first, end)}
     addresses, row = [], 0
     for _, slot, learned, *_ in cell.vectors:
         source = weights.v if learned else weights.bias_hh
@@ -297,7 +305,7 @@ def grad_vectors(s: Sizes, gates: Tensor, kept: Tensor, states: Seq[Tensor], aft
             grad = grad * after[i].to(number)
         elif factor == "kept":
             grad = grad * kept[:, i * H : (i + 1) * H].to(number)
-        sums.append(torch.zeros_like(grad[0]) if factor == "fixed" else grad.sum(0))
+        sums.append(grad.sum(0))
     return torch.cat(sums).to(gates.dtype)
 
 
@@ -307,11 +315,11 @@ def summed_bias(cell: Cell, hidden: int, bias_ih: Tensor | None, bias_hh: Tensor
         return bias_ih
     if bias_ih is None:
         bias = torch.zeros(cell.input_gates * hidden, dtype=bias_hh.dtype, device=bias_hh.device)
-    elif len(cell.hidden_runs) == 1 and cell.hidden_runs[0][1:] == (0, cell.input_gates):
+    elif len(cell.bias_runs) == 1 and cell.bias_runs[0][1:] == (0, cell.input_gates):
         return bias_ih + bias_hh
     else:
         bias = bias_ih.clone()
-    for row, first, end in cell.hidden_runs:
+    for row, first, end in cell.bias_runs:
         end = min(end, cell.input_gates)
         if first < end:
             bias[first * hidden : end * hidden] += bias_hh[row * hidden : (row + end - first) * hidden]

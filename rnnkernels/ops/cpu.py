@@ -227,10 +227,8 @@ def _grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:
     if grad_v is None:
         return []
     addresses, row = [], 0
-    for _, _, learned, factor, _ in cell.vectors:
-        addresses.append(grad_v[row * H :].data_ptr() if learned and factor != "fixed" else 0)
-        if factor == "fixed":
-            grad_v[row * H : (row + 1) * H].zero_()
+    for _, _, learned, *_ in cell.vectors:
+        addresses.append(grad_v[row * H :].data_ptr() if learned else 0)
         row += learned
     return addresses
 
@@ -258,6 +256,9 @@ def _complete_backward(
         torch.sum(x_gates, 0, out=bias_ih)
     if grad_v is not None:
         grad_v.copy_(grad_vectors(s, gates, kept, states, after, None))
+    if bias_hh is not None:
+        for row, first, end in cell.bias_runs:
+            torch.sum(gates[:, first * H : end * H], 0, out=bias_hh[row * H : (row + end - first) * H])
     for row, first, end in cell.hidden_runs:
         rows, run = slice(row * H, (row + end - first) * H), gates[:, first * H : end * H]
         if grad_hh is not None:
@@ -265,7 +266,5 @@ def _complete_backward(
                 grad_hh[rows].zero_()
             else:
                 torch.mm(run.t(), h, out=grad_hh[rows])
-        if bias_hh is not None:
-            torch.sum(run, 0, out=bias_hh[rows])
         if initial and initial[0] is not None and weights.hh is not None:
             initial[0].addmm_(run, weights.hh[rows])

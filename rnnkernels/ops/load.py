@@ -6,12 +6,14 @@ import contextlib
 import ctypes
 import functools
 import hashlib
+import json
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,18 +28,19 @@ _INCLUDE = Path(_C.__file__).parent / "include"
 _LINE = re.compile(r"^\s*RNN_CELL\s*\(\s*(\w+)\s*,\s*(HOT|COLD)\s*,", re.MULTILINE)
 _libraries: list[Any] = []  # they stay: layers may run them to the end
 _sources: dict[str, str] = {}
+_on_gpu: set[str] = set()
+_lock = threading.RLock()
 
 # The page stands between these; the macro that names it expands to what the engines need of it.
 _CPU = """
-#include "num/{isa}.h"
+#include "num/ISA.h"
 
 #include "engines/cpu/kernels.h"
 
 using namespace rnnkernels;
 #define RNN_CELL(name, heat, ...) \\
   extern "C" __attribute__((visibility("default"))) const cpu::Page rnnkernels_page; \\
-  const cpu::Page rnnkernels_page = cpu::make_page<Complete<__VA_ARGS__>, {isa}::F32, {isa}::F64>(#name, #__VA_ARGS__);
-#line 1 "{name}"
+  const cpu::Page rnnkernels_page = cpu::make_page<Complete<__VA_ARGS__>, ISA::F32, ISA::F64>(#name, #__VA_ARGS__);
 """
 _CUDA = """
 #include "engines/cuda/kernels.cuh"
@@ -46,7 +49,6 @@ using namespace rnnkernels;
 #define RNN_CELL(name, heat, ...) \\
   extern "C" __attribute__((visibility("default"))) const cuda::CellKernels rnnkernels_kernels; \\
   const cuda::CellKernels rnnkernels_kernels = cuda::cell_kernels<cuda::Heat::heat, Complete<__VA_ARGS__>>();
-#line 1 "{name}"
 """
 
 
@@ -59,25 +61,29 @@ def load_page(source: str | os.PathLike[str], cuda: bool | None = None) -> str:
     name: str = named[0][0]
     if name != name.lower():
         raise ValueError(f"source: expected a cell's name in lower case, got {name!r} in {shown}")
-    if name in _sources:
-        if _sources[name] != text:
+    with _lock:
+        if name in _sources and _sources[name] != text:
             raise ValueError(f"source: a cell {name!r} is loaded already, from another source: give this one another name")
-    elif name in CELLS:
-        raise ValueError(f"source: {name!r} is one of the library's own cells: give this one another name")
-    else:
-        _check_headers()
-        flags = _C.build()["flags"]
-        isas = _C.supported_isas()
-        with ThreadPoolExecutor() as pool:
-            made = [pool.submit(_compiled, text, shown, _CPU.format(isa=isa, name=shown), _cpu_command(flags, isa), ".cpp") for isa in isas]
-            paths = [future.result() for future in made]
-        addresses = [_address(path, "rnnkernels_page") for path in paths]
-        index, description = _C.add_cell(dict(zip(isas, addresses, strict=True)))
-        add_cell(index, description)
-        _sources[name] = text
-    if cuda or (cuda is None and hasattr(_C, "add_cuda_cell") and torch.cuda.is_available()):
-        _load_cuda(name, text, shown)
+        if name in CELLS and name not in _sources:
+            raise ValueError(f"source: {name!r} is one of the library's own cells: give this one another name")
+        _load(name, text, shown)
+        if cuda:
+            load_kernels(name)
     return name
+
+
+def _load(name: str, text: str, shown: str) -> None:
+    if name in _sources:
+        return
+    _check_headers()
+    flags = _C.build()["flags"]
+    isas = _C.supported_isas()
+    with ThreadPoolExecutor() as pool:
+        made = [pool.submit(_compiled, text, shown, _CPU.replace("ISA", isa), _cpu_command(flags, isa), ".cpp") for isa in isas]
+        paths = [future.result() for future in made]
+    addresses = [_address(path, "rnnkernels_page") for path in paths]
+    add_cell(*_C.add_cell(dict(zip(isas, addresses, strict=True))))
+    _sources[name] = text
 
 
 _WRAPPERS = {
@@ -91,13 +97,20 @@ _WRAPPERS = {
 def modified(cell: str, modifiers: Sequence[str]) -> str:
     """The cell with these modifiers, in the order of the table above; one that is not in the library is compiled."""
     name = "_".join([cell, *modifiers])
-    if name not in CELLS:
-        page = f"Complete<{CELLS[cell].page}>"
-        for modifier in modifiers:
-            page = _WRAPPERS[modifier].format(page)
-        line = f"RNN_CELL({name}, COLD, {page})\n"
-        text = _sources.get(cell)
-        load_page(line + "\n" if text is None else re.sub(r"^\s*RNN_CELL\s*\(.*\)\s*$", lambda _: line, text, flags=re.MULTILINE))
+    if not modifiers or (name in CELLS and name not in _sources):
+        return name
+    page = f"Complete<{CELLS[cell].page}>"
+    for modifier in modifiers:
+        page = _WRAPPERS[modifier].format(page)
+    # The user's own line names another cell than is wanted here.
+    own = (
+        f'#pragma push_macro("RNN_CELL")\n#undef RNN_CELL\n#define RNN_CELL(...)\n{_sources.get(cell, "")}\n#pragma pop_macro("RNN_CELL")\n'
+    )
+    text = f"{own}RNN_CELL({name}, COLD, {page})\n"
+    with _lock:
+        if _sources.get(name, text) != text:
+            raise ValueError(f"the cell {cell!r} with {', '.join(modifiers)} would be called {name!r}, as one that was loaded is")
+        _load(name, text, f"{cell} with {', '.join(modifiers)}")
     return name
 
 
@@ -137,11 +150,14 @@ def _cpu_command(flags: dict[str, str], isa: str) -> list[str]:
     return [*compiler, *plain, *shlex.split(flags["all"]), *shlex.split(flags[isa]), *machine]
 
 
-def _load_cuda(name: str, text: str, shown: str) -> None:
+def load_kernels(name: str) -> None:
+    """Compile a loaded cell for a GPU too, once."""
     if not hasattr(_C, "add_cuda_cell"):
         raise RuntimeError("cuda: this build of rnnkernels has no CUDA part")
-    kernels = _address(_compile_cuda(text, shown), "rnnkernels_kernels")
-    _C.add_cuda_cell(CELLS[name].index, kernels)
+    with _lock:
+        if name in _sources and name not in _on_gpu:
+            _C.add_cuda_cell(CELLS[name].index, _address(_compile_cuda(_sources[name], name), "rnnkernels_kernels"))
+            _on_gpu.add(name)
 
 
 def _compile_cuda(text: str, shown: str) -> Path:
@@ -155,7 +171,7 @@ def _compile_cuda(text: str, shown: str) -> Path:
     archs = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     plain = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared", "--cudart=static"]
     command = [*compiler, *plain, *shlex.split(_C.build()["flags"]["cuda"]), *archs]
-    return _compiled(text, shown, _CUDA.format(name=shown), command, ".cu")
+    return _compiled(text, shown, _CUDA, command, ".cu")
 
 
 def _compiled(text: str, shown: str, prologue: str, command: list[str], suffix: str) -> Path:
@@ -165,10 +181,10 @@ def _compiled(text: str, shown: str, prologue: str, command: list[str], suffix: 
     library = cache / f"{key}.so"
     if library.is_file():
         return library
-    cache.mkdir(parents=True, exist_ok=True)
+    cache.mkdir(mode=0o700, parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache) as folder:
         unit, made = Path(folder) / f"page{suffix}", Path(folder) / "page.so"
-        unit.write_text(prologue + text, encoding="utf-8")
+        unit.write_text(f"{prologue}#line 1 {json.dumps(shown)}\n{text}", encoding="utf-8")
         try:
             done = subprocess.run([*command, f"-I{_INCLUDE}", str(unit), "-o", str(made)], capture_output=True, text=True, check=False)
         except FileNotFoundError:

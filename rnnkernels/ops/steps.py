@@ -153,8 +153,7 @@ def recompute(
     before = [before_each_token(s, state, states[i] if states else None, rows) for i, state in enumerate(after)]
     if N:
         once = s._replace(steps=1, batch=N, engine="stepwise")
-        count = len(s.cell.states) - 1
-        again = [*(torch.empty_like(h) for h in history[:count]), *history[count:]]  # the moments are missing too
+        again = [torch.empty_like(h) for h in history]
         laid = given_each_token(s, given, input.shape[:-1], rows)
         _walk(once, True, kept, before, weights, None, torch.empty_like(after[0]), again, place_given(once, laid, (N,)))
     return kept
@@ -211,7 +210,7 @@ def _walk(
     carried = [state.to(kind, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=kind) for width in _widths(s)]
     between = gates.new_empty(s.batch, cell.kept * H, dtype=kind) if len(cell.stages) > 1 else None
     y, unit_vectors, place = output.view(-1, s.output), vectors(cell, H, weights), device_of(gates)
-    sums = _Sums(s, gates, history[len(cell.states) - 1] if training and cell.moments else None)
+    sums = _Sums(s, gates, history[-1] if cell.moments and len(history) == len(cell.states) else None)
     for n, step in enumerate(steps.forward()):
         active, token, before = steps.size[step], steps.start[step], steps.before(step)
         for stage, (_, _, operand, _) in enumerate(cell.stages):
@@ -338,7 +337,7 @@ def backward(
         if needs[3]:
             grads[3] = total[: cell.input_gates * H].clone()
         if needs[4] and cell.biased:
-            grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.hidden_runs])
+            grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.bias_runs])
     if needs[5]:
         projected = cell.projection * H
         operand = next(operand for *_, operand, projects in cell.stages if projects) * H
