@@ -133,6 +133,11 @@ class Sizes(NamedTuple):
     given: int = 0  # how many tensors of given numbers there are
 
     @property
+    def widths(self) -> list[int]:
+        """Of the states."""
+        return [self.output, *[self.hidden] * (len(self.cell.states) - 1)]
+
+    @property
     def complete(self) -> bool:
         """One step on the CPU: torch forms both products, since packing weights costs more than using them once."""
         return self.steps == 1 and len(self.cell.stages) == 1 and self.engine == "cpu"

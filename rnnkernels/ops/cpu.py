@@ -126,7 +126,7 @@ def recompute(
     N = tokens.shape[0]
     kept = new_kept(s, input, N)
     if len(s.cell.stages) > 1:
-        finals = [input.new_empty(s.batch, width) for width in (s.output, *[s.hidden] * (len(s.cell.states) - 1))]
+        finals = [input.new_empty(s.batch, width) for width in s.widths]
         again, places = [torch.empty_like(h) for h in history], place_given(s, given, input.shape[:-1])
         _run(s, True, tokens, states, weights, rows, kept, torch.empty_like(output), finals, again, places)
         return kept

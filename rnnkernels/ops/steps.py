@@ -87,10 +87,6 @@ class _Steps:
         return torch.arange(self.steps + 1, dtype=torch.int64, device=like.device) * batch
 
 
-def _widths(s: Sizes) -> list[int]:
-    return [s.output] + [s.hidden] * (len(s.cell.states) - 1)
-
-
 def _columns(cell: Cell, stage: int) -> int:
     first, count, *_ = cell.stages[stage]
     return sum(h for _, _, h, *_ in cell.slots[first : first + count])
@@ -117,7 +113,7 @@ def forward(
     if training:
         history += new_moments(s, input, N)
     if s.batch == 0:
-        return output, [input.new_empty(0, width) for width in _widths(s)], gates if keeps else None, history
+        return output, [input.new_empty(0, width) for width in s.widths], gates if keeps else None, history
     walk = _walk_together if s.engine in PERSISTENT else _walk
     final = walk(s, keeps, gates, states, weights, rows, output, history, place_given(s, given, input.shape[:-1]))
     return output, final, gates if keeps else None, history
@@ -172,7 +168,7 @@ def _walk_together(
 ) -> list[Tensor]:
     index, stream = device_of(gates)
     task = problem(s, gates.dtype, 0, None, training)
-    final = [gates.new_empty(s.batch, width) for width in _widths(s)]
+    final = [gates.new_empty(s.batch, width) for width in s.widths]
     offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
     workspace = torch.empty(_C.cuda_workspace_bytes(task, False, index), dtype=torch.uint8, device=gates.device)
     _C.cuda_forward(
@@ -207,7 +203,7 @@ def _walk(
     cell, H, dtype, matrices = s.cell, s.hidden, gates.dtype, stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)
     steps, task = _Steps(s, rows), problem(s, dtype, 0, None, training)
     kind = number(dtype)
-    carried = [state.to(kind, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=kind) for width in _widths(s)]
+    carried = [state.to(kind, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=kind) for width in s.widths]
     between = gates.new_empty(s.batch, cell.kept * H, dtype=kind) if len(cell.stages) > 1 else None
     y, unit_vectors, place = output.view(-1, s.output), vectors(cell, H, weights), device_of(gates)
     sums = _Sums(s, gates, history[-1] if cell.moments and len(history) == len(cell.states) else None)
@@ -411,7 +407,7 @@ def _walk_back(
     kind, last = number(dtype), len(cell.stages) - 1
     carried = [
         gates.new_zeros(s.batch, width, dtype=kind) if g is None else g.to(kind, copy=True)
-        for g, width in zip(finals, _widths(s), strict=True)
+        for g, width in zip(finals, s.widths, strict=True)
     ]
     # The gate gradients that the next product reads; a row that has left keeps those of its last visit.
     staged = [gates.new_zeros(s.batch, _columns(cell, stage) * _width(s, stage), dtype=kind) for stage in range(last + 1)]

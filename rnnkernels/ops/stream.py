@@ -61,10 +61,6 @@ def _layers(cell: str, lead: tuple[int, ...], weights: Seq[Seq[Any]], engine: st
     return layers
 
 
-def _widths(s: Sizes) -> list[int]:
-    return [s.output, *[s.hidden] * (len(s.cell.states) - 1)]
-
-
 def _input_weight(weights: Weights) -> Tensor:
     assert weights.ih is not None
     return weights.ih
@@ -77,7 +73,7 @@ class _Stack:
         self._cell, self._lead, self._engine, self._constants = cell, lead, engine, constants
         self._sizes, self._shapes = [s for s, _ in layers], [_input_weight(w).shape for _, w in layers]
         self._like = _input_weight(layers[0][1]).new_empty(0)
-        self.widths = _widths(self._sizes[0])
+        self.widths = self._sizes[0].widths
 
     def _again(self, weights: Seq[Seq[Any]]) -> list[tuple[Sizes, Weights]]:
         layers = _layers(self._cell, self._lead, weights, self._engine, self._constants)
