@@ -33,18 +33,34 @@ void fill(P* (&to)[n], const Addresses& from) {
   for (size_t i = 0; i < from.size(); ++i) to[i] = pointer(from[i]);
 }
 
-void fill(Given (&to)[kMaxGiven], const GivenSlots& from) {
-  if (from.size() > kMaxGiven) throw std::invalid_argument("more given slots than the contract's tables hold");
+template <size_t n>
+void fill(Given (&to)[n], const GivenSlots& from) {
+  if (from.size() > n) throw std::invalid_argument("more given slots than the contract's tables hold");
   for (size_t i = 0; i < from.size(); ++i) to[i] = {pointer(std::get<0>(from[i])), std::get<1>(from[i]), std::get<2>(from[i])};
 }
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
-                bool reverse, bool training, bool complete, int threads, int products) {
+                bool reverse, bool training, bool complete, int threads, int products, Address lengths, Address resets, Address units,
+                int64_t module) {
   if (!registry.find(cell) || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32))
     throw std::invalid_argument("no such cell, storage type or way to multiply");
-  const Problem p{
-      cell,    Storage(storage),  steps, batch, input, hidden, output, pointer<const int64_t>(rows), reverse, training, complete,
-      threads, Products(products)};
+  const Problem p{cell,
+                  Storage(storage),
+                  steps,
+                  batch,
+                  input,
+                  hidden,
+                  output,
+                  pointer<const int64_t>(rows),
+                  reverse,
+                  training,
+                  complete,
+                  threads,
+                  Products(products),
+                  pointer<const int64_t>(lengths),
+                  pointer<const uint8_t>(resets),
+                  pointer<const int64_t>(units),
+                  module};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -178,7 +194,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("forward",
         [](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates, int64_t gates_row,
            const Addresses& weights, const Addresses& vectors, const Addresses& initial, const Addresses& final, Address output,
-           const Addresses& history, Address workspace, int64_t bytes, const GivenSlots& given, Address moments) {
+           const Addresses& history, Address workspace, int64_t bytes, const GivenSlots& given, Address moments, const GivenSlots& resets) {
           need(p, false, bytes);
           Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
           f.input = pointer(input);
@@ -187,6 +203,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
           f.bias_hh = pointer(bias_hh);
           fill(f.given, given);
           f.moments = pointer(moments);
+          fill(f.reset, resets);
           py::gil_scoped_release release;
           cpu::forward(f, cpu::page_of(p));
         });
@@ -232,7 +249,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
                        const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
                        const Addresses& grad_final, const Addresses& grad_initial, Address input, Address weight_ih, Address grad_input,
                        Address grad_weight_ih, const Addresses& grad_weights, Address grad_bias_ih, Address grad_bias_hh,
-                       const Addresses& grad_vectors, Address workspace, int64_t bytes, Address moments) {
+                       const Addresses& grad_vectors, Address workspace, int64_t bytes, Address moments, const GivenSlots& resets,
+                       const Addresses& grad_resets) {
     need(p, true, bytes);
     Backward g =
         backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_states, grad_final, grad_initial, workspace);
@@ -245,6 +263,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     g.grad_bias_hh = pointer(grad_bias_hh);
     fill(g.grad_vectors, grad_vectors);
     g.moments = pointer(moments);
+    fill(g.reset, resets);
+    fill(g.grad_reset, grad_resets);
     py::gil_scoped_release release;
     cpu::backward(g, cpu::page_of(p));
   });

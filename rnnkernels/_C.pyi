@@ -17,6 +17,10 @@ class Problem:
         complete: bool,
         threads: int,
         products: int,
+        lengths: int,
+        resets: int,
+        units: int,
+        module: int,
     ) -> None: ...
 
 class Stream:
@@ -73,6 +77,7 @@ def forward(
     bytes: int,
     given: Sequence[tuple[int, int, int]],
     moments: int,
+    resets: Sequence[tuple[int, int, int]],
 ) -> None: ...
 def backward(
     problem: Problem,
@@ -97,6 +102,8 @@ def backward(
     workspace: int,
     bytes: int,
     moments: int,
+    resets: Sequence[tuple[int, int, int]],
+    grad_resets: Sequence[int],
 ) -> None: ...
 def forward_step(
     problem: Problem,

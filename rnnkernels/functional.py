@@ -1,4 +1,4 @@
-"""A stack of sequences: layers and directions, with dropout between the layers; and how a padded batch is cut into what runs unbroken.
+"""A stack of sequences: layers and directions, with dropout between the layers.
 
 Time comes first throughout.
 """
@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import cuts, ops
+from .cuts import Cut
 
-__all__ = ["Segments", "mask", "normed_gates", "segments", "stack"]
+__all__ = ["mask", "normed_gates", "stack"]
 
 
 def stack(
@@ -33,6 +33,9 @@ def stack(
     return_states: bool = False,
     given: Sequence[Sequence[Tensor]] | None = None,
     layer_norm: str | None = None,
+    cut: Cut | None = None,
+    units: Tensor | None = None,
+    module: int = 0,
 ) -> tuple[Tensor, ...]:
     """Run layers × directions of ``cell`` and return ``(output, *final_states)``.
 
@@ -45,6 +48,7 @@ def stack(
     * ``layer_norm``: "gates" or "gate", for cells that are given their input gates: the last of each direction's weights is the gain of the
       norm that these get, ``bias_ih`` its shift.
     * ``given``: K lists of what the cell is given, as ``ops.sequence`` has it, or None.
+    * ``cut``: how long the rows of a padded batch are and where they start anew. ``units``, ``module``: as ``ops.sequence`` has them.
     * output ``[T, B, D · P]`` or ``[N, D · P]``; final states as ``states``.
 
     * with ``return_states``, after the final states: every state after each step, ``[K, T, B, ·]`` or ``[K, N, ·]``, in the cell's order.
@@ -52,8 +56,15 @@ def stack(
     ``dropout`` falls on the outputs of every layer but the last, while ``training``. Dtypes, engines, ``recompute`` and errors are those
     of ``ops.sequence``.
     """
-    slots = None if states is None else [state.unbind() for state in states]
     directions = 2 if bidirectional else 1
+    inside: dict[str, Any] = {} if units is None else {"units": units, "module": module}
+    if cut is not None:
+        if not ops.cuts_natively(engine, input.device):
+            options = {"dropout": dropout, "training": training, "engine": engine, "recompute": recompute, "layer_norm": layer_norm}
+            return _in_segments(cell, input, states, weights, given, cut, directions, {**options, "return_states": return_states})
+        lengths = None if cut.lengths is None else cut.lengths.to("cpu", torch.int64)
+        inside |= {"lengths": lengths, "reset_mask": None if cut.reset_mask is None else cut.reset_mask.cpu()}
+    slots = None if states is None else [state.unbind() for state in states]
     finals: list[Sequence[Tensor]] = []
     for start in range(0, len(weights), directions):
         if start > 0 and dropout > 0 and training:
@@ -80,6 +91,8 @@ def stack(
                 engine=engine,
                 recompute=recompute,
                 return_states=return_states,
+                reset_states=None if cut is None else cut.resets_of(k),
+                **inside,
             )
             outputs.append(output)
             count = len(ops.CELLS[cell].states)
@@ -88,6 +101,35 @@ def stack(
     if len(finals) == 1:
         return input, *[state.unsqueeze(0) for state in finals[0]]
     return input, *[torch.stack(column) for column in zip(*finals, strict=True)]
+
+
+def _in_segments(
+    cell: str,
+    input: Tensor,
+    states: Sequence[Tensor] | None,
+    weights: Sequence[Sequence[Any]],
+    given: Sequence[Sequence[Tensor]] | None,
+    cut: Cut,
+    directions: int,
+    options: dict[str, Any],
+) -> tuple[Tensor, ...]:
+    """The stack with each segment of the batch as a row of a ragged one."""
+    (T, B), count = input.shape[:2], len(ops.CELLS[cell].states)
+    if states is None:
+        states = [input.new_zeros(len(weights), B, width) for width in ops.widths(cell, *(*weights[0], *[None] * 6)[:6])]
+    found = cuts.segments(T, B, cut.lengths, cut.reset_mask)
+    if len(found.batch_sizes) == 0:
+        output = input.new_zeros(T, B, states[0].shape[-1] * directions)
+        histories = [state.new_zeros(state.shape[0], T, *state.shape[1:]) for state in states] if options["return_states"] else []
+        return output, *states, *histories
+    tokens = input.flatten(0, 1).index_select(0, found.index.to(input.device))
+    numbers = None if given is None else [[cuts.gather(t, found, T, B) for t in of_layer] for of_layer in given]
+    initial = cuts.start(states, found, cut.reset_states, T, directions)
+    output, *rest = stack(
+        cell, tokens, initial, weights, bidirectional=directions == 2, batch_sizes=found.batch_sizes, given=numbers, **options
+    )
+    finals = cuts.join(rest[:count], found, states, directions)
+    return cuts.spread(output, found, T, B), *finals, *(cuts.spread(history, found, T, B) for history in rest[count:])
 
 
 def _hidden_size(cell: str, weight_hh: Tensor) -> int:
@@ -113,50 +155,3 @@ def mask(like: Tensor, shape: Sequence[int], p: float) -> Tensor:
     count = math.prod(shape)
     bits = torch.randint(-(2**31), 2**31 - 1, ((count + 1) // 2,), dtype=torch.int32, device=like.device).view(torch.int16)[:count]
     return (bits < level - 32768).view(shape).to(like.dtype)
-
-
-@dataclass(frozen=True)
-class Segments:
-    """What of a padded batch runs unbroken: each segment is a row of a ragged batch of its own, the longest first.
-
-    ``index [N]``: of each of the ragged batch's tokens, ``t · B + b`` in the padded one. ``batch_sizes``: as PackedSequence has it.
-    ``row [S]``, ``start [S]``, ``end [S]``: where each segment lies. ``reset [S]``: whether it starts at a reset and not at the sequence's
-    own start. ``first [B]``, ``last [B]``: the segment in which each row starts and the one in which it ends, S where it has none.
-    """
-
-    index: Tensor
-    batch_sizes: Tensor
-    row: Tensor
-    start: Tensor
-    end: Tensor
-    reset: Tensor
-    first: Tensor
-    last: Tensor
-
-
-def segments(T: int, B: int, lengths: Tensor | None, reset_mask: Tensor | None) -> Segments:
-    """Cut T steps of B rows, of which row b has ``lengths[b]`` (None: T), before every step that ``reset_mask [T, B]`` marks."""
-    given = lengths if reset_mask is None else reset_mask
-    device = None if given is None else given.device
-    ends = torch.full((B,), T, device=device) if lengths is None else lengths.to(device, torch.int64)
-    steps = torch.arange(T, device=device)
-    begins = (steps == 0).expand(B, T)
-    if reset_mask is not None:
-        begins = begins | reset_mask.t()
-    row, start = (begins & (steps < ends.unsqueeze(1))).nonzero(as_tuple=True)  # row by row
-    S = len(row)
-    final = torch.ones(S, dtype=torch.bool, device=device)
-    final[:-1] = row[1:] != row[:-1]
-    end = torch.where(final, ends[row], start.roll(-1)) if S else start
-    reset = start > 0 if reset_mask is None else reset_mask[start, row]
-    order = (end - start).argsort(descending=True, stable=True)
-    place = torch.empty_like(order)
-    place[order] = torch.arange(S, device=device)
-    first, last = (torch.full((B,), S, device=device) for _ in range(2))
-    last[row[final]] = place[final]
-    first[row[start == 0]] = place[start == 0]
-    row, start, end, reset = row[order], start[order], end[order], reset[order]
-    sizes = S - torch.bincount(end - start, minlength=1).cumsum(0)[:-1]  # how many are longer than 0, 1, …
-    step = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
-    segment = torch.arange(len(step), device=device) - (sizes.cumsum(0) - sizes)[step]
-    return Segments((start[segment] + step) * B + row[segment], sizes.cpu(), row, start, end, reset, first, last)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops
+from .cuts import Cut
 from .streaming import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "GRUCell", "LSTMCell", "Plan", "RNNCell", "explain"]
@@ -227,8 +228,8 @@ class _Layer(nn.RNNBase):
     def _cell(self) -> str:
         return self._modifiers(self.training)[0]
 
-    def _given(self, cell: str, zones: tuple[float, ...], data: Tensor, batch: int, row: Tensor | None) -> list[list[Tensor]] | None:
-        """What each layer and direction is given: masks drawn anew in training, expectations otherwise. ``row``: that of each segment."""
+    def _given(self, cell: str, zones: tuple[float, ...], data: Tensor, batch: int) -> list[list[Tensor]] | None:
+        """What each layer and direction is given: masks drawn anew in training, expectations otherwise."""
         spec = ops.CELLS[cell]
         names = [spec.slots[slot][0] for slot in spec.given if spec.slots[slot][4]]
         if not names:
@@ -238,8 +239,7 @@ class _Layer(nn.RNNBase):
         def draw(name: str) -> Tensor:
             if name == "dropout":
                 keeps = 1 - self.recurrent_dropout
-                mask = functional.mask(data, (batch, H), keeps) / keeps
-                return mask if row is None else mask.index_select(0, row.to(data.device))
+                return functional.mask(data, (batch, H), keeps) / keeps
             if not name.startswith("zoneout_"):
                 raise RuntimeError(f"the cell {cell!r} is given {name!r}, which a layer knows nothing of: call rnnkernels.ops.sequence")
             p = zones[int(name.removeprefix("zoneout_"))]
@@ -298,45 +298,30 @@ class _Layer(nn.RNNBase):
         data, states, batch_sizes, weights = self._prepare(input, hx)
         cut = None
         if lengths is not None or reset_mask is not None or reset_state is not None:
-            lengths, reset_mask = self._check_cuts(input, data, lengths, reset_mask, reset_state)
-        if lengths is not None or reset_mask is not None:
-            cut = functional.segments(data.size(0), data.size(1), lengths, reset_mask)
-            padded, data, batch_sizes = data, data.flatten(0, 1).index_select(0, cut.index.to(data.device)), cut.batch_sizes
-            initial, states = states, self._initial(padded, cut, states, reset_state)
+            cut = self._cut(input, data, lengths, reset_mask, reset_state)
         cell, zones = self._modifiers(self.training)
-        finals: Sequence[Tensor]
-        if cut is not None and len(cut.batch_sizes) == 0:
-            assert states is not None
-            output, finals = data.new_zeros(0, self._output_width), states
-            if return_states:
-                finals = [*states, *(state[:, :0] for state in states)]
-        else:
-            batch = data.size(1) if batch_sizes is None else padded.size(1) if cut is not None else int(batch_sizes[0])
-            output, *finals = functional.stack(
-                cell,
-                data,
-                states,
-                weights,
-                bidirectional=self.bidirectional,
-                dropout=self.dropout,
-                training=self.training,
-                batch_sizes=batch_sizes,
-                engine=self.engine,
-                recompute=self.recompute,
-                return_states=return_states,
-                given=self._given(cell, zones, data, batch, None if cut is None else cut.row),
-                layer_norm=self.layer_norm,
-            )
+        output, *finals = functional.stack(
+            cell,
+            data,
+            states,
+            weights,
+            bidirectional=self.bidirectional,
+            dropout=self.dropout,
+            training=self.training,
+            batch_sizes=batch_sizes,
+            engine=self.engine,
+            recompute=self.recompute,
+            return_states=return_states,
+            given=self._given(cell, zones, data, data.size(1) if batch_sizes is None else int(batch_sizes[0])),
+            layer_norm=self.layer_norm,
+            cut=cut,
+        )
         count = len(self._widths)
         finals, histories = finals[:count], finals[count:]
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
             final = self.permute_hidden(self._join(finals), input.unsorted_indices)
             return (packed, final, tuple(histories)) if return_states else (packed, final)
-        if cut is not None:
-            finals = self._join_segments(padded, cut, finals, initial)
-            output = _spread(padded, cut, output)
-            histories = [_spread(padded, cut, history) for history in histories]
         if input.dim() == 2:
             output, finals = output.squeeze(1), [state.squeeze(1) for state in finals]
             histories = [history.squeeze(2) for history in histories]
@@ -371,84 +356,36 @@ class _Layer(nn.RNNBase):
         constants = [like.detach().new_full((self.hidden_size,), p) for p in expected]
         return Stream(cell, self._weights, batch_size, hx, self.engine, self._split, self._join, constants, self.layer_norm)
 
-    @property
-    def _output_width(self) -> int:
-        return (self.proj_size or self.hidden_size) * (2 if self.bidirectional else 1)
-
-    def _check_cuts(
-        self, input: Any, data: Tensor, lengths: Tensor | None, reset_mask: Tensor | None, reset_state: Any
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Raise, or return lengths and a mask [T, B]."""
+    def _cut(self, input: Any, data: Tensor, lengths: Tensor | None, reset_mask: Tensor | None, reset_state: Any) -> Cut | None:
+        """What was asked for inside the sequence, checked and time-major; None: nothing that makes a difference."""
         if isinstance(input, PackedSequence):
             raise ValueError("lengths and reset_mask go with a padded input, got a PackedSequence: pad it with pad_packed_sequence")
         if reset_state is not None and reset_mask is None:
             raise ValueError("reset_state: expected a reset_mask beside it, got None")
         T, B = data.shape[:2]
+        concrete = not torch.compiler.is_compiling()
         if lengths is not None:
-            if lengths.shape != (B,) or lengths.dtype.is_floating_point or lengths.dtype in (torch.bool, torch.complex64):
-                raise RuntimeError(f"lengths: expected integers of shape ({B},), got {lengths.dtype} of shape {tuple(lengths.shape)}")
-            shortest, longest = (int(lengths.min()), int(lengths.max())) if B else (T, T)
-            if shortest < 0 or longest > T:
-                raise ValueError(f"lengths: expected 0 to {T}, got {shortest} to {longest}")
-            if shortest == T:
-                lengths = None  # nothing to cut
+            ops.check_lengths(lengths, T, B, concrete)
+            if concrete and bool((lengths == T).all()):
+                lengths = None
         if reset_mask is not None:
-            shape = (T,) if input.dim() == 2 else (B, T) if self.batch_first else (T, B)
-            if reset_mask.shape != shape or reset_mask.dtype is not torch.bool:
-                raise RuntimeError(
-                    f"reset_mask: expected torch.bool of shape {shape}, got {reset_mask.dtype} of shape {tuple(reset_mask.shape)}"
-                )
+            ops.check_reset_mask(reset_mask, (T,) if input.dim() == 2 else (B, T) if self.batch_first else (T, B))
             reset_mask = reset_mask.unsqueeze(1) if input.dim() == 2 else reset_mask.t() if self.batch_first else reset_mask
-            if reset_state is None and not reset_mask.any():
+            if concrete and reset_state is None and not reset_mask.any():
                 reset_mask = None
-        return lengths, reset_mask
-
-    def _initial(self, data: Tensor, cut: functional.Segments, states: Sequence[Tensor] | None, reset_state: Any) -> list[Tensor]:
-        """States [L · D, S, ·] from which the segments start, in the direction of each."""
-        T, B = data.shape[:2]
-        layers, directions = self.num_layers, 2 if self.bidirectional else 1
-        K, row, S = layers * directions, cut.row.to(data.device), len(cut.row)
+        if lengths is None and reset_mask is None:
+            return None
         resets = None if reset_state is None else self._split(reset_state)
-        # Forward a segment's state comes from before its start, in reverse from after its end.
-        own = torch.stack([~cut.reset, cut.last[cut.row] == torch.arange(S, device=cut.row.device)][:directions]).to(data.device)
-        at = torch.stack([cut.start, cut.end.clamp(max=T - 1)][:directions]).to(data.device)
-        initial = []
-        for i, width in enumerate(self._widths):
-            given = data.new_zeros(K, S, width) if states is None else states[i].index_select(1, row)
-            if resets is None:
-                reset = data.new_zeros(1, 1, 1)
-            elif resets[i].shape == (K, width):
-                reset = resets[i].unsqueeze(1)
-            elif resets[i].shape == (K, B, width):
-                reset = resets[i].index_select(1, row)
-            elif resets[i].shape == (T, K, B, width):
-                both = [resets[i][at[d], :, row].transpose(0, 1)[d::directions] for d in range(directions)]
-                reset = torch.stack(both, 1).flatten(0, 1)
-            else:
-                raise RuntimeError(
-                    f"reset_state: expected shape {(K, width)}, {(K, B, width)} or {(T, K, B, width)}, got {tuple(resets[i].shape)}"
-                )
-            initial.append(torch.where(own.repeat(layers, 1).unsqueeze(2), given, reset))
-        return initial
+        K = self.num_layers * (2 if self.bidirectional else 1)
+        for state, width in zip(resets or (), self._widths, strict=False):
+            shapes = [(K, width), (K, B, width), (T, K, B, width)]
+            if state.shape not in shapes:
+                raise RuntimeError(f"reset_state: expected shape {shapes[0]}, {shapes[1]} or {shapes[2]}, got {tuple(state.shape)}")
+        return Cut(lengths, reset_mask, resets)
 
     @property
     def _widths(self) -> tuple[int, ...]:
         return (self.hidden_size,)
-
-    def _join_segments(
-        self, data: Tensor, cut: functional.Segments, finals: Sequence[Tensor], initial: Sequence[Tensor] | None
-    ) -> list[Tensor]:
-        """The rows' final states; a row without a step keeps its initial one."""
-        B = data.size(1)
-        ends = [cut.last, cut.first][: 2 if self.bidirectional else 1]
-        joined = []
-        for i, state in enumerate(finals):
-            K, S, width = state.shape
-            kept = state.new_zeros(K, B, width) if initial is None else initial[i]
-            found = torch.cat([state, state.new_zeros(K, 1, width)], 1)
-            place = torch.stack(ends).repeat(self.num_layers, 1).to(data.device).unsqueeze(2).expand(K, B, width)
-            joined.append(torch.where(place < S, found.gather(1, place), kept))
-        return joined
 
     def _prepare(self, input: Any, hx: Any) -> tuple[Tensor, Sequence[Tensor] | None, Tensor | None, list[list[Any]]]:
         """Check what forward was given; return the input time-major, the states as a sequence, batch_sizes, and the weights."""
@@ -495,14 +432,6 @@ class _Layer(nn.RNNBase):
 
     def _join(self, states: Sequence[Tensor]) -> Any:
         return states[0]
-
-
-def _spread(data: Tensor, cut: functional.Segments, tokens: Tensor) -> Tensor:
-    """Tokens of segments ``[…, N, ·]`` where they lie in the padded batch ``[…, T, B, ·]``, zero elsewhere."""
-    T, B = data.shape[:2]
-    shape = (*tokens.shape[:-2], T * B, tokens.shape[-1])
-    padded = tokens.new_zeros(shape).index_copy(-2, cut.index.to(data.device), tokens)
-    return padded.view(*shape[:-2], T, B, shape[-1])
 
 
 class RNN(_Layer):

@@ -211,6 +211,11 @@ def sequence(
     weight_v: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_states: Sequence[Tensor] | None = None,
+    units: Tensor | None = None,
+    module: int = 0,
     given: Sequence[Tensor] = (),
     reverse: bool = False,
     return_states: bool = False,
@@ -222,10 +227,26 @@ def sequence(
     weight_v stacks the cell's per-unit vectors. ``given`` numbers lie as the input, for each row ``[B, k·H]``, or for all ``[k·H]``.
     ``reverse`` runs from the last step (of each row) to the first; the output keeps the input's order. With ``return_states`` the states
     beyond the first after each step follow, in the output's shape.
+
+    Padded only: row b has ``lengths[b]`` steps. Before a step that ``reset_mask [T, B]`` marks (with ``reverse``: after it, since time runs
+    back) states become ``reset_states``, each ``[·]``, ``[B, ·]`` or, by the marked token, ``[T, B, ·]``; None: zeros. At step t only the
+    units below ``units[t]`` change, and U is block upper triangular, ``module`` units a block.
     """
     spec = CELLS[cell]
     hidden = weight_ih.size(0) // spec.input_gates if weight_ih is not None else weight_hh.size(0) // spec.hidden_gates  # type: ignore[union-attr]
     vectors = () if weight_v is None else torch.split(weight_v, hidden)
+    if units is not None and weight_hh is not None:
+        block = torch.arange(hidden) // module
+        weight_hh = weight_hh * (block.unsqueeze(1) <= block)
+
+    def marked(t: int, states: Sequence[Tensor]) -> list[Tensor]:
+        """The states that step t finds."""
+        boundary = t + reverse
+        if reset_mask is None or boundary == len(input):
+            return list(states)
+        mark = (reset_mask[boundary] if lengths is None else reset_mask[boundary] & (lengths > boundary)).unsqueeze(1)
+        replacing = reset_states or [state.new_zeros(state.size(1)) for state in states]
+        return [torch.where(mark, r[boundary] if r.dim() == 3 else r, state) for r, state in zip(replacing, states, strict=True)]
 
     g: dict[str, Tensor] = {}
 
@@ -253,7 +274,7 @@ def sequence(
     for t in reversed(order) if reverse else order:
         # The rows that have a step t are a prefix. The others have either ended, or, in reverse, not begun: they keep their state.
         active = len(inputs[t])
-        before = [state[:active] for state in current]
+        before = marked(t, [state[:active] for state in current])
         g.update(zip(spec.given, (block for numbers in given_at(t, active) for block in torch.split(numbers, hidden, dim=-1)), strict=True))
         x = (
             linear(inputs[t], weight_ih, bias_ih)
@@ -266,9 +287,17 @@ def sequence(
         masks = [g.get(f"zoneout_{i}") for i in range(len(spec.states))]
         made = zip(masks, before, (h, *others), strict=True)
         h, *others = (spec.after(None if z is None else z[:, : old.size(1)], old, new) for z, old, new in made)
+        if units is not None:
+            here = torch.arange(hidden) < units[t]
+            h, *others = (torch.where(here, new, old) for new, old in zip((h, *others), before, strict=True))
         outputs[t] = h
         for history, state in zip(histories, others, strict=True):
             history[t] = state
+        if lengths is not None:
+            here = (lengths > t).unsqueeze(1)
+            for history in (outputs, *histories):
+                history[t] = torch.where(here, history[t], 0)
+            h, *others = (torch.where(here, new, old) for new, old in zip((h, *others), current, strict=True))
         current = tuple(torch.cat((new, state[active:])) for new, state in zip((h, *others), current, strict=True))
     join = torch.stack if batch_sizes is None else torch.cat
     return join(outputs), *current, *([join(history) for history in histories] if return_states else [])

@@ -190,6 +190,11 @@ def test_inside_dataloader_workers() -> None:
         torch.testing.assert_close(a, b)
 
 
+def call(cell: str, x: Tensor, states: Any, weights: Any, sizes: Tensor | None, given: Any, **options: Any) -> tuple[Any, ...]:
+    """The op's arguments, for training."""
+    return tuple(ops.Call(cell, x, states, *weights, sizes, given=given, return_states=True, training=True)._replace(**options))
+
+
 @pytest.mark.parametrize(("engine", "recompute"), [("auto", False), ("stepwise", False), ("auto", True)])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
 @pytest.mark.parametrize("cell", [*PLAIN, "lstm_zoneout_dropout", "lstm_cell_norm_gate_norm", "gru_layer_norm"])
@@ -198,7 +203,7 @@ def test_opcheck(cell: str, ragged: bool, engine: str, recompute: bool) -> None:
     leaves, states = [None if t is None else t.requires_grad_() for t in rest[:6]], rest[6:]
     op, given = torch.ops.rnnkernels.sequence.default, given_of(cell, x, states, leaves, sizes)
     torch.library.opcheck(
-        op, (cell, x.requires_grad_(), [s.requires_grad_() for s in states], *leaves, sizes, given, False, engine, recompute, True, True)
+        op, call(cell, x.requires_grad_(), [s.requires_grad_() for s in states], leaves, sizes, given, engine=engine, recompute=recompute)
     )
 
 
@@ -348,19 +353,18 @@ def test_the_backward_op_checks_its_arguments() -> None:
     (x, w_ih, w_hh, b_ih, b_hh, _, _, h), _, _ = arguments("gru", 4, 3, 5, 6)
     output, kept = torch.zeros(4, 3, 6, dtype=x.dtype), torch.zeros(12, 24, dtype=x.dtype)
     needs = [True] * 5 + [False, False, True]
+    arguments_of_forward = call("gru", x, [h], (w_ih, w_hh, b_ih, b_hh, None, None), None, ())
 
-    def call(output: Tensor, kept: Tensor, needs: list[bool]) -> Any:
-        return torch.ops.rnnkernels.sequence_backward(
-            "gru", needs, [output], [None], x, [h], w_ih, w_hh, b_ih, b_hh, None, None, None, [], False, "auto", output, kept, []
-        )
+    def back(output: Tensor, kept: Tensor, needs: list[bool]) -> Any:
+        return torch.ops.rnnkernels.sequence_backward(*arguments_of_forward, needs, [output], [None], output, kept, [])
 
-    call(output, kept, needs)
+    back(output, kept, needs)
     with pytest.raises(RuntimeError, match=r"output: expected shape \(4, 3, 6\)"):
-        call(output[:2], kept, needs)
+        back(output[:2], kept, needs)
     with pytest.raises(RuntimeError, match=r"kept: expected shape \(12, 24\)"):
-        call(output, kept[:5], needs)
+        back(output, kept[:5], needs)
     with pytest.raises(RuntimeError, match="needs"):
-        call(output, kept, needs[:3])
+        back(output, kept, needs[:3])
 
 
 @pytest.mark.parametrize("steps", [1, 4])

@@ -110,11 +110,12 @@ inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t
   return longer + 0.3 * shorter + pointwise;
 }
 
-inline int best_blocks(const Machine& m, const Product& p, int64_t rows, int unit_groups) {
+inline int best_blocks(const Machine& m, const Product& p, int64_t rows, int unit_groups, int most = kMaxVectorsPerPanel) {
   const int columns = p.columns ? p.columns : 1;
   int best = 1;
   double best_ns = 0;
-  for (int blocks = 1; blocks * columns <= kMaxVectorsPerPanel && blocks * columns <= m.registers; blocks *= 2) {
+  for (int blocks = 1; blocks == 1 || (blocks <= most && blocks * columns <= kMaxVectorsPerPanel && blocks * columns <= m.registers);
+       blocks *= 2) {
     const double ns = product_ns(m, p, blocks, rows, unit_groups);
     if (blocks == 1 || ns < best_ns) best = blocks, best_ns = ns;
   }
@@ -155,7 +156,9 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
         if (p.complete) product.depth = 0;
-        s.blocks[stage] = s.input_blocks[stage] = best_blocks(m, product, rows, unit_groups);
+        // A panel wider than a block of units would be multiplied for units that take no part.
+        const int most = p.units ? int(p.module / m.lanes) : kMaxVectorsPerPanel;
+        s.blocks[stage] = s.input_blocks[stage] = best_blocks(m, product, rows, unit_groups, most);
         while (s.input_blocks[stage] > 1 && s.input_blocks[stage] * cell.input_slots(stage) > kMaxVectorsPerPanel)
           s.input_blocks[stage] /= 2;
         step += product_ns(m, product, s.blocks[stage], rows, unit_groups);
@@ -250,7 +253,8 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   l.totals = l.take(cell.moments() ? s.threads() * p.batch * (backward ? kMaxSums : cell.moments()) * m.number_bytes : 0);
   const int64_t storage = kStorageBytes[int(p.storage)];
   const bool input = !backward && !p.complete;
-  l.gates = l.take(input && !p.training ? s.chunk * p.batch * cell.input_slots() * p.hidden * storage : 0);
+  const int64_t regions = p.units ? s.threads() : 1;  // units that are owned in turns do not lie side by side
+  l.gates = l.take(input && !p.training ? regions * s.chunk * p.batch * cell.input_slots() * p.hidden * storage : 0);
   const bool gradients = backward && !p.complete;
   const int64_t tokens = gradients ? s.grad_chunk * p.batch : 0, units = gradients ? cell.slots * p.hidden : 0;
   const auto matrix = [&](int64_t n, int64_t width) { return n * padded(width, m.number_bytes) * m.number_bytes; };

@@ -28,6 +28,13 @@ struct Problem {
   bool complete;           // the gates arrive with both products already in them (one step only): the engine multiplies nothing
   int threads;             // at most so many
   Products products = Products::Exact;
+  // What happens inside a padded batch. Tokens past a row's length have outputs and gradients of zero.
+  const int64_t* lengths = nullptr;  // [B]: how many steps each row has, in any order; null: all of them
+  const uint8_t* resets = nullptr;   // [T, B]: whether the state between the step before and this one is replaced, that of step 0 ignored
+  // Only the units below units[t] take part in step t, the others keep their state; and a unit's matrix row starts at its block of so many
+  // units. For cells with one slot.
+  const int64_t* units = nullptr;  // [T]
+  int64_t module = 0;
 };
 
 // Where a slot's given numbers lie: [H] each, so many elements from a token and from a row to the next; 0: the same for all of them.
@@ -49,6 +56,7 @@ struct Forward {
   const void* vectors[kMaxVectors];  // [H], or null for zero
   const void* initial[kMaxStates];   // [B, width], or null for zero
   Given given[kMaxGiven];
+  Given reset[kMaxStates];  // by the token that is marked; null for zero
   void* final[kMaxStates];    // [B, width]
   void* output;               // [N, P]: state 0 after each step
   void* history[kMaxStates];  // [N, H]: the other states after each step, or null for inference
@@ -69,6 +77,8 @@ struct Backward {
   const void* grad_states[kMaxStates];  // [N, width]: of each state after each step, the output's first; each null for zero
   const void* grad_final[kMaxStates];   // [B, width], or null for zero
   void* grad_initial[kMaxStates];       // [B, width], or null where nobody asks; of a complete run without U's part
+  Given reset[kMaxStates];
+  void* grad_reset[kMaxStates];  // [marks in resets, width], in the order of their tokens; a mark without effect is passed by; or null
   // Sums over all tokens, each null where nobody asks; a complete run leaves them to its caller.
   const void* input;               // [N, I]
   const void* weight_ih;           // [X slots · H, I]

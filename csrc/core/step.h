@@ -28,6 +28,9 @@ struct ForwardStep {
   const void* moments;               // numbers, rows of moments(): those of the stages before are there
   double* partial;                   // what goes into the sums over a row's units, each value and its square; see the engines
   int64_t partial_row;
+  const int32_t* resets;          // by row: -1, or the state after this step is replaced on its way to the next one; null: nowhere
+  const void* reset[kMaxStates];  // storage: by what
+  int64_t reset_row[kMaxStates];
 };
 
 struct BackwardStep {
@@ -49,6 +52,15 @@ struct BackwardStep {
   const void* means;    // numbers, rows of kMaxSums: of what the stage after this put in
   double* partial;
   int64_t partial_row;
+  const int64_t* lengths;  // by row; null: all have the step `before`, as far as previous_rows says
+  int64_t before;
+  const int32_t* resets;  // as in forward, of the state before this step
+  const void* reset[kMaxStates];
+  int64_t reset_row[kMaxStates];
+  const int32_t* resets_after;   // of the state after it: the number of the mark, where the gradient goes that comes back
+  void* grad_reset[kMaxStates];  // storage, by that number
+
+  RNN_FN bool has_before(int64_t row) const { return row < previous_rows && (!lengths || before < lengths[row]); }
 };
 
 template <class Cell, int stage>
@@ -62,6 +74,12 @@ RNN_FN void load_vectors(const void* const* vectors, int64_t unit, int n, V* w) 
     constexpr int i = decltype(index)::value;
     w[i] = vectors[i] ? V::load(static_cast<const S*>(vectors[i]) + unit, n) : V(0);
   });
+}
+
+// What replaces state i of a row, n lanes of it.
+template <class V, class S, class Step>
+RNN_FN V replaced(const Step& step, int i, int64_t row, int64_t unit, int n) {
+  return step.reset[i] ? V::load(static_cast<const S*>(step.reset[i]) + row * step.reset_row[i] + unit, n) : V(0);
 }
 
 // Slot i's input gates, from memory.
@@ -130,6 +148,10 @@ RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int6
       s1[i].store(static_cast<T*>(step.next[i]) + row * step.state_row[i] + unit, n);
       if (step.history[i]) s1[i].store(static_cast<S*>(step.history[i]) + row * width + unit, n);
     }
+    // By the last stage that reads what this step made of it.
+    if constexpr (Info::value.last_to_see(i) == stage)
+      if (step.resets && step.resets[row] >= 0)
+        replaced<V, S>(step, i, row, unit, n).store(static_cast<T*>(step.next[i]) + row * step.state_row[i] + unit, n);
   });
   each<kept>([&](auto index) {
     constexpr int i = decltype(index)::value;
@@ -160,8 +182,11 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
   each<states>([&](auto index) {
     constexpr int i = decltype(index)::value;
     if constexpr (Info::value.sees(stage, i)) {
-      const void* before = row < step.previous_rows ? step.previous[i] : step.initial[i];
-      s[i] = before ? V::load(static_cast<const S*>(before) + at, n) : V(0);
+      const void* before = step.has_before(row) ? step.previous[i] : step.initial[i];
+      if (step.resets && step.resets[row] >= 0)
+        s[i] = replaced<V, S>(step, i, row, unit, n);
+      else
+        s[i] = before ? V::load(static_cast<const S*>(before) + at, n) : V(0);
       s1[i] = V::load(static_cast<const S*>(step.states[i]) + at, n);
       d[i] = V::load(static_cast<const T*>(step.carried[i]) + row * step.carried_row[i] + unit, n);
     }
@@ -171,14 +196,22 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
     if constexpr (Info::value.arrives(stage, i)) k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
   });
   V d1 = sum ? V::load(sum) : V(0);
-  if (stage == 0 && row < step.previous_rows) {
+  if (stage == 0 && step.has_before(row)) {
     each<kept>(
         [&](auto i) { prefetch(static_cast<const S*>(step.kept) + token + step.ahead * room * step.hidden + i.value * step.hidden); });
     if (step.grad_states[0] && stage_width<Cell, Info::value.stages - 1>(step.hidden, step.output) == width)
       prefetch(static_cast<const S*>(step.grad_states[0]) + at + step.ahead * width);
   }
+  // Where the state after the step was replaced, what comes back is the gradient of what replaced it.
+  const int32_t mark = step.resets_after ? step.resets_after[row] : -1;
+  const auto hand_over = [&](int i, V& gradient) {
+    if (mark < 0) return;
+    if (step.grad_reset[i]) gradient.store(static_cast<S*>(step.grad_reset[i]) + int64_t(mark) * width + unit, n);
+    gradient = V(0);
+  };
   if constexpr (stage == Info::value.stages - 1) {
     d1 = d1 + d[0];
+    hand_over(0, d1);
     if (step.grad_states[0]) d1 = d1 + V::load(static_cast<const S*>(step.grad_states[0]) + at, n);
     d[0] = V(0);
   }
@@ -186,8 +219,10 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
   each<states>([&](auto index) {
     constexpr int i = decltype(index)::value;
     // Once a step: at the first stage to come that sees the state.
-    if constexpr (i > 0 && Info::value.last_to_see(i) == stage)
+    if constexpr (i > 0 && Info::value.last_to_see(i) == stage) {
+      hand_over(i, d[i]);
       if (step.grad_states[i]) d[i] = d[i] + V::load(static_cast<const S*>(step.grad_states[i]) + at, n);
+    }
   });
 
   if constexpr (Info::value.moments() > 0) {

@@ -11,7 +11,7 @@ import functools
 import itertools
 import re
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 
 from .. import _C
 from . import cpu, peer, steps
-from .cells import CELLS, PERSISTENT, STORAGE, Cell, Sizes, Weights, grad_shapes, number, problem
+from .cells import CELLS, PERSISTENT, STORAGE, Cell, Rows, Sizes, Weights, grad_shapes, number, problem
 from .load import load_kernels, load_page, modified, source_of
 
 __all__ = ["CELLS", "ENGINES", "Cell", "Sequence", "build_info", "load_page", "modified", "plan", "sequence", "set_isa", "source_of"]
@@ -73,7 +73,7 @@ def plan(
         why = "engine='torch' was asked for" if engine == "torch" else peer.WHY
         return {"engine": "torch", "isa": "torch", "threads": 1, "bytes_workspace": 0, "schedule": "torch.nn's own function", "reason": why}
     chosen, why = _engine(engine, sizes, dtype, input_size, torch.device(device))
-    task = problem(sizes._replace(engine=chosen), dtype, input_size, None, training)
+    task = problem(sizes._replace(engine=chosen), dtype, input_size, Rows(), training)
     if chosen == "cpu":
         return _cpu_plan(sizes, task, training)
     on_gpu = torch.device(device).type == "cuda"
@@ -153,21 +153,22 @@ def _parted(tensors: Seq[Any], last: int) -> tuple[list[Any], list[Any]]:
 class Sequence(torch.autograd.Function):
     """A cell over a sequence, as autograd sees it. Use :func:`sequence`, which checks its arguments.
 
-    ``apply(sizes, batch_sizes, input, *weights, *states, *given) -> (output, *final_states)``, with ``sizes.returns`` also the states
+    ``apply(sizes, rows, input, *weights, *states, *given, *resets) -> (output, *final_states)``, with ``sizes.returns`` also the states
     beyond the first after each token, ``[N, H]`` each.
     Saves 5·H numbers a token for LSTM, 4·H for GRU and H for SRN, besides input and output; with ``sizes.recompute`` only the states.
     """
 
     @staticmethod
-    def forward(ctx: Any, s: Sizes, rows: Tensor | None, input: Tensor, *args: Tensor | None) -> Any:
+    def forward(ctx: Any, s: Sizes, rows: Rows, input: Tensor, *args: Tensor | None) -> Any:
         weights = Weights(*args[:_COUNT])
-        states, given = _parted([t for t in args[_COUNT:] if t is not None], s.given)
-        output, final, kept, history = _RUNS[s.engine].forward(s, True, input, states, weights, rows, given)
+        rest, resets = _parted([t for t in args[_COUNT:] if t is not None], s.resets)
+        states, given = _parted(rest, s.given)
+        output, final, kept, history = _RUNS[s.engine].forward(s, True, input, states, weights, rows, given, resets)
         ctx.sizes, ctx.own = s, not _hooked()
         ctx.set_materialize_grads(False)
         if not s.recompute:
             weights = weights._replace(bias_ih=None)  # not needed, so whoever changes it is free to
-        ctx.save_for_backward(input, *weights, rows, output, kept, *states, *history, *given)
+        ctx.save_for_backward(input, *weights, *rows, output, kept, *states, *history, *given, *resets)
         return (output, *final, *(history[: len(s.cell.states) - 1] if s.returns else []))
 
     @staticmethod
@@ -175,7 +176,9 @@ class Sequence(torch.autograd.Function):
         s: Sizes = ctx.sizes
         grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
         input, *saved = ctx.saved_tensors
-        weights, (rows, output, kept, *rest) = Weights(*saved[:_COUNT]), saved[_COUNT:]
+        weights, rows = Weights(*saved[:_COUNT]), Rows(*saved[_COUNT : _COUNT + len(Rows._fields)])
+        output, kept, *rest = saved[_COUNT + len(Rows._fields) :]
+        rest, resets = _parted(rest, s.resets)
         rest, given = _parted(rest, s.given)
         # The rest are initial states, if there were any, and histories.
         n = len(rest) - len(s.cell.states) + 1 - (s.cell.moments > 0)
@@ -195,10 +198,12 @@ class Sequence(torch.autograd.Function):
                 kept,
                 rest[n:],
                 given,
+                resets,
                 overwrite,
             )
         if torch.is_grad_enabled():
-            grads = _Once.apply(len(grads), *grads, grad_output, *others, input, *weights, *rest[:n], *given)  # type: ignore[no-untyped-call]
+            leaves = (grad_output, *others, input, *weights, *rest[:n], *given, *resets)
+            grads = _Once.apply(len(grads), *grads, *leaves)  # type: ignore[no-untyped-call]
         return (None, None, *grads)
 
 
@@ -230,18 +235,44 @@ def _check_rows(batch_sizes: Tensor, tokens: int) -> tuple[int, int]:
     return len(sizes), sizes[0]
 
 
-def _checked(
-    cell: str,
-    input: Tensor,
-    states: Seq[Tensor] | None,
-    weights: Weights,
-    batch_sizes: Tensor | None,
-    given: Seq[Tensor],
-    reverse: bool,
-    engine: str,
-    recompute: bool,
-    concrete: bool,
-) -> Sizes:
+class Call(NamedTuple):
+    """The arguments of the op, in its schema's order. ``states`` None: zeros."""
+
+    cell: str
+    input: Tensor
+    states: Seq[Tensor] | None
+    weight_ih: Tensor | None
+    weight_hh: Tensor | None
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+    weight_v: Tensor | None
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    reset_mask: Tensor | None = None
+    units: Tensor | None = None
+    given: Seq[Tensor] = ()
+    reset_states: Seq[Tensor] = ()
+    module: int = 0
+    reverse: bool = False
+    engine: str = "auto"
+    recompute: bool = False
+    return_states: bool = False
+    training: bool = False
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, self.weight_v)
+
+    @property
+    def rows(self) -> Rows:
+        found = (self.batch_sizes, self.lengths, self.reset_mask, self.units)
+        return Rows(*(None if t is None else t.contiguous() for t in found))
+
+
+def _checked(call: Call, concrete: bool) -> Sizes:
+    cell, input, states, batch_sizes = call.cell, call.input, call.states, call.batch_sizes
+    weights, given = call.weights, call.given
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v = weights
     spec = CELLS.get(cell)
     if spec is None:
@@ -294,8 +325,55 @@ def _checked(
     if bias_hh is not None:
         _expect("bias_hh", bias_hh, (spec.biased * H,), input)
     _check_given(spec, given, H, B, input)
-    sizes = Sizes(spec, reverse, T, B, H, P, recompute=recompute, given=len(given))
-    return sizes._replace(engine=_engine(engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
+    rows = call.rows
+    if rows.cut:
+        _check_cuts(spec, call, T, B, H, P, concrete)
+    sizes = Sizes(
+        spec, call.reverse, T, B, H, P, recompute=call.recompute, given=len(given), resets=len(call.reset_states), module=call.module
+    )
+    sizes = sizes._replace(returns=call.return_states, cut=rows.cut)
+    return sizes._replace(engine=_engine(call.engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
+
+
+def check_lengths(lengths: Tensor, T: int, B: int, concrete: bool = True) -> None:
+    """Raise unless ``lengths`` are integers from 0 to T, one a row; not ``concrete``: as far as shapes tell."""
+    if lengths.shape != (B,) or lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
+        raise RuntimeError(f"lengths: expected integers of shape ({B},), got {lengths.dtype} of shape {tuple(lengths.shape)}")
+    if concrete and B:
+        shortest, longest = torch.aminmax(lengths)
+        if int(shortest) < 0 or int(longest) > T:
+            raise ValueError(f"lengths: expected 0 to {T}, got {int(shortest)} to {int(longest)}")
+
+
+def check_reset_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``mask`` are booleans of this shape."""
+    if mask.shape != shape or mask.dtype is not torch.bool:
+        raise RuntimeError(f"reset_mask: expected torch.bool of shape {shape}, got {mask.dtype} of shape {tuple(mask.shape)}")
+
+
+def _check_cuts(spec: Cell, call: Call, T: int, B: int, H: int, P: int, concrete: bool) -> None:
+    input = call.input
+    if call.batch_sizes is not None:
+        raise RuntimeError("batch_sizes: expected None beside lengths, reset_mask or units, which are for padded batches")
+    for name, t in (("lengths", call.lengths), ("reset_mask", call.reset_mask), ("units", call.units)):
+        if t is not None and t.device.type != "cpu":
+            raise RuntimeError(f"{name}: expected a CPU tensor, got one on {t.device}")
+    if call.lengths is not None:
+        check_lengths(call.lengths, T, B, concrete)
+        if call.lengths.dtype is not torch.int64:
+            raise RuntimeError(f"lengths: expected torch.int64, got {call.lengths.dtype}")
+    if call.reset_mask is not None:
+        check_reset_mask(call.reset_mask, (T, B))
+    if call.reset_states:
+        _check_reset_states(spec, call.reset_states, [P] + [H] * (len(spec.states) - 1), input)
+    if call.units is None:
+        return
+    if len(spec.slots) != 1 or not spec.hidden_gates or call.module < 1:
+        raise RuntimeError(f"units: expected a cell of one slot with a matrix and a module of at least 1, got {spec.name!r}, {call.module}")
+    if call.units.shape != (T,) or call.units.dtype is not torch.int64:
+        raise RuntimeError(f"units: expected torch.int64 of shape ({T},), got {call.units.dtype} of shape {tuple(call.units.shape)}")
+    if concrete and (int(call.units.min()) < 0 or int(call.units.max()) > H):
+        raise ValueError(f"units: expected 0 to {H}, got {int(call.units.min())} to {int(call.units.max())}")
 
 
 def _hidden(spec: Cell, weights: Weights) -> int:
@@ -335,7 +413,11 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
     asked = f"engine={engine!r} was asked for"
     if engine == "torch":
         peer.check(s.cell)
+        if s.cut:
+            raise RuntimeError("engine: 'torch' takes no lengths, reset_mask or units")
         return engine, asked
+    if s.cut and not cuts_natively(engine, device):
+        raise RuntimeError(f"engine: lengths, reset_mask and units are for the engine 'cpu' on CPU tensors, got {engine!r} on {device}")
     if device.type == "cpu":
         if engine in PERSISTENT:
             raise RuntimeError(f"engine: {engine!r} runs on a CUDA device, and input is on the CPU")
@@ -351,11 +433,26 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
     if engine == "stepwise":
         return engine, asked
     chosen = "persistent" if engine == "auto" else engine
-    task = problem(s._replace(engine=chosen), dtype, input_size, None, True)
+    task = problem(s._replace(engine=chosen), dtype, input_size, Rows(), True)
     why_not = next(filter(None, (_C.cuda_why_not(task, backward, _index(device)) for backward in (False, True))), "")
     if engine in PERSISTENT and why_not:
         raise RuntimeError(f"engine: {engine!r} cannot run this: {why_not}")
     return ("stepwise", why_not) if why_not else (chosen, "the weights fit on the chip" if engine == "auto" else asked)
+
+
+def cuts_natively(engine: str, device: torch.device) -> bool:
+    """Whether lengths, reset_mask and units may go to :func:`sequence`; elsewhere ``functional`` cuts the batch into segments."""
+    return engine in ("auto", "cpu") and device.type == "cpu"
+
+
+def _check_reset_states(spec: Cell, states: Seq[Tensor], widths: Seq[int], input: Tensor) -> None:
+    if len(states) != len(spec.states):
+        raise RuntimeError(f"reset_states: expected {len(spec.states)} ({', '.join(spec.states)}), got {len(states)}")
+    T, B = input.shape[:2]
+    for i, (t, width) in enumerate(zip(states, widths, strict=True)):
+        if t.shape not in ((width,), (B, width), (T, B, width)):
+            raise RuntimeError(f"reset_states[{i}]: expected shape {(width,)}, {(B, width)} or {(T, B, width)}, got {tuple(t.shape)}")
+        _expect(f"reset_states[{i}] ({spec.states[i]})", t, tuple(t.shape), input)
 
 
 @functools.cache
@@ -392,6 +489,11 @@ def sequence(
     weight_v: Tensor | None = None,
     *,
     batch_sizes: Tensor | None = None,
+    lengths: Tensor | None = None,
+    reset_mask: Tensor | None = None,
+    reset_states: Seq[Tensor] | None = None,
+    units: Tensor | None = None,
+    module: int = 0,
     given: Seq[Tensor] = (),
     reverse: bool = False,
     engine: str = "auto",
@@ -410,6 +512,14 @@ def sequence(
             one that the input does not feed, whose input then only says how many steps and rows there are.
         weight_v: ``[vectors·H]``, for cells that multiply a state by a number a unit (peephole LSTM, IndRNN), None for others.
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
+        lengths: ``[B]``, int64 on the CPU, from 0 to T in any order: how many steps each row of a padded batch has. Results past them are
+            zero; a row's final state is that after its own last step, with which ``reverse`` starts.
+        reset_mask: ``[T, B]``, booleans on the CPU: the state that the marked step would take over from the one before it (with
+            ``reverse``, that one from the marked one) is replaced, and nothing flows across.
+        reset_states: by what, a tensor a state, ``[B, ·]`` for each row, ``[T, B, ·]`` by the token that is marked, or ``[·]`` for all;
+            None: zeros. Gradients flow into them.
+        units, module: ``[T]``, int64 on the CPU, for simple recurrent networks (Koutník 2014): only the units below ``units[t]`` take part
+            in step t, the others keep their state; unit u reads only units from the start of its own block of ``module`` units on.
         given: for cells with slots that the caller feeds (masks, gates made elsewhere), tensors that have them side by side, ``k·H`` wide
             for k slots: ``[T, B, k·H]`` (``[N, k·H]``) for each token, ``[B, k·H]`` for each row, or ``[k·H]`` for all. Gradients flow into
             them, but for masks.
@@ -444,17 +554,22 @@ def sequence(
         given = [_autocast(t, dtype) for t in given]
         weights = Weights(*cast)
         states = None if states is None else [_autocast(state, dtype) for state in states]
+        reset_states = None if reset_states is None else [_autocast(state, dtype) for state in reset_states]
     if return_states and engine == "torch" and cell in CELLS and len(CELLS[cell].states) > 1:
         raise RuntimeError("return_states: torch.nn's functions do not give them; choose another engine")
     if engine == "torch" or (
         engine == "auto" and input.is_cuda and not return_states and _torch_is_faster(cell, input, weights, batch_sizes, reverse)
     ):
-        s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, not torch.compiler.is_compiling())
+        call = Call(cell, input, states, *weights, batch_sizes, lengths, reset_mask, units, given, reverse=reverse, engine="torch")
+        s = _checked(call, not torch.compiler.is_compiling())
         theirs: tuple[Tensor, ...] = peer.run(s, input, states, weights, batch_sizes)
         return theirs
     if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
-        _refuse_transforms(input, *weights, *(states or ()), *given)
-    tensors: list[Any] = [input, *weights, *(states or ()), *given]
+        _refuse_transforms(input, *weights, *(states or ()), *given, *(reset_states or ()))
+    if reset_mask is not None and not reverse:
+        states = _first_states(cell, input, states, weights, lengths, reset_mask, reset_states)
+    resets = reset_states or ()
+    tensors: list[Any] = [input, *weights, *(states or ()), *given, *resets]
     plain, needs_grad = not (torch.compiler.is_compiling() or input.is_meta), False
     for i, t in enumerate(tensors):
         if t is not None:
@@ -463,20 +578,73 @@ def sequence(
             if i and not t.is_contiguous():
                 tensors[i] = t.contiguous()
     needs_grad = needs_grad and torch.is_grad_enabled()
-    if batch_sizes is not None:
-        batch_sizes = batch_sizes.contiguous()
+    call = Call(
+        cell,
+        input,
+        states,
+        *weights,
+        batch_sizes,
+        lengths,
+        reset_mask,
+        units,
+        given,
+        resets,
+        module,
+        reverse,
+        engine,
+        recompute,
+        return_states,
+        needs_grad,
+    )
     if not plain:
-        return _traceable(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, return_states, needs_grad)
-    s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, True)
-    if return_states:
-        s = s._replace(returns=True)
+        return _traceable(call)
+    s = _checked(call, True)
     if needs_grad:
-        result: tuple[Tensor, ...] = Sequence.apply(s, batch_sizes, *tensors)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, ...] = Sequence.apply(s, call.rows, *tensors)  # type: ignore[no-untyped-call]
         return _shaped(result, len(s.cell.states), input) if return_states else result
     dense = Weights(*tensors[1 : 1 + _COUNT])
-    dense_states, dense_given = (tensors[1 + _COUNT :], given) if not given else _parted(tensors[1 + _COUNT :], s.given)
-    output, final, _, history = _RUNS[s.engine].forward(s, False, input, dense_states, dense, batch_sizes, dense_given)
+    dense_states, dense_resets = _parted(tensors[1 + _COUNT :], s.resets)
+    dense_states, dense_given = _parted(dense_states, s.given)
+    output, final, _, history = _RUNS[s.engine].forward(s, False, input, dense_states, dense, call.rows, dense_given, dense_resets)
     return _shaped((output, *final, *history), len(final), input)
+
+
+def _first_states(
+    cell: str,
+    input: Tensor,
+    states: Seq[Tensor] | None,
+    weights: Weights,
+    lengths: Tensor | None,
+    reset_mask: Tensor,
+    reset_states: Seq[Tensor] | None,
+) -> list[Tensor]:
+    """The states of the first step, which may be marked too."""
+    if cell not in CELLS or input.dim() != 3 or reset_mask.shape != input.shape[:2] or input.shape[0] == 0:
+        return list(states or ())  # what is wrong with it is said elsewhere
+    spec = CELLS[cell]
+    if reset_states is not None:
+        _check_reset_states(spec, reset_states, widths(cell, *weights), input)
+    if states is not None and len(states) != len(spec.states):
+        return list(states)
+    marked = reset_mask[0] if lengths is None else reset_mask[0] & (lengths > 0)
+    given = states or _zeros(cell, input, None, weights)
+    if reset_states is None:
+        return [state.masked_fill(marked.unsqueeze(1), 0) for state in given]
+    pairs = zip(given, reset_states, strict=True)
+    return [torch.where(marked.unsqueeze(1), reset[0] if reset.dim() == 3 else reset, state) for state, reset in pairs]
+
+
+def widths(cell: str, *weights: Tensor | None) -> list[int]:
+    """Of the cell's states."""
+    H = _hidden(CELLS[cell], Weights(*weights))
+    hr = Weights(*weights).hr
+    return [H if hr is None else hr.shape[0]] + [H] * (len(CELLS[cell].states) - 1)
+
+
+def _zeros(cell: str, input: Tensor, batch_sizes: Tensor | None, weights: Weights) -> list[Tensor]:
+    """Initial states."""
+    batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+    return [input.new_zeros(batch, width) for width in widths(cell, *weights)]
 
 
 def _shaped(results: Seq[Tensor], count: int, input: Tensor) -> tuple[Tensor, ...]:
@@ -491,33 +659,16 @@ def _torch_is_faster(cell: str, input: Tensor, weights: Weights, batch_sizes: Te
     return peer.is_faster(Sizes(CELLS[cell], reverse, input.shape[0], input.shape[1], H, H), input.dtype, input.device)
 
 
-def _traceable(
-    cell: str,
-    input: Tensor,
-    states: Seq[Tensor] | None,
-    weights: Weights,
-    batch_sizes: Tensor | None,
-    given: Seq[Tensor],
-    reverse: bool,
-    engine: str,
-    recompute: bool,
-    return_states: bool,
-    training: bool,
-) -> tuple[Tensor, ...]:
+def _traceable(call: Call) -> tuple[Tensor, ...]:
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
-    if states is None:
-        batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
-        H = _hidden(CELLS[cell], weights)
-        P = H if weights.hr is None else weights.hr.shape[0]
-        states = [input.new_zeros(batch, width) for width in [P] + [H] * (len(CELLS[cell].states) - 1)]
-    s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, False)
-    results: list[Tensor] = torch.ops.rnnkernels.sequence(
-        cell, input, list(states), *weights, batch_sizes, list(given), reverse, engine, recompute, return_states, training
-    )
+    if call.states is None:
+        call = call._replace(states=_zeros(call.cell, call.input, call.batch_sizes, call.weights))
+    s = _checked(call, False)
+    results: list[Tensor] = torch.ops.rnnkernels.sequence(*call)
     n = len(s.cell.states)
-    end = len(results) - (training and s.cell.moments > 0)
-    histories = results[end - n + 1 : end] if return_states else []
-    return _shaped([*results[: 1 + n], *histories], n, input)
+    end = len(results) - (call.training and s.cell.moments > 0)
+    histories = results[end - n + 1 : end] if call.return_states else []
+    return _shaped([*results[: 1 + n], *histories], n, call.input)
 
 
 # ---- torch.library: the same code for torch.compile, torch.export and fake tensors
@@ -525,108 +676,76 @@ def _traceable(
 _library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "sequence(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor[] given, bool reverse, str engine, bool recompute,"
-    " bool return_states, bool training) -> Tensor[]"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[] given,"
+    " Tensor[] reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training) -> Tensor[]"
 )
 _library.define(
-    "sequence_backward(str cell, bool[] needs, Tensor?[] grad_states, Tensor?[] grad_final, Tensor input, Tensor[] states,"
-    " Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh, Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes,"
-    " Tensor[] given, bool reverse, str engine, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
+    "sequence_backward(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[] given,"
+    " Tensor[] reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training, bool[] needs,"
+    " Tensor?[] grad_states, Tensor?[] grad_final, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
 )
 
 
-def _op_forward(
-    cell: str,
-    input: Tensor,
-    states: Seq[Tensor],
-    weight_ih: Tensor | None,
-    weight_hh: Tensor | None,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    weight_v: Tensor | None,
-    batch_sizes: Tensor | None,
-    given: Seq[Tensor],
-    reverse: bool,
-    engine: str,
-    recompute: bool,
-    return_states: bool,
-    training: bool,
-) -> list[Tensor]:
+def _op_forward(*args: Any) -> list[Tensor]:
     """output, final states, for training the kept values, if not to be recomputed, and, if asked for too, the other states' histories; for
     training moments, of a cell that has them
     """
-    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
-    s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, recompute, True)
-    s = s._replace(returns=return_states)
-    rows = None if batch_sizes is None else batch_sizes.contiguous()
-    dense = [state.contiguous() for state in states]
-    numbers = [t.contiguous() for t in given]
-    output, final, kept, history = _RUNS[s.engine].forward(s, training, input, dense, weights.dense(), rows, numbers)
+    call = Call(*args)
+    s = _checked(call, True)
+    states, given, resets = ([t.contiguous() for t in tensors] for tensors in (call.states or (), call.given, call.reset_states))
+    run = _RUNS[s.engine].forward(s, call.training, call.input, states, call.weights.dense(), call.rows, given, resets)
+    output, final, kept, history = run
+    # Places that forward does not fill: an op's results are the same each time.
     if kept is not None and s.cell.kept < s.cell.room:
-        kept[:, s.cell.kept * s.hidden :].zero_()  # places that only backward fills: an op's results are the same each time
+        kept[:, s.cell.kept * s.hidden :].zero_()
+    if call.lengths is not None and s.steps * s.batch:
+        past = (torch.arange(s.steps).unsqueeze(1) >= call.lengths).flatten()
+        for t in [kept, *history[len(s.cell.states) - 1 :]]:
+            if t is not None:
+                t[past] = 0
+    if call.units is not None and kept is not None:
+        past = torch.arange(s.hidden) >= call.units.unsqueeze(1)
+        kept.view(s.steps, s.batch, s.hidden).masked_fill_(past.unsqueeze(1), 0)
     return [output, *final, *([] if kept is None else [kept]), *history]
 
 
-def _op_forward_fake(
-    cell: str,
-    input: Tensor,
-    states: Seq[Tensor],
-    weight_ih: Tensor | None,
-    weight_hh: Tensor | None,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    weight_v: Tensor | None,
-    batch_sizes: Tensor | None,
-    given: Seq[Tensor],
-    reverse: bool,
-    engine: str,
-    recompute: bool,
-    return_states: bool,
-    training: bool,
-) -> list[Tensor]:
-    spec = CELLS[cell]
-    H = _hidden(spec, Weights(weight_ih, weight_hh, None, None, None, None))
-    P = H if weight_hr is None else weight_hr.shape[0]
-    N = input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
+def _op_forward_fake(*args: Any) -> list[Tensor]:
+    call = Call(*args)
+    spec, input, states = CELLS[call.cell], call.input, call.states or ()
+    H = _hidden(spec, call.weights)
+    P = H if call.weight_hr is None else call.weight_hr.shape[0]
+    N = input.shape[0] if call.batch_sizes is not None else input.shape[0] * input.shape[1]
     results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
-    if training and not recompute:
+    if call.training and not call.recompute:
         results.append(input.new_empty(N, spec.room * H))
-    if training or return_states:
+    if call.training or call.return_states:
         results += [input.new_empty(N, H) for _ in states[1:]]
-    if training and spec.moments:
+    if call.training and spec.moments:
         results.append(input.new_empty(N, spec.moments, dtype=number(input.dtype)))
     return results
 
 
-def _op_backward(
-    cell: str,
-    needs: Seq[bool],
-    grad_states: Seq[Tensor | None],
-    grad_final: Seq[Tensor | None],
-    input: Tensor,
-    states: Seq[Tensor],
-    weight_ih: Tensor | None,
-    weight_hh: Tensor | None,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    weight_v: Tensor | None,
-    batch_sizes: Tensor | None,
-    given: Seq[Tensor],
-    reverse: bool,
-    engine: str,
-    output: Tensor,
-    kept: Tensor | None,
-    history: Seq[Tensor],
-) -> list[Tensor]:
+class Back(NamedTuple):
+    """What the backward op takes beyond a call's arguments."""
+
+    needs: Seq[bool]
+    grad_states: Seq[Tensor | None]
+    grad_final: Seq[Tensor | None]
+    output: Tensor
+    kept: Tensor | None
+    history: Seq[Tensor]
+
+
+def _op_backward(*args: Any) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
-    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
-    s = _checked(cell, input, states, weights, batch_sizes, given, reverse, engine, kept is None, True)
-    N = s.steps * s.batch if batch_sizes is None else input.shape[0]
-    counts = (1 + _COUNT + len(states) + len(given), len(states), len(states) - 1 + (s.cell.moments > 0))
-    if (len(needs), len(grad_final), len(history)) != counts or not 1 <= len(grad_states) <= len(states):
+    call, back = Call(*args[: len(Call._fields)]), Back(*args[len(Call._fields) :])
+    input, states, output, kept, history = call.input, call.states or (), back.output, back.kept, back.history
+    s = _checked(call, True)
+    N = s.steps * s.batch if call.batch_sizes is None else input.shape[0]
+    others = len(call.given) + len(call.reset_states)
+    counts = (1 + _COUNT + len(states) + others, len(states), len(states) - 1 + (s.cell.moments > 0))
+    if (len(back.needs), len(back.grad_final), len(history)) != counts or not 1 <= len(back.grad_states) <= len(states):
         raise RuntimeError("needs, grad_final, history: expected {}, {}, {} of them".format(*counts))
     _expect("output", output, (*input.shape[:-1], s.output), input)
     if kept is not None:
@@ -637,8 +756,8 @@ def _op_backward(
             f"history: expected moments of shape {(N, s.cell.moments)}, got {tuple(history[-1].shape)} of {history[-1].dtype}"
         )
     for name, tensors, shapes in (
-        ("grad_states", grad_states, [output.shape, *wide]),
-        ("grad_final", grad_final, [state.shape for state in states]),
+        ("grad_states", back.grad_states, [output.shape, *wide]),
+        ("grad_final", back.grad_final, [state.shape for state in states]),
         ("history", history[: len(wide)], wide),
     ):
         for tensor, shape in zip(tensors, shapes, strict=False):
@@ -646,93 +765,73 @@ def _op_backward(
                 _expect(name, tensor, shape, input)
     grads = _RUNS[s.engine].backward(
         s,
-        needs,
-        grad_states,
-        grad_final,
+        back.needs,
+        back.grad_states,
+        back.grad_final,
         input,
         [state.contiguous() for state in states],
-        weights.dense(),
-        None if batch_sizes is None else batch_sizes.contiguous(),
+        call.weights.dense(),
+        call.rows,
         output.contiguous(),
         None if kept is None else kept.contiguous(),
         [h.contiguous() for h in history],
-        [t.contiguous() for t in given],
+        [t.contiguous() for t in call.given],
+        [t.contiguous() for t in call.reset_states],
         False,
     )
     # An op's results are memory of their own, and a given number's gradient lies among the gates'.
-    return [
-        input.new_empty(0) if grad is None else grad if i < counts[0] - len(given) else grad.contiguous() for i, grad in enumerate(grads)
-    ]
+    first = counts[0] - others
+    return [input.new_empty(0) if grad is None else grad if i < first else grad.contiguous() for i, grad in enumerate(grads)]
 
 
-def _op_backward_fake(
-    cell: str,
-    needs: Seq[bool],
-    grad_states: Seq[Tensor | None],
-    grad_final: Seq[Tensor | None],
-    input: Tensor,
-    states: Seq[Tensor],
-    weight_ih: Tensor | None,
-    weight_hh: Tensor | None,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    weight_hr: Tensor | None,
-    weight_v: Tensor | None,
-    batch_sizes: Tensor | None,
-    given: Seq[Tensor],
-    reverse: bool,
-    engine: str,
-    output: Tensor,
-    kept: Tensor | None,
-    history: Seq[Tensor],
-) -> list[Tensor]:
-    weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
-    s = Sizes(CELLS[cell], reverse, 0, 0, _hidden(CELLS[cell], weights), 0)
-    shapes = [*grad_shapes(s, input, weights), *(state.shape for state in states), *(t.shape for t in given)]
-    return [input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+def _op_backward_fake(*args: Any) -> list[Tensor]:
+    call, needs = Call(*args[: len(Call._fields)]), args[len(Call._fields)]
+    s = Sizes(CELLS[call.cell], call.reverse, 0, 0, _hidden(CELLS[call.cell], call.weights), 0)
+    shapes = grad_shapes(s, call.input, call.weights)
+    shapes += [t.shape for t in (*(call.states or ()), *call.given, *call.reset_states)]
+    return [call.input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
 
 
 def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    cell, input, states, *weights, batch_sizes, given, reverse, engine, recompute, _, training = inputs
+    call = Call(*inputs)
+    states = call.states or ()
     n = len(states)
-    ctx.given = len(given)
-    ctx.cell, ctx.reverse, ctx.engine, ctx.states, ctx.training = cell, reverse, engine, n, training
-    if not training:
-        return
-    y, kept, history = output[0], None if recompute else output[1 + n], output[(1 if recompute else 2) + n :]
-    ctx.needs = [t is not None and t.requires_grad for t in (input, *weights, *states, *given)]
-    ih, hh, bias_ih, *others = weights
-    ctx.save_for_backward(input, ih, hh, bias_ih if recompute else None, *others, batch_sizes, y, kept, *states, *history, *given)
+    if call.training:
+        kept, history = None if call.recompute else output[1 + n], output[(1 if call.recompute else 2) + n :]
+        if not call.recompute:
+            call = call._replace(bias_ih=None)
+        leaves = (inputs[1], *inputs[3 : 3 + _COUNT], *states, *call.given, *call.reset_states)
+        ctx.needs = [t is not None and t.requires_grad for t in leaves]
+        ctx.counts = (n, len(call.given), len(call.reset_states), len(history))
+        ctx.save_for_backward(call.input, *call[3:13], output[0], kept, *states, *call.given, *call.reset_states, *history)
+    # Tensors are the context's to keep; the rest is not.
+    ctx.call = call._replace(input=None, states=None, given=(), reset_states=(), **dict.fromkeys(Call._fields[3:13]))  # type: ignore[arg-type]
 
 
 def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
-    if not ctx.training:
+    if not ctx.call.training:
         raise RuntimeError("training: expected True for an op that is differentiated, got False")
-    n = ctx.states
     input, *saved = ctx.saved_tensors
-    weights, (batch_sizes, y, kept, *rest) = saved[:_COUNT], saved[_COUNT:]
-    rest, given = _parted(rest, ctx.given)
-    end = len(grads) - (CELLS[ctx.cell].moments > 0)
-    results = torch.ops.rnnkernels.sequence_backward(
-        ctx.cell,
-        ctx.needs,
-        [grads[0], *grads[end - n + 1 : end]],
-        grads[1 : 1 + n],
-        input,
-        rest[:n],
-        *weights,
-        batch_sizes,
-        given,
-        ctx.reverse,
-        ctx.engine,
-        y,
-        kept,
-        rest[n:],
+    fields, (y, kept, *rest) = saved[:10], saved[10:]
+    parts = []
+    for count in ctx.counts:
+        part, rest = rest[:count], rest[count:]
+        parts.append(part)
+    states, given, resets, history = parts
+    n = len(states)
+    end = len(grads) - (CELLS[ctx.call.cell].moments > 0)
+    call = ctx.call._replace(
+        input=input, states=states, given=given, reset_states=resets, **dict(zip(Call._fields[3:13], fields, strict=True))
     )
+    grad_states = [grads[0], *grads[end - n + 1 : end]]
+    results = torch.ops.rnnkernels.sequence_backward(*call, ctx.needs, grad_states, grads[1 : 1 + n], y, kept, history)
     needed = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
-    input_grad, *others = needed[: 1 + _COUNT]
-    grad_initial, grad_given = _parted(needed[1 + _COUNT :], ctx.given)
-    return (None, input_grad, grad_initial, *others, None, grad_given, None, None, None, None, None)
+    input_grad, *of_weights = needed[: 1 + _COUNT]
+    rest = needed[1 + _COUNT :]
+    of_rest, of_resets = _parted(rest, len(resets))
+    of_states, of_given = _parted(of_rest, len(given))
+    none = [None] * (len(Rows._fields))
+    return (None, input_grad, of_states, *of_weights, *none, of_given, of_resets, *[None] * (len(Call._fields) - 15))
 
 
 for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):

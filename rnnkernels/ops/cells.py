@@ -118,6 +118,21 @@ class Weights(NamedTuple):
         return Weights(*(None if w is None else w.contiguous() for w in self))
 
 
+class Rows(NamedTuple):
+    """What takes part in which steps, all on the CPU: ``sizes``: a PackedSequence's batch_sizes, else the batch is padded; ``lengths [B]``
+    of its rows; ``resets [T, B]``, booleans: where a row's state is replaced; ``units [T]``: how many units a step has.
+    """
+
+    sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    resets: Tensor | None = None
+    units: Tensor | None = None
+
+    @property
+    def cut(self) -> bool:
+        return self.lengths is not None or self.resets is not None or self.units is not None
+
+
 class Sizes(NamedTuple):
     """What backward needs beyond the arguments: sizes, not tensors."""
 
@@ -131,6 +146,9 @@ class Sizes(NamedTuple):
     recompute: bool = False  # backward makes the kept values anew
     returns: bool = False  # the states beyond the first are asked for after each step
     given: int = 0  # how many tensors of given numbers there are
+    resets: int = 0  # how many tensors of states that replace others
+    cut: bool = False  # not all rows and units take part in all steps of a padded batch, or states are replaced
+    module: int = 0  # units of a block of the matrix, where steps end at a unit
 
     @property
     def widths(self) -> list[int]:
@@ -140,7 +158,7 @@ class Sizes(NamedTuple):
     @property
     def complete(self) -> bool:
         """One step on the CPU: torch forms both products, since packing weights costs more than using them once."""
-        return self.steps == 1 and len(self.cell.stages) == 1 and self.engine == "cpu"
+        return self.steps == 1 and len(self.cell.stages) == 1 and self.engine == "cpu" and not self.cut
 
 
 def empty(like: Tensor, shape: Seq[int]) -> Tensor:
@@ -163,7 +181,7 @@ def _tf32_allowed() -> bool:
         return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Tensor | None, training: bool) -> _C.Problem:
+def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool) -> _C.Problem:
     return _C.Problem(
         s.cell.index,
         STORAGE[dtype],
@@ -172,12 +190,16 @@ def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Tensor | None, 
         input_size,
         s.hidden,
         s.output,
-        address(rows),
+        address(rows.sizes),
         s.reverse,
         training,
         s.complete,
         torch.get_num_threads(),
         1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and _tf32_allowed() else 0,
+        address(rows.lengths),
+        address(rows.resets),
+        address(rows.units),
+        s.module,
     )
 
 
@@ -214,6 +236,31 @@ def place_given(s: Sizes, given: Seq[Tensor], tokens: Seq[int]) -> list[tuple[in
         strides = (0, 0) if t.dim() == 1 else (width, width) if per_token else (0, width)
         places += [(t.data_ptr() + at * t.element_size(), *strides) for at in range(0, width, s.hidden)]
     return places
+
+
+def place_resets(s: Sizes, resets: Seq[Tensor]) -> list[tuple[int, int, int]]:
+    """As :func:`place_given`, of what replaces each state: ``[T, B, ·]``, ``[B, ·]`` or the same for all."""
+    places = []
+    for t in resets:
+        width = t.shape[-1]
+        places.append((t.data_ptr(), s.batch * width if t.dim() == 3 else 0, width if t.dim() > 1 else 0))
+    return places
+
+
+def grad_resets(resets: Seq[Tensor], found: Seq[Tensor | None], mask: Tensor | None) -> list[Tensor | None]:
+    """Gradients of what replaces states, from those of each mark."""
+    grads: list[Tensor | None] = []
+    for t, of_mark in zip(resets, found, strict=True):
+        if of_mark is None:
+            grads.append(None)
+        elif t.dim() == 1:
+            grads.append(of_mark.sum(0))
+        else:
+            assert mask is not None
+            step, row = mask.nonzero(as_tuple=True)
+            grad = t.new_zeros(t.shape)
+            grads.append(grad.index_add_(0, row, of_mark) if t.dim() == 2 else grad.index_put_((step, row), of_mark))
+    return grads
 
 
 def given_each_token(s: Sizes, given: Seq[Tensor], tokens: Seq[int], rows: Tensor | None) -> list[Tensor]:

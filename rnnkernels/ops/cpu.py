@@ -11,6 +11,7 @@ from torch import Tensor
 from .. import _C
 from .cells import (
     Cell,
+    Rows,
     Sizes,
     Weights,
     address,
@@ -18,11 +19,13 @@ from .cells import (
     empty,
     given_each_token,
     grad_given,
+    grad_resets,
     grad_shapes,
     grad_vectors,
     new_kept,
     new_moments,
     place_given,
+    place_resets,
     problem,
     stage_blocks,
     summed_bias,
@@ -51,7 +54,14 @@ memory = Memory()
 
 
 def forward(
-    s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None, given: Seq[Tensor]
+    s: Sizes,
+    training: bool,
+    input: Tensor,
+    states: Seq[Tensor],
+    weights: Weights,
+    rows: Rows,
+    given: Seq[Tensor],
+    resets: Seq[Tensor],
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for) and,
     for training, moments of a cell that has them.
@@ -65,7 +75,8 @@ def forward(
     history = [empty(input, (tokens.shape[0], H)) for _ in s.cell.states[1:]] if training or s.returns else []
     if training:
         history += new_moments(s, input, tokens.shape[0])
-    _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, place_given(s, given, input.shape[:-1]))
+    places = place_given(s, given, input.shape[:-1])
+    _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, places, place_resets(s, resets))
     return output, final, kept if keeps else None, history
 
 
@@ -75,12 +86,13 @@ def _run(
     tokens: Tensor,
     states: Seq[Tensor],
     weights: Weights,
-    rows: Tensor | None,
+    rows: Rows,
     kept: Tensor | None,
     output: Tensor,
     final: Seq[Tensor],
     history: Seq[Tensor],
     given: list[tuple[int, int, int]],
+    resets: list[tuple[int, int, int]],
 ) -> None:
     cell, H = s.cell, s.hidden
     if s.complete:
@@ -108,6 +120,7 @@ def _run(
         bytes,
         given,
         history[count].data_ptr() if len(history) > count else 0,
+        resets,
     )
 
 
@@ -116,27 +129,30 @@ def recompute(
     input: Tensor,
     states: Seq[Tensor],
     weights: Weights,
-    rows: Tensor | None,
+    rows: Rows,
     output: Tensor,
     history: Seq[Tensor],
     given: Seq[Tensor],
+    resets: Seq[Tensor],
 ) -> Tensor:
-    """The kept values from the states. All tokens are one step of as many rows; a cell of several stages runs its sequence again."""
+    """The kept values from the states. All tokens are one step of as many rows; a cell of several stages, and where not everything takes
+    part in every step, the sequence runs again.
+    """
     tokens = input.flatten(0, -2).contiguous()
     N = tokens.shape[0]
     kept = new_kept(s, input, N)
-    if len(s.cell.stages) > 1:
+    if len(s.cell.stages) > 1 or s.cut:
         finals = [input.new_empty(s.batch, width) for width in s.widths]
         again, places = [torch.empty_like(h) for h in history], place_given(s, given, input.shape[:-1])
-        _run(s, True, tokens, states, weights, rows, kept, torch.empty_like(output), finals, again, places)
+        _run(s, True, tokens, states, weights, rows, kept, torch.empty_like(output), finals, again, places, place_resets(s, resets))
         return kept
     after = [output.view(N, s.output), *history[: len(s.cell.states) - 1]]
-    before = [before_each_token(s, state, states[i] if states else None, rows) for i, state in enumerate(after)]
+    before = [before_each_token(s, state, states[i] if states else None, rows.sizes) for i, state in enumerate(after)]
     once = s._replace(steps=1, batch=N)
     finals = [torch.empty_like(state) for state in after]
-    laid = given_each_token(s, given, input.shape[:-1], rows)
+    laid = given_each_token(s, given, input.shape[:-1], rows.sizes)
     again, places = [torch.empty_like(h) for h in history], place_given(once, laid, (N,))
-    _run(once, True, tokens, before, weights, None, kept, torch.empty_like(output), finals, again, places)
+    _run(once, True, tokens, before, weights, Rows(), kept, torch.empty_like(output), finals, again, places, [])
     return kept
 
 
@@ -165,24 +181,25 @@ def _complete(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, we
 
 def backward(
     s: Sizes,
-    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v, *states, *given
+    needs: Seq[bool],  # input, weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v, *states, *given, *resets
     grad_states: Seq[Tensor | None],  # of each state after each token, the output's first
     grad_final: Seq[Tensor | None],
     input: Tensor,
     states: Seq[Tensor],
     weights: Weights,
-    rows: Tensor | None,
+    rows: Rows,
     output: Tensor,
     kept: Tensor | None,
     history: Seq[Tensor],
     given: Seq[Tensor],
+    resets: Seq[Tensor],
     overwrite: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
     cell, H = s.cell, s.hidden
     tokens = input.flatten(0, -2).contiguous()
     if kept is None:
-        kept, overwrite = recompute(s, input, states, weights, rows, output, history, given), True
+        kept, overwrite = recompute(s, input, states, weights, rows, output, history, given, resets), True
     upstream = [None if g is None else g.contiguous() for g in grad_states]
     finals = [None if g is None else g.contiguous() for g in grad_final]
     task = problem(s, input.dtype, input.shape[-1], rows, True)
@@ -190,6 +207,9 @@ def backward(
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     wanted = needs[1 + len(weights) :]
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, wanted[: len(states)], strict=True)]
+    wanted, replacing = wanted[len(states) : len(wanted) - len(resets)], wanted[len(wanted) - len(resets) :]
+    marks = int(rows.resets.sum()) if any(replacing) and rows.resets is not None else 0
+    found = [input.new_zeros(marks, t.shape[-1]) if need else None for t, need in zip(resets, replacing, strict=True)]
     grads = [empty(input, shape) if need else None for shape, need in zip(grad_shapes(s, input, weights), needs, strict=False)]
     grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr, grad_v = grads
     bytes = _C.workspace_bytes(task, True)
@@ -217,10 +237,13 @@ def backward(
         workspace.data_ptr(),
         bytes,
         history[-1].data_ptr() if cell.moments else 0,
+        place_resets(s, resets),
+        [address(g) for g in found],
     )
     if s.complete:
         _complete_backward(s, grads, initial, gates, kept, tokens, states, weights, [output.view(tokens.shape[0], s.output), *history])
-    return [*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows)]
+    of_given = grad_given(s, gates, given, wanted, input.shape[:-1], rows.sizes)
+    return [*grads, *initial, *of_given, *grad_resets(resets, found, rows.resets)]
 
 
 def _grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:

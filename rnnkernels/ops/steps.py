@@ -20,6 +20,7 @@ from .. import _C
 from .cells import (
     PERSISTENT,
     Cell,
+    Rows,
     Sizes,
     Weights,
     address,
@@ -98,7 +99,14 @@ def _width(s: Sizes, stage: int) -> int:
 
 @_in_given_dtypes
 def forward(
-    s: Sizes, training: bool, input: Tensor, states: Seq[Tensor], weights: Weights, rows: Tensor | None, given: Seq[Tensor]
+    s: Sizes,
+    training: bool,
+    input: Tensor,
+    states: Seq[Tensor],
+    weights: Weights,
+    rows: Rows,
+    given: Seq[Tensor],
+    resets: Seq[Tensor],
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for) and,
     for training, moments of a cell that has them.
@@ -115,7 +123,7 @@ def forward(
     if s.batch == 0:
         return output, [input.new_empty(0, width) for width in s.widths], gates if keeps else None, history
     walk = _walk_together if s.engine in PERSISTENT else _walk
-    final = walk(s, keeps, gates, states, weights, rows, output, history, place_given(s, given, input.shape[:-1]))
+    final = walk(s, keeps, gates, states, weights, rows.sizes, output, history, place_given(s, given, input.shape[:-1]))
     return output, final, gates if keeps else None, history
 
 
@@ -167,7 +175,7 @@ def _walk_together(
     given: list[tuple[int, int, int]],
 ) -> list[Tensor]:
     index, stream = device_of(gates)
-    task = problem(s, gates.dtype, 0, None, training)
+    task = problem(s, gates.dtype, 0, Rows(), training)
     final = [gates.new_empty(s.batch, width) for width in s.widths]
     offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
     workspace = torch.empty(_C.cuda_workspace_bytes(task, False, index), dtype=torch.uint8, device=gates.device)
@@ -201,7 +209,7 @@ def _walk(
     given: list[tuple[int, int, int]],
 ) -> list[Tensor]:
     cell, H, dtype, matrices = s.cell, s.hidden, gates.dtype, stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)
-    steps, task = _Steps(s, rows), problem(s, dtype, 0, None, training)
+    steps, task = _Steps(s, rows), problem(s, dtype, 0, Rows(), training)
     kind = number(dtype)
     carried = [state.to(kind, copy=True) for state in states] or [gates.new_zeros(s.batch, width, dtype=kind) for width in s.widths]
     between = gates.new_empty(s.batch, cell.kept * H, dtype=kind) if len(cell.stages) > 1 else None
@@ -298,18 +306,19 @@ def backward(
     input: Tensor,
     states: Seq[Tensor],
     weights: Weights,
-    rows: Tensor | None,
+    rows: Rows,
     output: Tensor,
     kept: Tensor | None,
     history: Seq[Tensor],
     given: Seq[Tensor],
+    resets: Seq[Tensor],
     overwrite: bool,
 ) -> list[Tensor | None]:
     """Gradients in the order of `needs`."""
     cell, H, P = s.cell, s.hidden, s.output
     tokens, y = input.flatten(0, -2), output.view(-1, P)
     if kept is None:
-        kept, overwrite = recompute(s, input, states, weights, rows, output, history, given), True
+        kept, overwrite = recompute(s, input, states, weights, rows.sizes, output, history, given), True
     # The stages of a cell hand kept values on to each other where the gradients go.
     gates = kept if overwrite else kept.clone() if len(cell.stages) > 1 else torch.empty_like(kept)
     wanted = needs[1 + len(weights) :]
@@ -318,7 +327,7 @@ def backward(
     finals = [None if g is None else g.contiguous() for g in grad_final]
     if s.batch:
         walk = _walk_back_together if s.engine in PERSISTENT else _walk_back
-        walk(s, gates, kept, upstream, finals, initial, states, weights, rows, y, history)
+        walk(s, gates, kept, upstream, finals, initial, states, weights, rows.sizes, y, history)
     grads: list[Tensor | None] = [None] * (1 + len(weights))
     after = [y, *history]
     x_gates = gates[:, : cell.input_gates * H]
@@ -327,7 +336,7 @@ def backward(
     if needs[1]:
         grads[1] = torch.mm(x_gates.t(), tokens)
     if needs[2]:
-        grads[2] = _grad_hh(s, gates, kept, before_each_token(s, y, states[0] if states else None, rows))
+        grads[2] = _grad_hh(s, gates, kept, before_each_token(s, y, states[0] if states else None, rows.sizes))
     if needs[3] or needs[4]:
         total = gates.sum(0)
         if needs[3]:
@@ -339,8 +348,8 @@ def backward(
         operand = next(operand for *_, operand, projects in cell.stages if projects) * H
         grads[5] = torch.mm(gates[:, projected : projected + P].t(), kept[:, operand : operand + H])
     if needs[6]:
-        grads[6] = grad_vectors(s, gates, kept, states, after, rows)
-    return [*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows)]
+        grads[6] = grad_vectors(s, gates, kept, states, after, rows.sizes)
+    return [*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows.sizes)]
 
 
 def _grad_hh(s: Sizes, gates: Tensor, kept: Tensor, before: Tensor) -> Tensor:
@@ -367,7 +376,7 @@ def _walk_back_together(
     history: Seq[Tensor],
 ) -> None:
     index, stream = device_of(gates)
-    task = problem(s, gates.dtype, 0, None, True)
+    task = problem(s, gates.dtype, 0, Rows(), True)
     offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
     workspace = torch.empty(_C.cuda_workspace_bytes(task, True, index), dtype=torch.uint8, device=gates.device)
     _C.cuda_backward(
@@ -403,7 +412,7 @@ def _walk_back(
     history: Seq[Tensor],
 ) -> None:
     cell, dtype, matrices = s.cell, gates.dtype, stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)
-    steps, task = _Steps(s, rows), problem(s, dtype, 0, None, True)
+    steps, task = _Steps(s, rows), problem(s, dtype, 0, Rows(), True)
     kind, last = number(dtype), len(cell.stages) - 1
     carried = [
         gates.new_zeros(s.batch, width, dtype=kind) if g is None else g.to(kind, copy=True)

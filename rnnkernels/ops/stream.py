@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import _checked, sequence
-from .cells import Sizes, Weights, address, empty, place_given, problem, stage_blocks, vectors
+from . import Call, _checked, sequence
+from .cells import Rows, Sizes, Weights, address, empty, place_given, problem, stage_blocks, vectors
 
 __all__ = ["Stack", "stack"]
 
@@ -55,7 +55,7 @@ def _layers(cell: str, lead: tuple[int, ...], weights: Seq[Seq[Any]], engine: st
     for given in weights:
         of_layer = Weights(*given, *[None] * (len(Weights._fields) - len(given)))
         like = given[0].new_empty(1, *(lead or (1,)), width)
-        sizes = _checked(cell, like, None, of_layer, None, constants, reverse=False, engine=engine, recompute=False, concrete=True)
+        sizes = _checked(Call(cell, like, None, *of_layer, given=constants, engine=engine), concrete=True)
         layers.append((sizes, of_layer))
         width = sizes.output
     return layers
@@ -95,7 +95,7 @@ class _Packed(_Stack):
     def __init__(self, cell: str, lead: tuple[int, ...], layers: Seq[tuple[Sizes, Weights]], engine: str, constants: Seq[Tensor]) -> None:
         super().__init__(cell, lead, layers, engine, constants)
         # Not by the engine's name: its single steps leave their products to torch.
-        tasks = [problem(s._replace(engine="stream"), self._like.dtype, _input_weight(w).shape[1], None, False) for s, w in layers]
+        tasks = [problem(s._replace(engine="stream"), self._like.dtype, _input_weight(w).shape[1], Rows(), False) for s, w in layers]
         self._native = _C.Stream(tasks)
         self._workspace = empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (self._native.bytes,))
         self._native.place(self._workspace.data_ptr())

@@ -8,6 +8,11 @@ namespace rnnkernels::cpu {
 
 std::string fits(const Problem& p, const Page& page) {
   if (p.complete && (p.steps != 1 || page.cell.stages != 1)) return "complete gates are for one step of a cell of one stage";
+  if (p.rows && (p.lengths || p.resets || p.units)) return "lengths, resets and units are for padded batches";
+  if (p.complete && (p.lengths || p.resets || p.units)) return "complete gates are for one whole step";
+  if (p.resets && p.steps * p.batch >= INT32_MAX) return "resets are for up to 2^31 tokens";
+  if (p.units && (page.cell.slots != 1 || !page.cell.has_matrix() || p.module < 1))
+    return "units that take no part are for cells of one slot with a matrix";
   return "";
 }
 
@@ -28,6 +33,8 @@ void forward(const Forward& f, const Page& page) {
     w.start(me);
     run.pack(me);
     w.each_row(me, [&](int64_t b) { run.load(f.initial, b); });
+    w.clear_past_ends(me, w.width(0), f.output);
+    for (int i = 1; i < w.cell.states; ++i) w.clear_past_ends(me, w.width(i), f.history[i]);
     meet(members);
     InputGates::Chunk chunk;
     for (int64_t n = 0; n < w.p.steps; ++n) {
@@ -39,6 +46,30 @@ void forward(const Forward& f, const Page& page) {
     w.each_row(me, [&](int64_t b) { run.store(f.final, b, (w.p.reverse ? w.p.steps : w.steps_of(b)) & 1); });
   });
 }
+
+namespace {
+
+// The units of a tile from `first` on that take no part in the step: their state's gradient goes on as it is, and they have no gates.
+void hold_back(const Walk& w, const BackwardStep& step, RowSet rows, int64_t unit, int64_t first, const void* sums) {
+  const int64_t panel_units = w.plan_.blocks[0] * w.m.lanes, begin = std::max(unit, first);
+  const int64_t units = std::min(unit + panel_units, w.width(0)) - begin;
+  if (units <= 0) return;
+  for (int r = 0; r < rows.count; ++r) {
+    const int64_t row = rows[r], place = row * w.width(0) + begin;
+    void* const total = at(step.carried[0], (row * step.carried_row[0] + begin) * w.number_bytes);
+    if (sums) w.ops.add(at(sums, (r * panel_units + begin - unit) * w.number_bytes), units, total);
+    if (step.resets_after && step.resets_after[row] >= 0) {
+      const int64_t mark = step.resets_after[row] * w.width(0) + begin;
+      if (step.grad_reset[0]) w.storage.store(total, units, at(step.grad_reset[0], mark * w.storage_bytes));
+      std::memset(total, 0, size_t(units * w.number_bytes));
+    }
+    if (step.grad_states[0]) w.storage.add(at(step.grad_states[0], place * w.storage_bytes), units, total);
+    std::memset(at(step.grad_gates, place * w.storage_bytes), 0, size_t(units * w.storage_bytes));
+    std::memset(at(step.operand[0], (row * step.operand_row[0] + begin) * w.number_bytes), 0, size_t(units * w.number_bytes));
+  }
+}
+
+}  // namespace
 
 void backward(const Backward& g, const Page& page) {
   Walk w(g.problem, page, true);
@@ -57,9 +88,14 @@ void backward(const Backward& g, const Page& page) {
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
     w.start(me);
-    for (int s = 0; s < w.cell.stages; ++s)
-      w.pack_transposed(me, w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0], at(g.workspace, w.memory.packed[s]));
+    for (int s = 0; s < w.cell.stages; ++s) {
+      void* const packed = at(g.workspace, w.memory.packed[s]);
+      w.pack_transposed(me, w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0], packed);
+      w.clear_below_blocks(me, s, true, packed);
+    }
     products.start(me);
+    w.clear_past_ends(me, p.input, g.grad_input);
+    if (w.cell.given_slots()) w.clear_past_ends(me, w.cell.room() * p.hidden, g.grad_gates);
     if (copy) {
       const int64_t begin = split(w.offsets.back(), members, id) * token_bytes,
                     end = split(w.offsets.back(), members, id + 1) * token_bytes;
@@ -81,7 +117,12 @@ void backward(const Backward& g, const Page& page) {
       step.grad_gates = at(g.grad_gates, token * token_bytes);
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = g.vectors[i];
       step.ahead = n + 1 < p.steps ? w.offsets[size_t(w.step(n + 1, false))] - token : 0;
-      step.previous_rows = has_before ? std::min(active, w.rows(before)) : 0;
+      step.previous_rows = !has_before ? 0 : p.rows ? std::min(active, w.rows(before)) : p.batch;
+      step.lengths = p.lengths;
+      step.before = before;
+      w.set_resets(step, w.marks_before(t), g.reset);
+      step.resets_after = w.marks_after(t);
+      for (int i = 0; i < w.cell.states; ++i) step.grad_reset[i] = g.grad_reset[i];
       for (int i = 0; i < w.cell.states; ++i) step.grad_states[i] = at(g.grad_states[i], token * w.width(i) * w.storage_bytes);
       for (int i = 0; i < w.cell.states; ++i) {
         const void* states = i == 0 ? g.output : g.history[i];
@@ -107,10 +148,19 @@ void backward(const Backward& g, const Page& page) {
           w.add_sums(me, s + 1, w.cell.stage[s + 1].back_sums, false, active, g.workspace, means, kMaxSums, 0);
         step.partial = width ? w.partial(g.workspace, s) : nullptr;
         const void* read = s < last ? step.operand[s + 1] : gates[~n & 1];
-        const int64_t row_bytes = w.row_bytes(w.products[s].depth);
+        const int64_t row_bytes = w.row_bytes(w.products[s].depth), units = w.units(t, s);
         w.tiles(
-            me, s, active, !p.complete && (n > 0 || s < last), n & 1, g.workspace, [&](int64_t row) { return at(read, row * row_bytes); },
-            [&](RowSet rows, int64_t unit, const void* sums) { w.page.backward[s](step, rows, unit, w.plan_.blocks[s], sums); });
+            me, s, active, w.width_of_stage(s), !p.complete && (n > 0 || s < last), n & 1, g.workspace,
+            [&](int64_t row) { return at(read, row * row_bytes); },
+            [&](int64_t unit) {
+              Walk::Depth depth = w.readers(s, unit);
+              if (p.units) depth.end = std::min(depth.end, p.units[w.step(n - 1, false)]);
+              return depth;
+            },
+            [&](RowSet rows, int64_t unit, const void* sums) {
+              if (unit < units) w.page.backward[s](step, rows, unit, units, w.plan_.blocks[s], sums);
+              if (p.units && unit + w.plan_.blocks[s] * w.m.lanes > units) hold_back(w, step, rows, unit, units, sums);
+            });
         if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
       }
       products.add(me, n);
@@ -126,15 +176,16 @@ void backward(const Backward& g, const Page& page) {
       };
       // Each row's first step was the walk's last visit to it, and left its gate gradients on that visit's side.
       auto side = [&](int64_t row) -> const void* {
-        int64_t visits = p.steps;
-        if (p.rows && p.reverse) visits = std::partition_point(p.rows, p.rows + p.steps, [&](int64_t r) { return r > row; }) - p.rows;
+        const int64_t visits = p.reverse ? w.steps_of(row) : p.steps;
         return at(gates[~visits & 1], row * gates_bytes);
       };
       const int64_t panel_units = w.plan_.blocks[last] * w.m.lanes;
-      w.tiles(me, last, p.batch, !p.complete, false, g.workspace, side, [&](RowSet rows, int64_t unit, const void* sums) {
-        for (int r = 0; r < rows.count; ++r)
-          finish(rows[r], unit, std::min(panel_units, units - unit), at(sums, r * panel_units * w.number_bytes));
-      });
+      w.tiles(
+          me, last, p.batch, units, !p.complete, false, g.workspace, side, [&](int64_t unit) { return w.readers(last, unit); },
+          [&](RowSet rows, int64_t unit, const void* sums) {
+            for (int r = 0; r < rows.count; ++r)
+              finish(rows[r], unit, std::min(panel_units, units - unit), at(sums, r * panel_units * w.number_bytes));
+          });
     }
     w.each_row(me, [&](int64_t b) {
       for (int i = 1; i < w.cell.states; ++i)

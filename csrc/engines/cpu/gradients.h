@@ -54,12 +54,14 @@ class Gradients {
               0);
       }
     });
-    if (w.storage_bytes == w.number_bytes) return;
     auto convert = [&](const Matrix& matrix, void* to) {
       const int64_t begin = split(matrix.rows, me.members, me.id), end = split(matrix.rows, me.members, me.id + 1);
-      if (to)
+      if (to && w.storage_bytes != w.number_bytes)
         w.storage.store(at(matrix.sums, begin * matrix.width * w.number_bytes), (end - begin) * matrix.width,
                         at(to, begin * matrix.width * w.storage_bytes));
+      // Below a matrix's blocks there is nothing.
+      for (int64_t unit = begin; to && w.p.units && to == g.grad_weights[0] && unit < end; ++unit)
+        std::memset(at(to, unit * matrix.width * w.storage_bytes), 0, size_t(unit / w.p.module * w.p.module * w.storage_bytes));
     };
     convert(weight_ih(), g.grad_weight_ih);
     for (int s = 0; s < w.cell.stages; ++s) convert(weight(s), g.grad_weights[s]);
@@ -91,54 +93,83 @@ class Gradients {
     return std::any_of(g.grad_weights, g.grad_weights + w.cell.stages, [](void* to) { return to != nullptr; });
   }
 
-  // State i before row b of step t; null for zero.
-  const void* before(int i, int64_t t, int64_t b) const {
-    const int64_t step = w.p.reverse ? t + 1 : t - 1, row_bytes = w.width(i) * w.storage_bytes;
-    if (step < 0 || step >= w.p.steps || b >= w.rows(step)) return at(g.initial[i], b * row_bytes);
-    return at(i == 0 ? g.output : g.history[i], (w.offsets[size_t(step)] + b) * row_bytes);
+  struct Token {
+    int64_t step, row, place;
+  };
+  // The tokens of steps [t0, t1), those with most units first.
+  std::vector<Token> tokens_of(int64_t t0, int64_t t1) const {
+    std::vector<Token> tokens;
+    tokens.reserve(size_t(w.offsets[size_t(t1)] - w.offsets[size_t(t0)]));
+    for (int64_t t = t0; t < t1; ++t)
+      for (int64_t i = 0; i < w.rows(t); ++i) {
+        const int64_t row = w.p.lengths ? w.order[size_t(i)] : i;
+        tokens.push_back({t, row, w.offsets[size_t(t)] + row});
+      }
+    if (w.p.units)
+      std::stable_sort(tokens.begin(), tokens.end(),
+                       [&](const Token& a, const Token& b) { return w.p.units[a.step] > w.p.units[b.step]; });
+    return tokens;
   }
-  // What a vector was multiplied with in that row.
-  const void* factor_of(const PerUnit& vector, int64_t t, int64_t b) const {
-    if (vector.factor == Factor::OldState) return before(vector.state, t, b);
-    const int64_t token = w.offsets[size_t(t)] + b;
-    if (vector.factor == Factor::Kept) return at(g.kept, (token * w.cell.room() + vector.state) * w.p.hidden * w.storage_bytes);
-    return at(vector.state == 0 ? g.output : g.history[vector.state], token * w.width(vector.state) * w.storage_bytes);
+  // How many of them have the unit.
+  int64_t with_unit(const std::vector<Token>& tokens, int64_t unit) const {
+    if (!w.p.units) return int64_t(tokens.size());
+    return std::partition_point(tokens.begin(), tokens.end(), [&](const Token& k) { return w.p.units[k.step] > unit; }) - tokens.begin();
   }
-  // What stage s's matrix multiplied in that row.
-  const void* operand(int s, int64_t t, int64_t b) const {
+
+  // State i before a token; null for zero.
+  const void* before(int i, const Token& k) const {
+    const int64_t step = w.p.reverse ? k.step + 1 : k.step - 1, row_bytes = w.width(i) * w.storage_bytes;
+    const int32_t* const marks = w.marks_before(k.step);
+    if (marks && marks[k.row] >= 0) {
+      const int64_t t = w.p.reverse ? k.step + 1 : k.step;
+      return at(g.reset[i].data, (t * g.reset[i].token + k.row * g.reset[i].row) * w.storage_bytes);
+    }
+    const bool starts = w.p.lengths ? step >= w.p.lengths[k.row] : step >= w.p.steps || (step >= 0 && k.row >= w.rows(step));
+    if (step < 0 || starts) return at(g.initial[i], k.row * row_bytes);
+    return at(i == 0 ? g.output : g.history[i], (w.offsets[size_t(step)] + k.row) * row_bytes);
+  }
+  // What a vector was multiplied with.
+  const void* factor_of(const PerUnit& vector, const Token& k) const {
+    if (vector.factor == Factor::OldState) return before(vector.state, k);
+    if (vector.factor == Factor::Kept) return at(g.kept, (k.place * w.cell.room() + vector.state) * w.p.hidden * w.storage_bytes);
+    return at(vector.state == 0 ? g.output : g.history[vector.state], k.place * w.width(vector.state) * w.storage_bytes);
+  }
+  // What stage s's matrix multiplied.
+  const void* operand(int s, const Token& k) const {
     const int kept = w.cell.stage[s].operand;
-    if (kept == kPreviousState) return before(0, t, b);
-    return at(g.kept, ((w.offsets[size_t(t)] + b) * w.cell.room() + kept) * w.p.hidden * w.storage_bytes);
+    if (kept == kPreviousState) return before(0, k);
+    return at(g.kept, (k.place * w.cell.room() + kept) * w.p.hidden * w.storage_bytes);
   }
 
   void round(Walk::Member& me, int64_t n0, int64_t n1) {
     const int64_t t0 = std::min(w.step(n0, false), w.step(n1 - 1, false)), t1 = t0 + n1 - n0;
-    const int64_t token = w.offsets[size_t(t0)], count = w.offsets[size_t(t1)] - token;
+    const std::vector<Token> tokens = tokens_of(t0, t1);
     w.wait_all(me);  // until the gate gradients are there and nobody multiplies with the last round's panels
-    lay_panels(me, t0, t1, token, count);
-    if (sums_weights) turn(me, token, count);
-    if (g.grad_input) load_numbers(me, token, count);
-    if (sums_slots) add_slots(me, t0, t1, token, count);
+    lay_panels(me, tokens);
+    if (sums_weights) turn(me, tokens);
+    if (g.grad_input) load_numbers(me, tokens);
+    if (sums_slots) add_slots(me, tokens);
     w.wait_all(me);
     if (g.grad_weight_ih) {
       int slot_of[kMaxSlots];
       for (int i = 0, n = 0; i < w.cell.slots; ++i)
         if (w.cell.slot[i].feeds & X) slot_of[n++] = i;
-      add_weight(me, weight_ih(), w.p.hidden, slot_of, count, n0 > 0);
+      add_weight(me, weight_ih(), w.p.hidden, slot_of, tokens, n0 > 0);
     }
     for (int s = 0; s < w.cell.stages; ++s) {
       if (!g.grad_weights[s]) continue;
       int slot_of[kMaxSlots];
       for (int i = 0, n = 0; i < w.cell.slots; ++i)
         if (w.cell.in_stage(s, i) && (w.cell.slot[i].feeds & H)) slot_of[n++] = i;
-      add_weight(me, weight(s), w.width_of_stage(s), slot_of, count, n0 > 0);
+      add_weight(me, weight(s), w.width_of_stage(s), slot_of, tokens, n0 > 0);
     }
-    if (g.grad_input) add_input(me, token, count);
+    if (g.grad_input) add_input(me, tokens);
   }
 
   // The operands of the weights' gradients, this member's tokens of them, for all.
-  void lay_panels(const Walk::Member& me, int64_t t0, int64_t t1, int64_t token, int64_t count) const {
+  void lay_panels(const Walk::Member& me, const std::vector<Token>& tokens) const {
     if (!sums_weights) return;
+    const int64_t count = int64_t(tokens.size());
     w.each_vector(me, count, [&](int64_t begin, int64_t n) {
       const int64_t end = begin + n;
       std::vector<const void*> rows(static_cast<size_t>(count));
@@ -147,45 +178,46 @@ class Gradients {
         w.storage.spread(rows.data(), product, matrix.blocks, 0, panel_count(w.m, product, matrix.blocks), begin, end, matrix.panels);
       };
       if (g.grad_weight_ih) {
-        for (int64_t k = begin; k < end; ++k) rows[size_t(k)] = at(g.input, (token + k) * w.p.input * w.storage_bytes);
+        for (int64_t k = begin; k < end; ++k) rows[size_t(k)] = at(g.input, tokens[size_t(k)].place * w.p.input * w.storage_bytes);
         lay(weight_ih());
       }
       for (int s = 0; s < w.cell.stages; ++s) {
         if (!g.grad_weights[s]) continue;
-        int64_t k = 0;
-        for (int64_t t = t0; t < t1; ++t)
-          for (int64_t b = 0; b < w.rows(t); ++b, ++k)
-            if (k >= begin && k < end) rows[size_t(k)] = operand(s, t, b);
+        for (int64_t k = begin; k < end; ++k) rows[size_t(k)] = operand(s, tokens[size_t(k)]);
         lay(weight(s));
       }
     });
   }
 
   // What follows is private to a member until the sums are done: the gate gradients of its units, turned, and of its tokens, as numbers.
-  const void* gates_of(int64_t token) const { return at(g.grad_gates, token * w.cell.room() * w.p.hidden * w.storage_bytes); }
+  const void* gates_of(const Token& k) const { return at(g.grad_gates, k.place * w.cell.room() * w.p.hidden * w.storage_bytes); }
 
-  void turn(const Walk::Member& me, int64_t token, int64_t count) const {
+  void turn(const Walk::Member& me, const std::vector<Token>& tokens) const {
+    std::vector<const void*> rows(tokens.size());
+    for (size_t k = 0; k < tokens.size(); ++k) rows[k] = gates_of(tokens[k]);
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
+      const int64_t count = with_unit(tokens, begin);
       for (int i = 0; i < w.cell.slots; ++i) {
         const int64_t unit = i * w.p.hidden + begin;
-        w.storage.turn(at(gates_of(token), unit * w.storage_bytes), w.cell.room() * w.p.hidden, n, count, at(turned, unit * turned_row),
-                       turned_row / w.number_bytes);
+        w.storage.turn(rows.data(), unit, n, count, at(turned, unit * turned_row), turned_row / w.number_bytes);
       }
     });
   }
 
-  void load_numbers(const Walk::Member& me, int64_t token, int64_t count) const {
+  void load_numbers(const Walk::Member& me, const std::vector<Token>& tokens) const {
+    const int64_t count = int64_t(tokens.size());
     for (int64_t k = split(count, me.members, me.id); k < split(count, me.members, me.id + 1); ++k)
-      w.storage.load(gates_of(token + k), x_slots, at(numbers, k * numbers_row));
+      w.storage.load(gates_of(tokens[size_t(k)]), x_slots, at(numbers, k * numbers_row));
   }
 
-  void add_slots(const Walk::Member& me, int64_t t0, int64_t t1, int64_t token, int64_t count) const {
+  void add_slots(const Walk::Member& me, const std::vector<Token>& tokens) const {
+    const int64_t count = int64_t(tokens.size());
     w.each_vector(me, slots, [&](int64_t begin, int64_t n) {
       std::vector<double> some(static_cast<size_t>(n)), all(static_cast<size_t>(n));  // room for n numbers of either kind
       for (int64_t first = 0; first < count; first += kTokensInAChain) {
         std::fill(some.begin(), some.end(), 0.0);
         for (int64_t k = first; k < std::min(first + kTokensInAChain, count); ++k)
-          w.storage.add(at(gates_of(token + k), begin * w.storage_bytes), n, some.data());
+          w.storage.add(at(gates_of(tokens[size_t(k)]), begin * w.storage_bytes), n, some.data());
         w.ops.add(some.data(), n, all.data());
       }
       w.ops.add(all.data(), n, slot_sums(begin));
@@ -199,20 +231,18 @@ class Gradients {
         std::fill(some.begin(), some.end(), 0.0);
         std::fill(all.begin(), all.end(), 0.0);
         int64_t chain = 0;
-        for (int64_t t = t0; t < t1; ++t)
-          for (int64_t b = 0; b < w.rows(t); ++b) {
-            if (chain++ == kTokensInAChain) {
-              w.ops.add(some.data(), n, all.data());
-              std::fill(some.begin(), some.end(), 0.0);
-              chain = 1;
-            }
-            const int64_t place = w.offsets[size_t(t)] + b;
-            const void* state = factor_of(vector, t, b);
-            if (!state) continue;
-            w.storage.load(at(state, begin * w.storage_bytes), n, factor.data());
-            w.storage.load(at(gates_of(place), (vector.slot * w.p.hidden + begin) * w.storage_bytes), n, gate.data());
-            w.ops.multiply_add(factor.data(), gate.data(), n, some.data());
+        for (const Token& k : tokens) {
+          if (chain++ == kTokensInAChain) {
+            w.ops.add(some.data(), n, all.data());
+            std::fill(some.begin(), some.end(), 0.0);
+            chain = 1;
           }
+          const void* state = factor_of(vector, k);
+          if (!state) continue;
+          w.storage.load(at(state, begin * w.storage_bytes), n, factor.data());
+          w.storage.load(at(gates_of(k), (vector.slot * w.p.hidden + begin) * w.storage_bytes), n, gate.data());
+          w.ops.multiply_add(factor.data(), gate.data(), n, some.data());
+        }
         w.ops.add(some.data(), n, all.data());
         w.ops.add(all.data(), n, vector_sums(i * w.p.hidden + begin));
       }
@@ -220,8 +250,9 @@ class Gradients {
   }
 
   // `width` rows a slot, of which a member has those of its units.
-  void add_weight(const Walk::Member& me, const Matrix& matrix, int64_t width, const int* slot_of, int64_t count, bool onto) const {
-    const Product product = grad_weight_product(matrix.width, count);
+  void add_weight(const Walk::Member& me, const Matrix& matrix, int64_t width, const int* slot_of, const std::vector<Token>& tokens,
+                  bool onto) const {
+    const Product product = grad_weight_product(matrix.width, int64_t(tokens.size()));
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
       const int64_t end = std::min(begin + n, width);
       for (int64_t slot = 0; slot < matrix.rows / width && begin < end; ++slot)
@@ -232,21 +263,24 @@ class Gradients {
               void* to[kMaxTileRows];
               for (int r = 0; r < rows; ++r) to[r] = at(matrix.sums, (slot * width + first + r) * matrix.width * w.number_bytes);
               w.ops.merge(sums, to, rows, unit, matrix.blocks, matrix.width, onto);
-            });
+            },
+            [&](int64_t unit) { return with_unit(tokens, unit); });
     });
   }
 
-  void add_input(const Walk::Member& me, int64_t token, int64_t count) const {
+  void add_input(const Walk::Member& me, const std::vector<Token>& tokens) const {
     const Product product = grad_input_product(w.cell, w.p);
+    const int64_t count = int64_t(tokens.size());
     int64_t places[kMaxTileRows];
     w.multiply(
         product, w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0, panel_count(w.m, product, w.plan_.grad_input_blocks),
         split(count, me.members, me.id), split(count, me.members, me.id + 1),
         [&](int64_t k) { return at(static_cast<const void*>(numbers), k * numbers_row); },
         [&](int64_t first, int rows, int64_t unit, const void* sums) {
-          for (int r = 0; r < rows; ++r) places[r] = token + first + r;
+          for (int r = 0; r < rows; ++r) places[r] = tokens[size_t(first + r)].place;
           w.storage.put(sums, places, rows, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
-        });
+        },
+        [&](int64_t k) { return w.p.units ? w.p.units[tokens[size_t(k)].step] : product.depth; });
   }
 
   const Walk& w;

@@ -12,8 +12,10 @@ class InputGates {
 
   // Where a chunk's rows lie and what they multiply: a member's own, kept from chunk to chunk so that it is allocated once.
   struct alignas(128) Chunk {
+    std::vector<int64_t> steps;
     std::vector<int64_t> places;
     std::vector<const void*> operands;
+    std::vector<int64_t> units;  // that take part, of each row; falling
   };
 
   void start(const Walk::Member& me) const {
@@ -49,10 +51,16 @@ class InputGates {
   void make(const Walk::Member& me, int64_t n0, Chunk& chunk) const {
     chunk.places.clear();
     chunk.operands.clear();
+    chunk.units.clear();
+    chunk.steps.resize(size_t(std::min(w.plan_.chunk, w.p.steps - n0)));
+    std::iota(chunk.steps.begin(), chunk.steps.end(), n0);
+    if (w.p.units)
+      std::stable_sort(chunk.steps.begin(), chunk.steps.end(),
+                       [&](int64_t a, int64_t b) { return w.p.units[w.step(a, true)] > w.p.units[w.step(b, true)]; });
     const int64_t input_bytes = w.p.input * w.storage_bytes;
     const bool convert = w.storage_bytes != w.number_bytes;
     char* numbers = static_cast<char*>(f.workspace) + w.memory.numbers + me.id * w.plan_.chunk * w.p.batch * w.p.input * w.number_bytes;
-    for (int64_t n = n0; n < std::min(n0 + w.plan_.chunk, w.p.steps); ++n) {
+    for (int64_t n : chunk.steps) {
       const int64_t t = w.step(n, true), token = w.offsets[size_t(t)];
       const Walk::Rows mine = w.rows_of(me, w.rows(t));
       for (int64_t i = 0; i < mine.count; ++i) {
@@ -65,6 +73,7 @@ class InputGates {
           numbers += w.p.input * w.number_bytes;
         }
         chunk.operands.push_back(x);
+        if (w.p.units) chunk.units.push_back(w.p.units[t]);
       }
     }
     for (int s = 0; s < w.cell.stages; ++s) {
@@ -76,7 +85,7 @@ class InputGates {
  private:
   // A chunk's rows lie row group by row group, except that a ragged batch's groups take turns.
   int64_t row_in_chunk(const Walk::Member& me, int64_t k) const {
-    if (w.p.rows) return k * w.p.batch;
+    if (w.ragged()) return k * w.p.batch;
     const Walk::Rows mine = w.rows_of(me, w.p.batch);
     return (w.plan_.chunk - 1) * mine.first + k * mine.count;
   }
@@ -85,7 +94,8 @@ class InputGates {
   Place region(const Walk::Member& me, int s) const {
     const Walk::Units own = w.units_of(me, s);
     const int64_t first = w.first_input_slot(s), slots = w.cell.input_slots(s), width = own.end - own.begin;
-    const int64_t begin = w.plan_.chunk * w.p.batch * (first * w.p.hidden + slots * own.begin);
+    int64_t begin = w.plan_.chunk * w.p.batch * (first * w.p.hidden + slots * own.begin);
+    if (w.p.units) begin += me.unit_group * w.plan_.chunk * w.p.batch * slots * width;
     return {at(f.workspace, w.memory.gates + (begin - first * width - own.begin) * w.storage_bytes), slots * width, width};
   }
 
@@ -93,18 +103,26 @@ class InputGates {
     const Product& product = w.inputs[s];
     if (!product.columns) return;
     const int blocks = w.plan_.input_blocks[s], finer = w.plan_.blocks[s] / blocks;
-    const int64_t owned = panel_count(w.m, w.products[s], w.plan_.blocks[s]), all = panel_count(w.m, product, blocks);
-    const int64_t begin = split(owned, me.unit_groups, me.unit_group) * finer;
-    const int64_t end = std::min(split(owned, me.unit_groups, me.unit_group + 1) * finer, all);
+    const int64_t all = panel_count(w.m, product, blocks), rows = int64_t(chunk.places.size());
+    const Walk::Panels own = w.panels_of(me, s);
     const int64_t first_slot = w.first_input_slot(s);
-    w.multiply(
-        product, blocks, at(f.workspace, w.memory.packed_input[s]), begin, end, 0, int64_t(chunk.places.size()),
-        [&](int64_t row) { return chunk.operands[size_t(row)]; },
-        [&](int64_t first, int n, int64_t unit, const void* sums) {
-          w.storage.put(sums, &chunk.places[size_t(first)], n, unit, blocks, product.columns, w.p.hidden,
-                        at(bias(), first_slot * w.p.hidden * w.number_bytes), at(to.gates, first_slot * to.slot * w.storage_bytes), to.row,
-                        to.slot);
-        });
+    const auto panels = [&](int64_t begin, int64_t end, int64_t count) {
+      w.multiply(
+          product, blocks, at(f.workspace, w.memory.packed_input[s]), begin, std::min(end, all), 0, count,
+          [&](int64_t row) { return chunk.operands[size_t(row)]; },
+          [&](int64_t first, int n, int64_t unit, const void* sums) {
+            w.storage.put(sums, &chunk.places[size_t(first)], n, unit, blocks, product.columns, w.p.hidden,
+                          at(bias(), first_slot * w.p.hidden * w.number_bytes), at(to.gates, first_slot * to.slot * w.storage_bytes),
+                          to.row, to.slot);
+          });
+    };
+    if (!w.p.units) return panels(own.first * finer, (own.first + own.count) * finer, rows);
+    for (int64_t i = 0; i < own.count; ++i)
+      for (int64_t panel = own[i] * finer; panel < (own[i] + 1) * finer; ++panel) {
+        const int64_t unit = panel * blocks * w.m.lanes;
+        panels(panel, panel + 1,
+               std::partition_point(chunk.units.begin(), chunk.units.end(), [&](int64_t units) { return units > unit; }) - chunk.units.begin());
+      }
   }
 
   void* bias() const { return at(f.workspace, w.memory.bias); }

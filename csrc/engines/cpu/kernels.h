@@ -131,17 +131,17 @@ void spread(const void* const* rows, const Product& p, int blocks, int64_t begin
 }
 
 template <class V, class S>
-void turn(const void* storage, int64_t row, int64_t width, int64_t count, void* turned, int64_t turned_row) {
+void turn(const void* const* tokens, int64_t first, int64_t width, int64_t count, void* turned, int64_t turned_row) {
   using T = typename V::element;
   constexpr int L = V::lanes;
+  const auto at = [&](int64_t k, int64_t c) { return static_cast<const S*>(tokens[k]) + first + c; };
   for (int64_t k = 0; k < count; k += L)
     for (int64_t c = 0; c < width; c += L) {
       const int rows = int(count - k < L ? count - k : L), columns = int(width - c < L ? width - c : L);
       V square[L];
-      for (int i = 0; i < L; ++i) square[i] = i < rows ? V::load(static_cast<const S*>(storage) + (k + i) * row + c, columns) : V(0);
+      for (int i = 0; i < L; ++i) square[i] = i < rows ? V::load(at(k + i, c), columns) : V(0);
       // Half of these rows are another core's, and no stream that hardware would foresee.
-      if (k + L < count)
-        for (int i = 0; i < L; ++i) __builtin_prefetch(static_cast<const S*>(storage) + (k + L + i) * row + c);
+      for (int i = 0; i < L && k + L + i < count; ++i) __builtin_prefetch(at(k + L + i, c));
       transpose(square);
       for (int i = 0; i < columns; ++i) square[i].store(static_cast<T*>(turned) + (c + i) * turned_row + k, rows);
     }
@@ -194,13 +194,12 @@ RNN_FN void put_sums(const V* e, int n, double* to) {
 }
 
 template <class Cell, int stage, class V, class S>
-void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, const void* sums) {
+void forward(const ForwardStep& step, RowSet rows, int64_t unit, int64_t end, int blocks, const void* sums) {
   constexpr int L = V::lanes, columns = InfoOf<Cell>::value.hidden_slots(stage), vectors = InfoOf<Cell>::value.vectors;
   constexpr int count = InfoOf<Cell>::value.stage[stage].sums;
-  const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
-  for (int b = 0; b < blocks && unit + b * L < width; ++b) {
+  for (int b = 0; b < blocks && unit + b * L < end; ++b) {
     const int64_t u = unit + b * L;
-    const int n = int(width - u < L ? width - u : L);
+    const int n = int(end - u < L ? end - u : L);
     V w[vectors ? vectors : 1];
     load_vectors<Cell, V, S>(step.vectors, u, n, w);
     for (int r = 0; r < rows.count; ++r) {
@@ -213,12 +212,11 @@ void forward(const ForwardStep& step, RowSet rows, int64_t unit, int blocks, con
 }
 
 template <class Cell, int stage, class V, class S>
-void backward(const BackwardStep& step, RowSet rows, int64_t unit, int blocks, const void* sums) {
+void backward(const BackwardStep& step, RowSet rows, int64_t unit, int64_t end, int blocks, const void* sums) {
   constexpr int L = V::lanes, vectors = InfoOf<Cell>::value.vectors, count = InfoOf<Cell>::value.stage[stage].back_sums;
-  const int64_t width = stage_width<Cell, stage>(step.hidden, step.output);
-  for (int b = 0; b < blocks && unit + b * L < width; ++b) {
+  for (int b = 0; b < blocks && unit + b * L < end; ++b) {
     const int64_t u = unit + b * L;
-    const int n = int(width - u < L ? width - u : L);
+    const int n = int(end - u < L ? end - u : L);
     V w[vectors ? vectors : 1];
     load_vectors<Cell, V, S>(step.vectors, u, n, w);
     for (int r = 0; r < rows.count; ++r) {

@@ -14,7 +14,11 @@ class Prepared {
   Prepared& operator=(const Prepared&) = delete;
 
   void pack(const Walk::Member& me) const {
-    for (int s = 0; s < w.cell.stages; ++s) w.pack(me, w.products[s], w.plan_.blocks[s], f.weights[s], at(f.workspace, w.memory.packed[s]));
+    for (int s = 0; s < w.cell.stages; ++s) {
+      void* const packed = at(f.workspace, w.memory.packed[s]);
+      w.pack(me, w.products[s], w.plan_.blocks[s], f.weights[s], packed);
+      w.clear_below_blocks(me, s, false, packed);
+    }
     if (!w.p.complete) input.start(me);
   }
 
@@ -57,6 +61,7 @@ class Prepared {
       step.previous[i] = step.next[i] = carried(i);
       step.history[i] = at(f.history[i], token * w.width(i) * w.storage_bytes);
     }
+    if (n + 1 < p.steps) w.set_resets(step, w.marks_after(t), f.reset);
     const int width = w.cell.moments();
     void* const moments = at(f.workspace, w.memory.totals + me.id * p.batch * width * w.number_bytes);
     step.moments = moments;
@@ -71,14 +76,18 @@ class Prepared {
       step.gates_row = gates.row;
       step.gates_slot = gates.slot;
       const int operand = w.cell.stage[s].operand;
-      const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden);
+      const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden), units = w.units(t, s);
       w.tiles(
-          me, s, active, !p.complete, side, f.workspace,
+          me, s, active, units, !p.complete, side, f.workspace,
           [&](int64_t row) -> const void* {
             if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
             return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);
           },
-          [&](RowSet rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, w.plan_.blocks[s], sums); });
+          [&](int64_t unit) {
+            return p.units ? Walk::Depth{unit / p.module * p.module, w.products[s].depth} : w.whole(s);
+          },
+          [&](RowSet rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, units, w.plan_.blocks[s], sums); });
+      if (units < w.width_of_stage(s)) hold(me, step, active, units);
     }
     if (width && f.moments && me.unit_group == 0) {
       const Walk::Rows mine = w.rows_of(me, active);
@@ -91,6 +100,23 @@ class Prepared {
   Walk w;
 
  private:
+  // This member's share of the units from `first` on, which take no part in the step: their state goes on as it is.
+  void hold(const Walk::Member& me, const ForwardStep& step, int64_t active, int64_t first) const {
+    const Walk::Rows mine = w.rows_of(me, active);
+    const int64_t count = w.width(0) - first, begin = first + split(count, me.unit_groups, me.unit_group),
+                  units = first + split(count, me.unit_groups, me.unit_group + 1) - begin;
+    for (int64_t i = 0; i < mine.count; ++i) {
+      const int64_t row = mine[i], number = row * hidden_bytes + begin * w.number_bytes;
+      const void* const before = at(step.previous[0], number);
+      void* const next = at(step.next[0], number);
+      w.storage.store(before, units, at(step.history[0], (row * w.width(0) + begin) * w.storage_bytes));
+      if (step.resets && step.resets[row] >= 0)
+        w.load_or_zero(at(step.reset[0], (row * step.reset_row[0] + begin) * w.storage_bytes), 0, units, next);
+      else
+        std::memcpy(next, before, size_t(units * w.number_bytes));
+    }
+  }
+
   void* hidden(int64_t side) const { return at(f.workspace, w.memory.state[0] + side * w.p.batch * hidden_bytes); }
   void* carried(int i) const { return at(f.workspace, w.memory.state[i]); }
 

@@ -9,11 +9,16 @@
 
 namespace rnnkernels::cpu {
 
-// The rows of a tile: first, first + stride, … Threads that share a batch take turns row by row, so that a ragged batch stays balanced.
+// The rows of a tile: first, first + stride, … of the batch or, where rows end in any order, of the longest first. Threads that share a
+// batch take turns row by row, so that a ragged batch stays balanced.
 struct RowSet {
   int64_t first;
   int count, stride;
-  int64_t operator[](int i) const { return first + int64_t(i) * stride; }
+  const int64_t* order = nullptr;
+  int64_t operator[](int i) const {
+    const int64_t place = first + int64_t(i) * stride;
+    return order ? order[place] : place;
+  }
 };
 
 struct NumberOps {
@@ -33,8 +38,8 @@ struct StorageOps {
   // Rows [first, last) of panels [begin, end) of a matrix [depth, units] given by the addresses of its rows, null for zeros.
   void (*spread)(const void* const* rows, const Product&, int blocks, int64_t begin, int64_t end, int64_t first, int64_t last,
                  void* packed);
-  // Rows become columns: turned[column][k] = storage[k][column].
-  void (*turn)(const void* storage, int64_t row, int64_t width, int64_t count, void* turned, int64_t turned_row);
+  // Rows become columns: turned[column][k] = rows[k][first + column].
+  void (*turn)(const void* const* rows, int64_t first, int64_t width, int64_t count, void* turned, int64_t turned_row);
   // gates[token][column][unit…] = sums + bias, for the tokens of a tile; the bias as numbers, null for zero.
   void (*put)(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
               void* gates, int64_t gates_row, int64_t gates_slot);
@@ -44,9 +49,9 @@ struct StorageOps {
 };
 
 struct PageOps {
-  // The pointwise part of a stage for a tile of rows and `blocks` vectors of units from `unit` on; null sums are zero.
-  using Forward = void (*)(const ForwardStep&, RowSet, int64_t unit, int blocks, const void* sums);
-  using Backward = void (*)(const BackwardStep&, RowSet, int64_t unit, int blocks, const void* sums);
+  // The pointwise part of a stage for a tile of rows and `blocks` vectors of units from `unit` on, as far as `end`; null sums are zero.
+  using Forward = void (*)(const ForwardStep&, RowSet, int64_t unit, int64_t end, int blocks, const void* sums);
+  using Backward = void (*)(const BackwardStep&, RowSet, int64_t unit, int64_t end, int blocks, const void* sums);
   Forward forward[kMaxStages];
   Backward backward[kMaxStages];
 };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstring>
 #include <memory>
+#include <numeric>
 #include <type_traits>
 #include <vector>
 
@@ -52,14 +53,53 @@ class Walk {
       inputs[s] = input_product(cell, p, s);
     }
     offsets.resize(size_t(p.steps) + 1, 0);
-    for (int64_t t = 0; t < p.steps; ++t) offsets[size_t(t) + 1] = offsets[size_t(t)] + rows(t);
+    for (int64_t t = 0; t < p.steps; ++t) offsets[size_t(t) + 1] = offsets[size_t(t)] + (p.rows ? p.rows[t] : p.batch);
+    if (p.lengths) {
+      order.resize(size_t(p.batch));
+      std::iota(order.begin(), order.end(), int64_t(0));
+      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
+      active.resize(size_t(p.steps));
+      for (int64_t t = 0, n = p.batch; t < p.steps; ++t) {
+        while (n > 0 && p.lengths[order[size_t(n) - 1]] <= t) --n;
+        active[size_t(t)] = n;
+      }
+    }
+    if (p.resets) {
+      marks.resize(size_t(p.steps * p.batch));
+      int32_t number = 0;
+      for (int64_t t = 0, i = 0; t < p.steps; ++t)
+        for (int64_t b = 0; b < p.batch; ++b, ++i) {
+          const int32_t mark = p.resets[i] ? number++ : -1;
+          marks[size_t(i)] = t > 0 && (!p.lengths || t < p.lengths[b]) ? mark : -1;
+        }
+    }
   }
 
-  int64_t rows(int64_t t) const { return p.rows ? p.rows[t] : p.batch; }
+  // How many rows take part in a step: the first of the batch or, where they end in any order, of the longest.
+  int64_t rows(int64_t t) const { return p.rows ? p.rows[t] : p.lengths ? active[size_t(t)] : p.batch; }
+  bool ragged() const { return p.rows || p.lengths; }
   int64_t width(int state) const { return width_of(p, cell.state_width(state)); }
   int64_t width_of_stage(int s) const { return width_of(p, cell.stage[s].width); }
   // The step that a walk from the sequence's start (in its own direction of time), or from its end, visits as its n-th.
   int64_t step(int64_t n, bool from_start) const { return p.reverse != from_start ? n : p.steps - 1 - n; }
+
+  // The marks, by row, between step t and the one walked before it, or the one after it: -1, or the mark's number. Null: there are none.
+  const int32_t* marks_before(int64_t t) const { return marks_at(p.reverse ? t + 1 : t); }
+  const int32_t* marks_after(int64_t t) const { return marks_at(p.reverse ? t : t + 1); }
+  // A step told what replaces the states where `found` has marks, if anywhere.
+  template <class Step>
+  void set_resets(Step& step, const int32_t* found, const Given* reset) const {
+    step.resets = found;
+    if (!found) return;
+    const int64_t t = (found - marks.data()) / p.batch;
+    for (int i = 0; i < cell.states; ++i) {
+      step.reset[i] = at(reset[i].data, t * reset[i].token * storage_bytes);
+      step.reset_row[i] = reset[i].row;
+    }
+  }
+
+  // Units of stage s that take part in step t.
+  int64_t units(int64_t t, int s) const { return p.units ? p.units[t] : width_of_stage(s); }
 
   struct Member {
     int row_group, unit_group, row_groups, unit_groups;
@@ -87,22 +127,38 @@ class Walk {
   struct Rows {
     int64_t first, count;
     int stride;
-    int64_t operator[](int64_t i) const { return first + i * stride; }
+    const int64_t* order;
+    RowSet some(int64_t begin, int64_t end) const { return {first + begin * stride, int(end - begin), stride, order}; }
+    int64_t operator[](int64_t i) const { return some(i, i + 1)[0]; }
   };
   Rows rows_of(const Member& me, int64_t active) const {
-    if (p.rows) return {me.row_group, active > me.row_group ? ceil_div(active - me.row_group, me.row_groups) : 0, me.row_groups};
+    const int64_t* in = p.lengths ? order.data() : nullptr;
+    if (ragged()) return {me.row_group, active > me.row_group ? ceil_div(active - me.row_group, me.row_groups) : 0, me.row_groups, in};
     const int64_t first = split(active, me.row_groups, me.row_group);
-    return {first, split(active, me.row_groups, me.row_group + 1) - first, 1};
+    return {first, split(active, me.row_groups, me.row_group + 1) - first, 1, in};
   }
 
-  // The units of stage s that a unit group owns: whole panels.
+  // The panels of stage s that a unit group owns. They lie side by side; but where steps end at a unit, the groups take turns.
+  struct Panels {
+    int64_t first, count;
+    int stride;
+    int64_t operator[](int64_t i) const { return first + i * stride; }
+  };
+  Panels panels_of(const Member& me, int s) const {
+    const int64_t panels = panel_count(m, products[s], plan_.blocks[s]);
+    if (p.units) return {me.unit_group, panels > me.unit_group ? ceil_div(panels - me.unit_group, me.unit_groups) : 0, me.unit_groups};
+    const int64_t first = split(panels, me.unit_groups, me.unit_group);
+    return {first, split(panels, me.unit_groups, me.unit_group + 1) - first, 1};
+  }
+  // The units of stage s among which are all that a unit group owns.
   struct Units {
     int64_t begin, end;
   };
   Units units_of(const Member& me, int s) const {
-    const int64_t panels = panel_count(m, products[s], plan_.blocks[s]), panel_units = plan_.blocks[s] * m.lanes;
-    return {std::min(products[s].units, split(panels, me.unit_groups, me.unit_group) * panel_units),
-            std::min(products[s].units, split(panels, me.unit_groups, me.unit_group + 1) * panel_units)};
+    if (p.units) return {0, products[s].units};
+    const Panels own = panels_of(me, s);
+    const int64_t panel_units = plan_.blocks[s] * m.lanes;
+    return {std::min(products[s].units, own.first * panel_units), std::min(products[s].units, (own.first + own.count) * panel_units)};
   }
   // The input's slots come first, stage by stage.
   int64_t first_input_slot(int s) const {
@@ -129,10 +185,30 @@ class Walk {
                    packed);
   }
 
-  // Rows [first, last), each where operand(row) says, times panels [begin, end); take(row, rows, unit, sums) gets each tile.
+  // With modules: zeros for what lies below the blocks of the matrix in this member's panels of it, as far as a product reads them.
+  void clear_below_blocks(const Member& me, int s, bool transposed, void* packed) const {
+    if (!p.units) return;
+    const int64_t width = plan_.blocks[s] * m.lanes, panels = panel_count(m, products[s], plan_.blocks[s]);
+    const auto block = [&](int64_t unit) { return std::min(unit, p.hidden - 1) / p.module; };
+    for (int64_t panel = split(panels, me.members, me.id); panel < split(panels, me.members, me.id + 1); ++panel) {
+      const int64_t first = block(panel * width), last = block(panel * width + width - 1);
+      for (int64_t k = (first + transposed) * p.module; k < std::min((last + transposed) * p.module, p.hidden); ++k)
+        for (int64_t i = 0; i < width; ++i)
+          if (transposed ? block(k) > block(panel * width + i) : block(k) < block(panel * width + i))
+            std::memset(at(packed, ((panel * p.hidden + k) * width + i) * number_bytes), 0, size_t(number_bytes));
+    }
+  }
+
+  // Rows [first, last), each where operand(row) says, times panels [begin, end); take(row, rows, unit, sums) gets each tile. depth(row):
+  // how much of the operands of rows from this one on is not zero.
   template <class Operand, class Take>
   void multiply(const Product& product, int blocks, const void* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                 const Operand& operand, const Take& take) const {
+    multiply(product, blocks, packed, begin, end, first, last, operand, take, [&](int64_t) { return product.depth; });
+  }
+  template <class Operand, class Take, class Depth>
+  void multiply(const Product& product, int blocks, const void* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
+                const Operand& operand, const Take& take, const Depth& depth) const {
     const int vectors = blocks * product.columns;
     const int64_t count = last - first, tiles = ceil_div(count, tile_rows(m, vectors));
     const int64_t panel_bytes = panel_elements(m, product, blocks) * number_bytes;
@@ -143,38 +219,53 @@ class Walk {
         const int n = int(first + split(count, tiles, tile + 1) - row);
         const void* operands[kMaxTileRows];
         for (int r = 0; r < n; ++r) operands[r] = operand(row + r);
-        ops.product[vectors - 1][n - 1](operands, at(packed, panel * panel_bytes), product.depth, sums);
+        ops.product[vectors - 1][n - 1](operands, at(packed, panel * panel_bytes), depth(row), sums);
         take(row, n, panel * blocks * m.lanes, sums);
       }
   }
 
-  // This member's tiles of one stage: operand(row) times every panel of its own, each tile handed to pointwise(rows, unit, sums).
-  // Even steps walk the panels forward and odd ones backward, so that what the cache saw last is wanted first.
-  template <class Operand, class Pointwise>
-  void tiles(const Member& me, int s, int64_t active, bool multiply, bool backwards, const void* workspace, const Operand& operand,
-             const Pointwise& pointwise) const {
+  // Of an operand, what a product reads.
+  struct Depth {
+    int64_t begin, end;
+  };
+  Depth whole(int s) const { return {0, products[s].depth}; }
+  // Of a transposed matrix, what reads the units of the panel that starts at `unit`: with modules, those of their own and lower ones.
+  Depth readers(int s, int64_t unit) const {
+    if (!p.units) return whole(s);
+    return {0, std::min(((unit + plan_.blocks[s] * m.lanes - 1) / p.module + 1) * p.module, p.hidden)};
+  }
+
+  // This member's tiles of one stage: operand(row) times every panel of its own that has units below `units`, as far as depth(unit) says,
+  // each tile handed to pointwise(rows, unit, sums). Even steps walk the panels forward and odd ones backward, so that what the cache saw
+  // last is wanted first.
+  template <class Operand, class Reads, class Pointwise>
+  void tiles(const Member& me, int s, int64_t active, int64_t units, bool multiply, bool backwards, const void* workspace,
+             const Operand& operand, const Reads& depth, const Pointwise& pointwise) const {
     const Product& product = products[s];
     const int blocks = plan_.blocks[s], vectors = blocks * std::max(product.columns, 1);
-    const int64_t panels = panel_count(m, product, blocks);
-    const int64_t begin = split(panels, me.unit_groups, me.unit_group), end = split(panels, me.unit_groups, me.unit_group + 1);
+    const Panels own = panels_of(me, s);
     const Rows mine = rows_of(me, active);
     const int64_t tile_count = ceil_div(mine.count, tile_rows(m, vectors));
     const int64_t panel_bytes = panel_elements(m, product, blocks) * number_bytes;
     multiply = multiply && product.depth;
+    bool fetched = me.unit_groups == 1;
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t panel = backwards ? end - 1 - (i - begin) : i;
+    for (int64_t i = 0; i < own.count; ++i) {
+      const int64_t panel = own[backwards ? own.count - 1 - i : i], unit = panel * blocks * m.lanes;
+      if (unit >= units) continue;
+      const Depth reads = multiply ? depth(unit) : Depth{0, 0};
+      const void* const packed = at(workspace, memory.packed[s] + panel * panel_bytes + reads.begin * vectors * m.lanes * number_bytes);
       for (int64_t tile = 0; tile < tile_count; ++tile) {
-        const int64_t first = split(mine.count, tile_count, tile), last = split(mine.count, tile_count, tile + 1);
-        const RowSet set{mine[first], int(last - first), mine.stride};
-        if (multiply) {
+        const RowSet set = mine.some(split(mine.count, tile_count, tile), split(mine.count, tile_count, tile + 1));
+        if (reads.begin < reads.end) {
           const void* operands[kMaxTileRows];
-          for (int r = 0; r < set.count; ++r) operands[r] = operand(set[r]);
-          if (i == begin && me.unit_groups > 1) fetch(operands, set.count, product.depth);
-          ops.product[vectors - 1][set.count - 1](operands, at(workspace, memory.packed[s] + panel * panel_bytes), product.depth, sums);
+          for (int r = 0; r < set.count; ++r) operands[r] = at(operand(set[r]), reads.begin * number_bytes);
+          if (!fetched) fetch(operands, set.count, reads.end - reads.begin);
+          ops.product[vectors - 1][set.count - 1](operands, packed, reads.end - reads.begin, sums);
         }
-        pointwise(set, panel * blocks * m.lanes, multiply ? sums : nullptr);
+        pointwise(set, unit, reads.begin < reads.end ? sums : nullptr);
       }
+      fetched = true;
     }
   }
 
@@ -217,6 +308,7 @@ class Walk {
 
   // How many steps a row takes part in.
   int64_t steps_of(int64_t row) const {
+    if (p.lengths) return p.lengths[row];
     return p.rows ? std::partition_point(p.rows, p.rows + p.steps, [&](int64_t rows) { return rows > row; }) - p.rows : p.steps;
   }
 
@@ -233,6 +325,14 @@ class Walk {
   template <class Row>
   void each_row(const Member& me, const Row& row) const {
     for (int64_t b = split(p.batch, me.members, me.id); b < split(p.batch, me.members, me.id + 1); ++b) row(b);
+  }
+  // With lengths: zeros for the tokens past the ends of this member's rows of [T, B, width].
+  void clear_past_ends(const Member& me, int64_t width, void* to) const {
+    if (!p.lengths || !to) return;
+    each_row(me, [&](int64_t b) {
+      for (int64_t t = p.lengths[b]; t < p.steps; ++t)
+        std::memset(at(to, (t * p.batch + b) * width * storage_bytes), 0, size_t(width * storage_bytes));
+    });
   }
   void load_or_zero(const void* from, int64_t b, int64_t n, void* to) const {
     if (from)
@@ -252,7 +352,16 @@ class Walk {
   const Layout memory;
   const int64_t storage_bytes, number_bytes;
   Product products[kMaxStages], inputs[kMaxStages];
-  std::vector<int64_t> offsets;               // [T + 1]: token of each step's row 0
+  std::vector<int64_t> offsets;  // [T + 1]: token of each step's row 0
+  std::vector<int64_t> order;    // with lengths: the rows, the longest first
+
+ private:
+  const int32_t* marks_at(int64_t t) const {
+    return p.resets && t > 0 && t < p.steps ? marks.data() + t * p.batch : nullptr;
+  }
+
+  std::vector<int64_t> active;                // with lengths: how many rows take part in each step
+  std::vector<int32_t> marks;                 // with resets: by token, the number of its mark, or -1 where there is none or no effect
   const std::unique_ptr<Barrier[]> barriers;  // one a row group
   mutable Barrier team;
 };
