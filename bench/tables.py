@@ -8,6 +8,7 @@ from typing import Any
 
 from bench.cases import label
 from bench.show import compared, grouped, over_plain, speedups, times
+from rnnkernels.__main__ import write_between
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -83,10 +84,5 @@ def listed(values: list[int]) -> str:
 
 
 def write(report: dict[str, Any], page: Path) -> None:
-    """Replaces what stands between the two markers."""
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{page} needs one {BEGIN} and after it one {END}")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}", encoding="utf-8")
+    """Puts it between the two markers."""
+    write_between(page, BEGIN, END, markdown(report))
