@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, PRESETS, Case, select
+from bench.cases import DTYPES, IN_TORCH, PRESETS, Case, select
 from bench.peers import OURS, PEERS, TORCH
 from bench.roofs import Roofs
 from bench.run import report, run_case
@@ -37,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     require("rich", "bench")
     if arguments.saved:
-        return saved([case for case in cases if case.training])
+        return saved([case for case in cases if case.training and case.cell in IN_TORCH])
     from bench.show import show
 
     roofs, found = Roofs(), []

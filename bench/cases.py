@@ -9,20 +9,28 @@ from itertools import product
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from rnnkernels import ops
+from rnnkernels import functional, ops
 
 # The cells that torch.nn has, by the names that reports know them by; all others are those of cells.def.
 IN_TORCH = {"lstm": "lstm", "gru": "gru", "srn": "srn_tanh"}
 OTHERS = tuple(name for name, cell in ops.CELLS.items() if name not in IN_TORCH.values() and not cell.projected)
 PASSES = ("inference", "training")
+# What a batch is to a layer: "padded", every row T steps; "lengths", every row another length, unsorted; "one_short", a single row ends
+# early, the least that can be said about lengths; "resets", episodes end within the rows; "packed", the lengths as a PackedSequence.
+PADDED, LENGTHS, ONE_SHORT, RESETS, PACKED = LAYOUTS = ("padded", "lengths", "one_short", "resets", "packed")
+# Of all tokens, those at which an episode begins anew.
+RESET_SHARE = 0.02
+# The longest loop that is given to torch.compile.
+COMPILED_STEPS = 20
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, one direction, a padded sequence. Training is forward and backward, with gradients of all weights and the input; streaming
-    is inference by T calls of a step each, which hand the state on.
+    """One layer, one direction, sequences of up to T steps. Training is forward and backward, with gradients of all weights and the input;
+    streaming is inference by T calls of a step each, which hand the state on.
     """
 
     cell: str
@@ -33,10 +41,12 @@ class Case:
     I: int  # noqa: E741
     H: int
     threads: int
+    layout: str = PADDED
 
     @property
     def id(self) -> str:
-        return f"{self.cell}/{self.direction}/{self.dtype}/T{self.T}/B{self.B}/I{self.I}/H{self.H}/t{self.threads}"
+        name = f"{self.cell}/{self.direction}/{self.dtype}/T{self.T}/B{self.B}/I{self.I}/H{self.H}/t{self.threads}"
+        return name if self.layout == PADDED else f"{name}/{self.layout}"
 
     @property
     def page(self) -> ops.Cell:
@@ -48,15 +58,38 @@ class Case:
         return self.direction == "training"
 
     @property
+    def lengths(self) -> Tensor | None:
+        """Of the rows, the longest T; None where all are."""
+        if self.layout == ONE_SHORT:
+            return torch.full((self.B,), self.T).index_fill(0, torch.tensor(self.B // 2), self.T // 2)
+        if self.layout not in (LENGTHS, PACKED):
+            return None
+        lengths = torch.linspace(self.T // 4, self.T, self.B).round().long()
+        return lengths[torch.randperm(self.B, generator=torch.Generator().manual_seed(0))]
+
+    @property
+    def reset_mask(self) -> Tensor | None:
+        """``[T, B]``, or None where no state is reset."""
+        if self.layout != RESETS:
+            return None
+        marked = torch.randperm(self.T * self.B, generator=torch.Generator().manual_seed(0))[: max(1, round(RESET_SHARE * self.T * self.B))]
+        return torch.zeros(self.T * self.B, dtype=torch.bool).index_fill(0, marked, True).view(self.T, self.B)
+
+    @property
+    def tokens(self) -> int:
+        """Steps of all rows together, without the padding."""
+        return self.T * self.B if self.lengths is None else int(self.lengths.sum())
+
+    @property
     def recurrent_flops(self) -> int:
         """U h, and U' dG in training: what has to be done step by step."""
-        return (2 if self.training else 1) * 2 * self.T * self.B * self.page.hidden_gates * self.H * self.H
+        return (2 if self.training else 1) * 2 * self.tokens * self.page.hidden_gates * self.H * self.H
 
     @property
     def outside_flops(self) -> int:
         """W x; in training dW, dx and dU too: large products over all steps at once."""
-        to_input = 2 * self.T * self.B * self.page.input_gates * self.H * self.I
-        return 3 * to_input + 2 * self.T * self.B * self.page.hidden_gates * self.H * self.H if self.training else to_input
+        to_input = 2 * self.tokens * self.page.input_gates * self.H * self.I
+        return 3 * to_input + 2 * self.tokens * self.page.hidden_gates * self.H * self.H if self.training else to_input
 
     @property
     def flops(self) -> int:
@@ -70,12 +103,19 @@ class Case:
 
     @property
     def sweeps(self) -> int:
-        """How many times U is read, at least."""
-        return self.T * (2 if self.training else 1)
+        """How many times U is read, at least: what a reset parts need not wait for each other."""
+        steps = self.T if self.reset_mask is None else len(functional.segments(self.T, self.B, None, self.reset_mask).batch_sizes)
+        return steps * (2 if self.training else 1)
 
     def facts(self) -> dict[str, Any]:
         fields = asdict(self)
-        return {"id": self.id, "pass": fields.pop("direction"), **fields}
+        return {"id": self.id, "pass": fields.pop("direction"), **fields, "tokens": self.tokens}
+
+
+def label(facts: dict[str, Any]) -> str:
+    """The cell of a case in a report, and what its batch is where it is not padded, as in older reports all are."""
+    layout = facts.get("layout", PADDED)
+    return str(facts["cell"]) if layout == PADDED else f"{facts['cell']} {layout}"
 
 
 @dataclass(frozen=True)
@@ -87,10 +127,11 @@ class Preset:
     T: Sequence[int]
     B: Sequence[int]
     H: Sequence[int]
+    layouts: Sequence[str] = (PADDED,)
 
     def cases(self, dtypes: Iterable[str], threads: Iterable[int]) -> list[Case]:
-        crossed = product(self.cells, self.passes, dtypes, threads, self.T, self.B, self.H)
-        return [Case(cell, direction, dtype, T, B, H, H, n) for cell, direction, dtype, n, T, B, H in crossed]
+        crossed = product(self.cells, self.layouts, self.passes, dtypes, threads, self.T, self.B, self.H)
+        return [Case(cell, direction, dtype, T, B, H, H, n, layout) for cell, layout, direction, dtype, n, T, B, H in crossed]
 
 
 PRESETS = {
@@ -98,6 +139,10 @@ PRESETS = {
     "grid": (Preset(tuple(IN_TORCH), PASSES, (50, 100), (1, 8, 32, 64, 128), (64, 128, 256, 512)),),
     "stream": (Preset(tuple(IN_TORCH), ("streaming",), (100,), (1, 8), (64, 128, 256, 512)),),
     "cells": (Preset(OTHERS, PASSES, (100,), (1, 16, 64), (128, 256)),),
+    # torch.compile unrolls the loop and compiles it anew for every case, the slower the more steps: half a minute for training with these
+    # 20, so that "cells" cannot have it. All peers of a case run its T, so ratios to the plain loop are to be taken from one preset.
+    "compiled": (Preset(OTHERS, PASSES, (COMPILED_STEPS,), (1, 16), (128,)),),
+    "inside": (Preset(tuple(IN_TORCH), PASSES, (100,), (16, 64), (128, 256), LAYOUTS[1:]),),
     "figures": (
         Preset(("lstm",), ("inference",), (100,), (1,), (64, 128, 256, 512, 1024)),
         Preset(("gru", "srn"), ("training",), (100,), (1,), (128, 256)),

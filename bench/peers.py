@@ -1,6 +1,7 @@
 """Who can run a case. An entry of PEERS says why it cannot, or prepares a function that runs the case once and returns its results.
 
-All peers get the same weights, input and upstream gradient; `results` are compared before anything is timed.
+All peers get the same weights, input and upstream gradient; `results` are compared before anything is timed, but for a yardstick's, which
+computes something else in the same time slots.
 """
 
 from __future__ import annotations
@@ -8,18 +9,21 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from bench.cases import DTYPES, IN_TORCH, Case
+from bench.cases import COMPILED_STEPS, DTYPES, IN_TORCH, PACKED, PADDED, RESETS, Case
 from rnnkernels import ops, reference
 
 Results = dict[str, Tensor]
 Runner = Callable[[], Results]
+Layer = Callable[[Tensor], tuple[Tensor, Any]]  # -> output, final states
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ def make_problem(case: Case) -> Problem:
 
 
 def make_sequence(case: Case) -> Problem:
-    """For cells that torch.nn lacks: what ``ops.sequence`` and ``reference.sequence`` take."""
+    """What ``ops.sequence`` and ``reference.sequence`` take."""
     cell, H, dtype = case.page, case.H, DTYPES[case.dtype]
     shapes = {
         "weight_ih": (cell.input_gates * H, case.I),
@@ -67,6 +71,7 @@ def make_sequence(case: Case) -> Problem:
 
 class Peer(Protocol):
     name: str
+    yardstick: bool  # other numbers than the case's: not compared with anybody's
 
     def why_not(self, case: Case) -> str | None:
         """Why this peer cannot run the case, or None if it can."""
@@ -76,6 +81,8 @@ class Peer(Protocol):
 
 class Layers:
     """A module with torch.nn's layers."""
+
+    yardstick = False
 
     def __init__(self, name: str, module: str) -> None:
         self.name = name
@@ -89,19 +96,24 @@ class Layers:
         layer.load_state_dict(problem.weights)
         return layer
 
+    def way(self, layer: torch.nn.Module, case: Case) -> Layer:
+        """How the case's batch goes through a layer, padded on both sides."""
+        return layer if case.layout == PADDED else packed(layer, case)
+
     def prepare(self, case: Case, problem: Problem) -> Runner:
         layer = self.layer(case, problem)
+        run = self.way(layer, case)
         input = problem.input.clone().requires_grad_(case.training)
 
         @torch.no_grad()
         def inference() -> Results:
-            output, final = layer(input)
+            output, final = run(input)
             return named(output, final)
 
         def training() -> Results:
             layer.zero_grad(set_to_none=True)
             input.grad = None
-            output, final = layer(input)
+            output, final = run(input)
             output.backward(problem.upstream)
             gradients = {f"gradient of {name}": p.grad for name, p in (("input", input), *layer.named_parameters())}
             return named(output, final) | {name: g for name, g in gradients.items() if g is not None}
@@ -118,13 +130,47 @@ class Layers:
         return training if case.training else streaming if case.direction == "streaming" else inference
 
 
+def packed(layer: torch.nn.Module, case: Case) -> Layer:
+    lengths = case.lengths
+    assert lengths is not None
+
+    def run(input: Tensor) -> tuple[Tensor, Any]:
+        output, final = layer(pack_padded_sequence(input, lengths, enforce_sorted=False))
+        return pad_packed_sequence(output, total_length=case.T)[0], final
+
+    return run
+
+
+def masked_steps(layer: torch.nn.Module, case: Case) -> Layer:
+    """A call a step, the state zeroed between them: the way of agents' code, for a layer that knows no resets."""
+    assert case.reset_mask is not None
+    kept = (~case.reset_mask).to(DTYPES[case.dtype]).unsqueeze(-1).unbind()
+
+    def run(input: Tensor) -> tuple[Tensor, Any]:
+        outputs, state = [], None
+        for step, keep in zip(input.split(1), kept, strict=True):
+            state = tuple(s * keep for s in state) if isinstance(state, tuple) else None if state is None else state * keep
+            output, state = layer(step, state)
+            outputs.append(output)
+        return torch.cat(outputs), state
+
+    return run
+
+
 class Torch(Layers):
+    """For lengths, the packed path; resets it has none of."""
+
     def why_not(self, case: Case) -> str | None:
         return None if case.cell in IN_TORCH else f"torch.nn has no cell {case.cell}"
+
+    def way(self, layer: torch.nn.Module, case: Case) -> Layer:
+        return masked_steps(layer, case) if case.layout == RESETS else super().way(layer, case)
 
 
 class Loop:
     """One call a step: what whoever needs the cell writes in Python, here the reference's own loop."""
+
+    yardstick = False
 
     def __init__(self, name: str, sequence: Callable[..., tuple[Tensor, ...]]) -> None:
         self.name, self.sequence = name, sequence
@@ -151,8 +197,29 @@ class Loop:
         return training if case.training else torch.no_grad()(forward)
 
 
+class CompiledLoop(Loop):
+    """That loop under torch.compile, unrolled, as one graph: where a graph broke, steps would go back to Python without a word."""
+
+    def __init__(self) -> None:
+        super().__init__("compiled loop", reference.sequence)
+
+    def why_not(self, case: Case) -> str | None:
+        if case.T > COMPILED_STEPS:
+            return f"compiling more than {COMPILED_STEPS} steps takes minutes: see the preset 'compiled'"
+        return super().why_not(case)
+
+    def prepare(self, case: Case, problem: Problem) -> Runner:
+        torch.compiler.reset()  # or the shapes of earlier cases count, and past a limit nothing is compiled any more
+        return Loop(self.name, torch.compile(self.sequence, backend="inductor", dynamic=False, fullgraph=True)).prepare(case, problem)
+
+
 class Ours(Layers):
     """Streaming is the layer's stream; cells that torch.nn lacks run through ops.sequence."""
+
+    def way(self, layer: torch.nn.Module, case: Case) -> Layer:
+        if case.layout in (PADDED, PACKED):
+            return super().way(layer, case)
+        return partial(layer, lengths=case.lengths, reset_mask=case.reset_mask)
 
     def prepare(self, case: Case, problem: Problem) -> Runner:
         if case.cell not in IN_TORCH:
@@ -169,6 +236,32 @@ class Ours(Layers):
         return run
 
 
+# By how many row blocks U has: the cells that variants are variants of.
+BY_PRODUCTS = {ops.CELLS[page].hidden_gates: name for name, page in IN_TORCH.items()}
+
+
+class Plain:
+    """What a variant, a modifier, lengths or resets are dear against: our own plain cell with as many products by U, on a padded batch.
+
+    A cell whose input gates are given, already multiplied by W, stands against a plain cell without an input.
+    """
+
+    name = "plain"
+    yardstick = True
+
+    def why_not(self, case: Case) -> str | None:
+        if case.cell in IN_TORCH:
+            return "is for variants, and for what happens inside a sequence" if case.layout == PADDED else None
+        return None if case.page.hidden_gates in BY_PRODUCTS else f"no plain cell has as many products by U: {case.page.hidden_gates}"
+
+    def prepare(self, case: Case, problem: Problem) -> Runner:
+        if case.cell in IN_TORCH:
+            return OURS.prepare(replace(case, layout=PADDED), problem)
+        width = case.I if case.page.input_gates else 0
+        plain = replace(case, cell=BY_PRODUCTS[case.page.hidden_gates], I=width)
+        return Loop(self.name, ops.sequence).prepare(plain, make_sequence(plain))
+
+
 def named(output: Tensor, final: Tensor | tuple[Tensor, ...]) -> Results:
     finals = final if isinstance(final, tuple) else (final,)
     return {"output": output, **{f"final {name}": value for name, value in zip("hc", finals, strict=False)}}
@@ -182,6 +275,7 @@ class OnnxRuntime:
     """The LSTM, GRU and RNN operators of onnxruntime, from a model of one node."""
 
     name = "onnxruntime"
+    yardstick = False
 
     def why_not(self, case: Case) -> str | None:
         missing = [package for package in ("onnx", "onnxruntime") if importlib.util.find_spec(package) is None]
@@ -189,6 +283,8 @@ class OnnxRuntime:
             return f"not installed: {', '.join(missing)}"
         if case.cell not in IN_TORCH:
             return "its recurrent operators are LSTM, GRU and RNN"
+        if case.layout != PADDED:
+            return "its model is of a padded batch"
         if case.training:
             return "runs inference only"
         if case.direction == "streaming":
@@ -242,7 +338,10 @@ class OnnxRuntime:
 
 OURS = Ours("rnnkernels", "rnnkernels")
 TORCH = Torch("torch", "torch.nn")
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (OURS, TORCH, OnnxRuntime(), Loop("loop", reference.sequence))}
+LOOP = Loop("loop", reference.sequence)
+PLAIN = Plain()
+# The first that can run a case says what its results are.
+PEERS: dict[str, Peer] = {peer.name: peer for peer in (TORCH, LOOP, CompiledLoop(), OnnxRuntime(), PLAIN, OURS)}
 
 # Largest difference over largest value: two computations in one dtype, each with rounding of its own. `verify` holds the strict rule.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 0.1, "float16": 0.02}

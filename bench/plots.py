@@ -18,15 +18,17 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator
 
+from bench.cases import label
+
 PLAIN = FormatStrFormatter("%g")
 
 
 def panels(cases: list[dict[str, Any]]) -> list[tuple[str, str]]:
-    return list(dict.fromkeys((case["cell"], case["pass"]) for case in cases))
+    return list(dict.fromkeys((label(case), case["pass"]) for case in cases))
 
 
 def of(cases: list[dict[str, Any]], panel: tuple[str, str]) -> list[dict[str, Any]]:
-    return [case for case in cases if (case["cell"], case["pass"]) == panel]
+    return [case for case in cases if (label(case), case["pass"]) == panel]
 
 
 def caption(report: dict[str, Any]) -> str:

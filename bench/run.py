@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from bench.cases import Case
-from bench.peers import OURS, PEERS, Problem, Runner, difference, make_problem
+from bench.peers import OURS, PEERS, PLAIN, Problem, Runner, difference, make_problem
 from bench.roofs import Roofs
 from bench.timing import measure
 from rnnkernels.__main__ import describe, version_of
@@ -43,6 +43,9 @@ def prepare(case: Case, problem: Problem, peers: Sequence[str]) -> tuple[dict[st
         except Exception as failure:  # one broken case or peer must not end a run of hours
             wrong[name] = f"{type(failure).__name__}: {failure}"
             continue
+        if PEERS[name].yardstick:
+            runners[name] = run
+            continue
         expected = results if expected is None else expected
         if unequal := difference(results, expected, case.dtype):
             wrong[name] = unequal
@@ -62,6 +65,7 @@ def run_case(case: Case, peers: Sequence[str], budget: float, roofs: Roofs) -> d
     finally:
         torch.set_num_threads(before)
     ours = timings.get(OURS.name)
+    dearer = ours.over(timings[PLAIN.name]).times(case.T * case.B / case.tokens) if ours and PLAIN.name in timings else None
     floor = roofs.floor(case)
     return {
         **case.facts(),
@@ -69,7 +73,9 @@ def run_case(case: Case, peers: Sequence[str], budget: float, roofs: Roofs) -> d
         "floor": floor and asdict(floor),
         "share": floor.seconds / ours.seconds.median if floor and ours else None,
         "peers": {name: {**asdict(t.seconds), "samples": len(t.samples), "repeats": t.repeats} for name, t in timings.items()},
-        "speedup": {name: asdict(t.over(ours)) for name, t in timings.items() if ours and t is not ours},
+        "speedup": {name: asdict(t.over(ours)) for name, t in timings.items() if ours and t is not ours and not PEERS[name].yardstick},
+        # Our time a token over that of the plain cell on a padded batch.
+        "over_plain": dearer and asdict(dearer),
         "unavailable": unavailable,
         "wrong": wrong,
     }

@@ -23,6 +23,7 @@ def saved_for_backward(peer: Layers, case: Case) -> Saved:
     """What autograd's saved tensors hold after one forward in training."""
     problem = make_problem(case)
     layer = peer.layer(case, problem)
+    run = peer.way(layer, case)
     input = problem.input.clone().requires_grad_()
     held: list[Tensor] = []
 
@@ -31,11 +32,11 @@ def saved_for_backward(peer: Layers, case: Case) -> Saved:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output, _ = layer(input)
+        output, _ = run(input)
     free = {t.untyped_storage().data_ptr() for t in (input, *layer.parameters())}
     storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}
     sizes = {address: size for address, size in storages.items() if address not in free}
-    unit = case.T * case.B * case.H * DTYPES[case.dtype].itemsize
+    unit = case.tokens * case.H * DTYPES[case.dtype].itemsize
     result = output.untyped_storage()
     alone = sum(size for address, size in sizes.items() if address != result.data_ptr())
     return Saved(alone / unit, (alone + result.nbytes()) / unit)

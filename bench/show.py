@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from bench.cases import label
+
 COLUMNS = ("cell", "pass", "dtype", "T", "B", "I", "H", "threads")
 
 
@@ -18,12 +20,32 @@ def speedups(cases: Iterable[dict[str, Any]], peer: str) -> list[float]:
     return [case["speedup"][peer]["median"] for case in cases if peer in case["speedup"]]
 
 
+def over_plain(cases: Iterable[dict[str, Any]]) -> list[float]:
+    """Our time a token over that of the plain cell on a padded batch."""
+    return [case["over_plain"]["median"] for case in cases if case.get("over_plain")]
+
+
+def compared(cases: Iterable[dict[str, Any]]) -> list[str]:
+    """The peers that we were compared with, torch first."""
+    return sorted({peer for case in cases for peer in case["speedup"]}, key=lambda peer: (peer != "torch", peer))
+
+
+def grouped(cases: Iterable[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """By cell and pass; after those of a report with several passes, all cells of each pass, and all cases."""
+    groups, passes = defaultdict(list), defaultdict(list)
+    for case in cases:
+        groups[label(case), case["pass"]].append(case)
+        passes["all", case["pass"]].append(case)
+    every = {("all", ""): [case for members in passes.values() for case in members]}
+    return {**groups, **(passes if len(passes) > 1 else {}), **every}
+
+
 def times(value: float) -> str:
     return f"{value:.2f}×" if value < 9.95 else f"{value:.1f}×"
 
 
 def row(case: dict[str, Any], peers: Sequence[str]) -> list[str]:
-    cells = [str(case[column]) for column in COLUMNS]
+    cells = [label(case), *(str(case[column]) for column in COLUMNS[1:])]
     ours = case["peers"].get("rnnkernels")
     if ours:
         seconds = ours["median"]
@@ -37,29 +59,30 @@ def row(case: dict[str, Any], peers: Sequence[str]) -> list[str]:
         cells.append(f"{case['floor']['roof']}, {case['share']:.0%}" if case["floor"] and ours else "n/a")
     for peer in peers:
         ratio = case["speedup"].get(peer)
-        cells.append(f"{times(ratio['median'])} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else "")
-    return cells
+        cells.append(quartiles(ratio))
+    return [*cells, quartiles(case.get("over_plain"))]
+
+
+def quartiles(ratio: dict[str, float] | None) -> str:
+    return f"{times(ratio['median'])} ({ratio['low']:.2f}–{ratio['high']:.2f})" if ratio else ""
 
 
 def show(report: dict[str, Any], console: Console) -> None:
     """Every case, geometric means, the worst, and what could not be compared."""
     cases = report["cases"]
-    peers = sorted({peer for case in cases for peer in case["speedup"]}, key=lambda peer: (peer != "torch", peer))
-    table = Table(*COLUMNS, "ms", "µs/step", "GFLOP/s", "roof, share", *(f"× {peer} (quartiles)" for peer in peers))
+    peers = compared(cases)
+    table = Table(*COLUMNS, "ms", "µs/step", "GFLOP/s", "roof, share", *(f"× {peer} (quartiles)" for peer in peers), "of plain's time")
     for case in cases:
         table.add_row(*row(case, peers))
     console.print(table)
 
-    groups = defaultdict(list)
-    for case in cases:
-        groups[case["cell"], case["pass"]].append(case)
-    means = Table("cell", "pass", *(f"× {peer}" for peer in peers), title="geometric means")
-    for name, members in [*groups.items(), (("all", ""), cases)]:
-        found = [speedups(members, peer) for peer in peers]
+    means = Table("cell", "pass", *(f"× {peer}" for peer in peers), "of plain's time a token", title="geometric means")
+    for name, members in grouped(cases).items():
+        found = [*(speedups(members, peer) for peer in peers), over_plain(members)]
         means.add_row(*name, *(f"{times(statistics.geometric_mean(f))} of {len(f)}" if f else "" for f in found))
     console.print(means)
-    compared = [case for case in cases if "torch" in case["speedup"]]
-    for case in sorted(compared, key=lambda case: case["speedup"]["torch"]["median"])[:5]:
+    beside_torch = [case for case in cases if "torch" in case["speedup"]]
+    for case in sorted(beside_torch, key=lambda case: case["speedup"]["torch"]["median"])[:5]:
         console.print(f"worst against torch: {times(case['speedup']['torch']['median'])} {case['id']}")
     show_roofs(report["roofs"], console)
     for reason in sorted({f"{peer}: {reason}" for case in cases for peer, reason in case["unavailable"].items()}):

@@ -1,4 +1,4 @@
-"""The README's table from a report."""
+"""Markdown tables from a report."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from bench.show import speedups, times
+from bench.cases import label
+from bench.show import compared, grouped, over_plain, speedups, times
+from rnnkernels.__main__ import write_between
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
@@ -19,29 +21,62 @@ def summary(ratios: list[float]) -> str:
 
 
 def markdown(report: dict[str, Any]) -> str:
+    """Of the layers that torch.nn has, the speed over it; of anything else, over each peer, and what it costs beside a plain cell."""
+    cases = report["cases"]
+    in_torch = {"torch", "onnxruntime"}.issuperset(compared(cases)) and not over_plain(cases)
+    lines = by_batch(report) if in_torch else by_peer(report)
+    if wrong := sum(bool(case["wrong"]) for case in cases):
+        lines.append(f"**{wrong} of {len(cases)} cases gave wrong results and are left out.**")
+    return "\n".join(lines)
+
+
+def by_peer(report: dict[str, Any]) -> list[str]:
+    """A row for each cell and pass, a column for each peer."""
+    cases = report["cases"]
+    peers = compared(cases)
+    lines = ["| | " + " | ".join([*(f"× {peer}" for peer in peers), "of plain's time"]) + " |", "|---|" + "---:|" * (len(peers) + 1)]
+    for name, members in grouped(cases).items():
+        found = [*(speedups(members, peer) for peer in peers), over_plain(members)]
+        lines.append(f"| {' '.join(name).strip()} | " + " | ".join(map(summary, found)) + " |")
+    explained = (
+        "Times the speed of each peer; the last column is our time a token over that of our own plain cell with as many products by U, on "
+        f"a padded batch. Geometric mean (worst to best, or least to most dear) over T {sizes(cases, 'T')}, B {sizes(cases, 'B')} and "
+        f"H {sizes(cases, 'H')}."
+    )
+    return [*lines, "", f"{explained} {conditions(report)}"]
+
+
+def by_batch(report: dict[str, Any]) -> list[str]:
     """Speed over torch.nn: a row for each cell and pass, a column for each batch size."""
-    cases, machine = report["cases"], report["machine"]
+    cases = report["cases"]
     batches = sorted({case["B"] for case in cases})
     lines = [
         "| | " + " | ".join(f"B {B}" for B in batches) + " | all |",
         "|---|" + "---:|" * (len(batches) + 1),
     ]
-    for cell, direction in dict.fromkeys((case["cell"], case["pass"]) for case in cases):
-        members = [case for case in cases if (case["cell"], case["pass"]) == (cell, direction)]
-        by_batch = [summary(speedups((case for case in members if case["B"] == B), "torch")) for B in batches]
-        lines.append(f"| {cell} {direction} | " + " | ".join([*by_batch, summary(speedups(members, "torch"))]) + " |")
+    for cell, direction in dict.fromkeys((label(case), case["pass"]) for case in cases):
+        members = [case for case in cases if (label(case), case["pass"]) == (cell, direction)]
+        columns = [summary(speedups((case for case in members if case["B"] == B), "torch")) for B in batches]
+        lines.append(f"| {cell} {direction} | " + " | ".join([*columns, summary(speedups(members, "torch"))]) + " |")
     ratios = speedups(cases, "torch")
-    T, H = (sorted({case[size] for case in cases}) for size in "TH")
-    lines += [
+    return [
+        *lines,
         "",
-        f"Times the speed of torch.nn {machine['torch']}: geometric mean (worst to best) over T {listed(T)} and H {listed(H)}; "
-        f"over all {len(ratios)} cases {summary(ratios)}. "
-        f"{machine['cpu']}, {machine['isa']}, {listed(report['threads'])} threads, {report['date'][:10]}, commit {report['commit']}: "
-        f"`python -m rnnkernels bench --preset {report['preset']}`.",
+        f"Times the speed of torch.nn {report['machine']['torch']}: geometric mean (worst to best) over T {sizes(cases, 'T')} and "
+        f"H {sizes(cases, 'H')}; over all {len(ratios)} cases {summary(ratios)}. {conditions(report)}",
     ]
-    if wrong := sum(bool(case["wrong"]) for case in cases):
-        lines.append(f"**{wrong} of {len(cases)} cases gave wrong results and are left out.**")
-    return "\n".join(lines)
+
+
+def conditions(report: dict[str, Any]) -> str:
+    machine = report["machine"]
+    return (
+        f"{machine['cpu']}, {machine['isa']}, {listed(report['threads'])} threads, {report['date'][:10]}, commit {report['commit']}: "
+        f"`python -m rnnkernels bench --preset {report['preset']}`."
+    )
+
+
+def sizes(cases: list[dict[str, Any]], name: str) -> str:
+    return listed(sorted({case[name] for case in cases}))
 
 
 def listed(values: list[int]) -> str:
@@ -49,10 +84,5 @@ def listed(values: list[int]) -> str:
 
 
 def write(report: dict[str, Any], page: Path) -> None:
-    """Replaces what stands between the two markers."""
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise SystemExit(f"{page} needs one {BEGIN} and after it one {END}")
-    before, rest = text.split(BEGIN)
-    after = rest.split(END)[1]
-    page.write_text(f"{before}{BEGIN}\n{markdown(report)}\n{END}{after}", encoding="utf-8")
+    """Puts it between the two markers."""
+    write_between(page, BEGIN, END, markdown(report))

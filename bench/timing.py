@@ -26,6 +26,9 @@ class Spread:
     low: float  # quartiles
     high: float
 
+    def times(self, factor: float) -> Spread:
+        return Spread(self.median * factor, self.low * factor, self.high * factor)
+
 
 def spread(values: list[float]) -> Spread:
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")

@@ -1,4 +1,4 @@
-"""python -m rnnkernels info | verify | bench"""
+"""python -m rnnkernels info | verify | features | bench"""
 
 from __future__ import annotations
 
@@ -153,6 +153,25 @@ def verify(arguments: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
+def write_between(page: Path, begin: str, end: str, text: str) -> None:
+    """Replaces what stands between two markers."""
+    whole = page.read_text(encoding="utf-8")
+    if whole.count(begin) != 1 or whole.count(end) != 1 or whole.index(begin) > whole.index(end):
+        raise SystemExit(f"{page} needs one {begin} and after it one {end}")
+    before, rest = whole.split(begin)
+    page.write_text(f"{before}{begin}\n{text}\n{end}{rest.split(end)[1]}", encoding="utf-8")
+
+
+def features(arguments: argparse.Namespace) -> int:
+    from rnnkernels.features import BEGIN, END, markdown
+
+    if arguments.write:
+        write_between(Path(arguments.write), BEGIN, END, markdown())
+    else:
+        print(markdown())
+    return 0
+
+
 def bench(arguments: Sequence[str]) -> int:
     """The benchmarks live beside the package in the repository and are not installed with it."""
     for root in (Path.cwd(), Path(__file__).resolve().parents[1]):
@@ -178,6 +197,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--quick", action="store_true", help="the five shape families that find most")
     command.add_argument("--json", nargs="?", const="-", metavar="FILE", help="write JSON to FILE, or to the standard output")
 
+    command = commands.add_parser("features", help="what each layer runs and takes, as a markdown table")
+    command.add_argument("--write", metavar="PAGE", help="put it between the markers of this page")
+
     commands.add_parser("bench", add_help=False, help="speed against torch.nn and other peers; see bench --help")
 
     arguments, rest = parser.parse_known_args(argv)
@@ -185,7 +207,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return bench(rest)
     if rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
-    return info(arguments) if arguments.command == "info" else verify(arguments)
+    return {"info": info, "verify": verify, "features": features}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -96,6 +96,14 @@ def reshape(module: Any, cell: str, suffix: str = "", normed: str = "") -> list[
     return [name + suffix for name in shapes]
 
 
+def _no_norm_around(cell: ops.Cell) -> str | None:
+    """Why what the cell's matrix gives cannot be normalised, or None."""
+    if sum(end > begin for begin, end in cell.stage_rows) > 1:
+        return "with two products by U, one after the other"
+    # Its first stage sums over a row's units as many values as U has row blocks.
+    return "that normalises what U gives already" if 0 < cell.hidden_gates <= cell.sums[0][0] else None
+
+
 class _Layer(nn.RNNBase):
     """What RNN, GRU and LSTM share: everything but the shape of hx."""
 
@@ -149,6 +157,8 @@ class _Layer(nn.RNNBase):
         if self.layer_norm is not None and (self.proj_size > 0 or not ops.CELLS[self._base_cell].hidden_gates):
             why = "a projection" if self.proj_size > 0 else "no recurrent matrix"
             raise ValueError(f"layer_norm: expected None for a layer with {why}, got {self.layer_norm!r}")
+        if self.layer_norm is not None and (unfit := _no_norm_around(ops.CELLS[self._base_cell])):
+            raise ValueError(f"layer_norm: expected None for a layer {unfit}, got {self.layer_norm!r}")
         if self.cell_norm and self.proj_size > 0:
             raise ValueError("cell_norm: expected False for a layer with a projection, got True")
         if not self._reshaped and self.layer_norm is None and not self.cell_norm:

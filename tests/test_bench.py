@@ -11,7 +11,7 @@ pytest.importorskip("rich")
 
 from bench import peers, roofs, tables, timing
 from bench.__main__ import main
-from bench.cases import OTHERS, PRESETS, Case, select
+from bench.cases import COMPILED_STEPS, LAYOUTS, OTHERS, PADDED, PRESETS, Case, select
 from bench.run import report, run_case
 from bench.saved import saved_for_backward
 from bench.timing import MIN_SAMPLES, Timing, measure
@@ -30,7 +30,15 @@ SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
 
 @pytest.mark.parametrize(
     ("preset", "size"),
-    [("quick", 12), ("grid", 2 * 5 * 4 * 2 * 3), ("figures", 5 + 2 * 2), ("stream", 2 * 4 * 3), ("cells", 12 * len(OTHERS))],
+    [
+        ("quick", 12),
+        ("grid", 2 * 5 * 4 * 2 * 3),
+        ("figures", 5 + 2 * 2),
+        ("stream", 2 * 4 * 3),
+        ("cells", 12 * len(OTHERS)),
+        ("compiled", 4 * len(OTHERS)),
+        ("inside", 3 * 4 * 2 * 2 * 2),
+    ],
 )
 def test_presets(preset, size):
     cases = select(preset, ["float32"], [2])
@@ -40,7 +48,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "figures"}
+    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "compiled", "inside", "figures"}
 
 
 def test_work_is_counted():
@@ -81,6 +89,77 @@ def test_a_cell_that_torch_lacks_is_held_against_a_loop(cell, direction):
     assert not found["wrong"]
     assert found["unavailable"] == {"torch": f"torch.nn has no cell {cell}"}
     assert found["speedup"]["loop"]["median"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS[1:])
+@pytest.mark.parametrize("direction", ["inference", "training"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "srn"])
+def test_what_happens_inside_a_sequence_is_checked_and_timed(cell, direction, layout):
+    case = replace(SMALL, cell=cell, direction=direction, T=8, layout=layout)
+    found = run_case(case, ["torch", "plain", "rnnkernels"], 0, roofs.Roofs())
+    assert not found["wrong"]
+    assert found["id"].endswith(f"/{layout}")
+    assert found["speedup"].keys() == {"torch"}
+    assert found["over_plain"]["low"] > 0
+    json.dumps(found, allow_nan=False)
+
+
+def test_padding_is_not_counted_beside_the_plain_call(monkeypatch):
+    timings = {"plain": Timing([1.0] * 3, 1), "torch": Timing([6.0] * 3, 1), "rnnkernels": Timing([2.0] * 3, 1)}
+    monkeypatch.setattr("bench.run.measure", lambda runners, budget: {name: timings[name] for name in runners})
+    found = run_case(replace(SMALL, T=4, B=2, layout="lengths"), list(timings), 0, roofs.Roofs())
+    assert found["tokens"] == 1 + 4
+    assert found["over_plain"] == {"median": 2 * 8 / 5, "low": 2 * 8 / 5, "high": 2 * 8 / 5}
+    assert found["speedup"]["torch"]["median"] == 3
+
+
+def test_lengths_and_resets_are_what_they_are_called():
+    case = replace(SMALL, T=100, B=16)
+    assert replace(case, layout=PADDED).lengths is replace(case, layout=PADDED).reset_mask is None
+    lengths = replace(case, layout="lengths").lengths
+    assert lengths.sort().values.tolist() == list(range(25, 101, 5))
+    assert lengths.tolist() != lengths.sort().values.tolist()
+    assert replace(case, layout="packed").lengths.equal(lengths)
+    assert sorted(replace(case, layout="one_short").lengths.tolist()) == [50] + [100] * 15
+    marked = replace(case, layout="resets")
+    assert marked.reset_mask.sum() == 32
+    assert marked.tokens == case.tokens == 1600
+    assert marked.sweeps <= case.sweeps == 200
+    assert replace(case, layout="lengths").flops * 1600 == case.flops * int(lengths.sum())
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_a_compiled_loop_agrees(direction):
+    pytest.importorskip("torch._inductor")
+    case = replace(SMALL, cell="srn_sigmoid", direction=direction, T=2)
+    found = run_case(case, ["loop", "compiled loop", "plain", "rnnkernels"], 0, roofs.Roofs())
+    assert not found["wrong"]
+    assert found["speedup"].keys() == {"loop", "compiled loop"}
+    assert found["over_plain"]["median"] > 0
+
+
+def test_a_long_loop_is_not_compiled():
+    peer = peers.PEERS["compiled loop"]
+    assert peer.why_not(replace(SMALL, cell="lstm_peephole", T=COMPILED_STEPS)) is None
+    assert "minutes" in peer.why_not(replace(SMALL, cell="lstm_peephole", T=COMPILED_STEPS + 1))
+
+
+@pytest.mark.parametrize(("cell", "plain"), [("lstm_peephole", "lstm"), ("gru_reset_before", "gru"), ("residual_relu", "srn")])
+def test_the_plain_cell_has_as_many_products(cell, plain):
+    case = replace(SMALL, cell=cell)
+    assert peers.PLAIN.why_not(case) is None
+    found = peers.PLAIN.prepare(case, peers.make_problem(case))()
+    assert found["gradient of weight_hh"].shape == (replace(SMALL, cell=plain).page.hidden_gates * 5, 5)
+
+
+def test_where_no_cell_is_plainer():
+    assert "products by U: 0" in peers.PLAIN.why_not(replace(SMALL, cell="indrnn_tanh"))
+    assert peers.PLAIN.why_not(SMALL)
+
+
+def test_a_cell_that_is_given_its_gates_stands_against_one_without_input():
+    case = replace(SMALL, cell="lstm_layer_norm")
+    assert peers.PLAIN.prepare(case, peers.make_problem(case))()["gradient of weight_ih"].shape == (20, 0)
 
 
 class Wrong(peers.Layers):
@@ -214,6 +293,18 @@ def test_the_table_in_the_readme(synthetic, tmp_path):
     (gru,) = [line for line in text.splitlines() if line.startswith("| gru training")]
     assert gru == "| gru training | 2.00× (2.00× to 2.00×) | 4.00× (4.00× to 4.00×) | 2.83× (2.00× to 4.00×) |"
     assert "1 of 48 cases gave wrong results" in text
+
+
+def test_the_table_of_variants_is_by_peer(synthetic, tmp_path):
+    report = json.loads(synthetic.read_text())
+    for case in report["cases"]:
+        if not case["wrong"]:
+            case |= {"cell": "lstm_peephole", "speedup": {"loop": case["speedup"].pop("torch")}}
+            case["over_plain"] = {"median": 1.5, "low": 1.5, "high": 1.5}
+    lines = tables.markdown(report).splitlines()
+    assert lines[0] == "| | × loop | of plain's time |"
+    assert "| lstm_peephole training | 2.83× (2.00× to 4.00×) | 1.50× (1.50× to 1.50×) |" in lines
+    assert any(line.startswith("| all inference |") for line in lines)
 
 
 def test_a_page_without_markers_is_left_alone(synthetic, tmp_path):

@@ -20,9 +20,28 @@ from torch.autograd import forward_ad
 from .. import _C
 from . import cpu, peer, steps
 from .cells import CELLS, PERSISTENT, STORAGE, Cell, Rows, Sizes, Weights, grad_shapes, number, problem
-from .load import load_kernels, load_page, modified, source_of
+from .load import heats, is_modified, load_kernels, load_page, modified, source_of
 
-__all__ = ["CELLS", "ENGINES", "Cell", "Sequence", "build_info", "load_page", "modified", "plan", "sequence", "set_isa", "source_of"]
+__all__ = [
+    "CELLS",
+    "ENGINES",
+    "Call",
+    "Cell",
+    "Sequence",
+    "build_info",
+    "check_lengths",
+    "check_reset_mask",
+    "cuts_natively",
+    "heats",
+    "is_modified",
+    "load_page",
+    "modified",
+    "plan",
+    "sequence",
+    "set_isa",
+    "source_of",
+    "widths",
+]
 
 ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT, "torch")
 _COUNT = len(Weights._fields)

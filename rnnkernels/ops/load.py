@@ -114,6 +114,17 @@ def modified(cell: str, modifiers: Sequence[str]) -> str:
     return name
 
 
+def is_modified(cell: str) -> bool:
+    """Whether a modifier made it of another cell."""
+    return CELLS[cell].page.startswith(tuple(template.split("{")[0] for template in _WRAPPERS.values()))
+
+
+@functools.cache
+def heats() -> dict[str, str]:
+    """The cells of cells.def, each HOT (the persistent CUDA engine is compiled for it) or COLD."""
+    return dict(_LINE.findall((_INCLUDE / "cells" / "cells.def").read_text(encoding="utf-8")))
+
+
 def source_of(name: str) -> str:
     """The source that a cell was loaded from."""
     return _sources[name]
