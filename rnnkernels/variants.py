@@ -1,8 +1,9 @@
 """Layers and steps of cells that torch.nn lacks, in torch.nn's grammar.
 
 Constructors, attributes, shapes, dtypes and errors are those of ``rnnkernels.GRU`` and ``GRUCell`` for cells of one state, of
-``rnnkernels.LSTM`` and ``LSTMCell`` for those of two. Weights have torch.nn's names, ``weight_ih_l0`` and so on, their row blocks in the
-order of the equation; a cell that multiplies states by a number a unit has ``weight_v_l0`` too.
+``rnnkernels.LSTM`` and ``LSTMCell`` for those of two; with ``proj_size``, h_t = W_hr q_t, q_t what the equation calls h_t (Sak 2014).
+Weights have torch.nn's names, ``weight_ih_l0`` and so on, their row blocks in the order of the equation; a cell that multiplies states by a
+number a unit has ``weight_v_l0`` too.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class _Variant(_Layer):
     """A layer of a cell of one state."""
 
     def __init__(self, cell: str, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
+        if "proj_size" in kwargs and not self._lstm:
             raise ValueError(f"proj_size argument is only supported for LSTM, not {type(self).__name__}")
         super().__init__(cell.upper(), *args, **kwargs)
 
@@ -161,6 +162,8 @@ class DreamerGRU(_Variant):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("gru_dreamer", *args, **kwargs)
 
+    _candidate = True
+
 
 class GRUResetBefore(_Variant):
     r"""A stack of gated recurrent units that reset before the matrix product, as published (Cho et al. 2014).
@@ -179,6 +182,8 @@ class GRUResetBefore(_Variant):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("gru_reset_before", *args, **kwargs)
+
+    _candidate = True
 
 
 class ResidualRNN(_Variant):

@@ -26,7 +26,7 @@ __all__ = ["CELLS", "ENGINES", "Cell", "Sequence", "build_info", "load_page", "m
 
 ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT, "torch")
 _COUNT = len(Weights._fields)
-_GRU = re.compile("gru(_layer_norm|_gate_norm|_zoneout|_dropout)*")
+_GRU = re.compile("gru(_candidate|_layer_norm|_gate_norm|_zoneout|_grad_clip|_dropout)*")
 _RUNS: dict[str, Any] = {"cpu": cpu, "stepwise": steps, **dict.fromkeys(PERSISTENT, steps)}
 
 
@@ -408,7 +408,8 @@ def sequence(
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in torch.nn: ``[gates·H, I]``, ``[gates·H, P]``, ``[gates·H]``,
             ``[gates·H]``, ``[P, H]``. weight_hh is None for a cell without a matrix, weight_hr for one without a projection, weight_ih for
             one that the input does not feed, whose input then only says how many steps and rows there are.
-        weight_v: ``[vectors·H]``, for cells that multiply a state by a number a unit (peephole LSTM, IndRNN), None for others.
+        weight_v: ``[vectors·H]``, for cells that multiply a state by a number a unit (peephole LSTM, IndRNN), None for others. The last
+            blocks are those that nothing learns, thresholds of clipping, in the order of ``CELLS[cell].fixed``: their gradient is zero.
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
         given: for cells with slots that the caller feeds (masks, gates made elsewhere), tensors that have them side by side, ``k·H`` wide
             for k slots: ``[T, B, k·H]`` (``[N, k·H]``) for each token, ``[B, k·H]`` for each row, or ``[k·H]`` for all. Gradients flow into
