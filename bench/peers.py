@@ -63,6 +63,8 @@ def make_sequence(case: Case) -> Problem:
         "weight_v": (cell.learned * H,),
     }
     weights = {name: (torch.rand(shape) * 2 - 1).div(H**0.5).to(dtype) for name, shape in shapes.items() if shape[0]}
+    if cell.fixed:
+        weights["weight_v"][-len(cell.fixed) * H :] = 1  # thresholds
     given = [torch.rand(case.B, H) if cell.slots[i][0] == "dropout" else torch.rand(case.T, case.B, H) for i in cell.given]
     return Problem(
         torch.randn(case.T, case.B, case.I).to(dtype), torch.randn(case.T, case.B, H).to(dtype), weights, tuple(g.to(dtype) for g in given)

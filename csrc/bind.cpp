@@ -116,7 +116,7 @@ py::dict description(const CellInfo& cell) {
   for (int i = 0; i < cell.stages; ++i)
     stages.append(py::make_tuple(cell.stage[i].first, cell.stage[i].count, cell.stage[i].operand, cell.stage[i].width == Width::Output));
   for (int i = 0; i < cell.states; ++i) states.append(cell.state[i]);
-  const char* const factors[] = {"one", "old", "new", "itself", "kept"};  // as enum Factor
+  const char* const factors[] = {"one", "old", "new", "itself", "kept", "fixed"};  // as enum Factor
   for (int i = 0; i < cell.vectors; ++i) {
     const PerUnit& v = cell.vector[i];
     vectors.append(py::make_tuple(v.name, v.slot, v.factor != Factor::One, factors[int(v.factor)], v.state));

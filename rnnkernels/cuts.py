@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Cut", "Segments", "gather", "join", "segments", "spread", "start"]
+__all__ = ["Clock", "Cut", "Segments", "gather", "join", "segments", "spread", "start"]
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,35 @@ def segments(T: int, B: int, lengths: Tensor | None, reset_mask: Tensor | None) 
     step = torch.arange(len(sizes), device=device).repeat_interleave(sizes)
     segment = torch.arange(len(step), device=device) - (sizes.cumsum(0) - sizes)[step]
     return Segments((start[segment] + step) * B + row[segment], sizes.cpu(), row, start, end, reset, first, last)
+
+
+@dataclass(frozen=True)
+class Clock:
+    """Which of a layer's modules, ``module`` units each, are due in which steps: ``due [T, modules]``. Units of the others keep their
+    state, and a module reads itself and those after it. ``nested``: before a module that is due all are.
+    """
+
+    due: Tensor
+    module: int
+    nested: bool
+
+    @property
+    def units(self) -> Tensor:
+        """``[T]``: where the last module that is due ends."""
+        places = torch.arange(1, self.due.shape[1] + 1)
+        return (self.due * places).amax(1) * self.module
+
+    def held(self, batch: int, batch_sizes: Tensor | None, like: Tensor) -> Tensor:
+        """Ones for the units that keep their state, zeros for the others, as the input's tokens lie."""
+        held = (~self.due).repeat_interleave(self.module, 1).to(like)
+        if batch_sizes is not None:
+            return held.repeat_interleave(batch_sizes.to(like.device), 0)
+        return held.unsqueeze(1).expand(-1, batch, -1)
+
+    def connected(self, like: Tensor) -> Tensor:
+        """Ones where U has a weight."""
+        block = torch.arange(self.due.shape[1], device=like.device).repeat_interleave(self.module)
+        return (block.unsqueeze(1) <= block).to(like.dtype)
 
 
 def gather(given: Tensor, cut: Segments, T: int, B: int) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import cuts, ops
-from .cuts import Cut
+from .cuts import Clock, Cut
 
 __all__ = ["mask", "normed_gates", "stack"]
 
@@ -34,8 +34,7 @@ def stack(
     given: Sequence[Sequence[Tensor]] | None = None,
     layer_norm: str | None = None,
     cut: Cut | None = None,
-    units: Tensor | None = None,
-    module: int = 0,
+    clock: Clock | None = None,
 ) -> tuple[Tensor, ...]:
     """Run layers × directions of ``cell`` and return ``(output, *final_states)``.
 
@@ -48,7 +47,8 @@ def stack(
     * ``layer_norm``: "gates" or "gate", for cells that are given their input gates: the last of each direction's weights is the gain of the
       norm that these get, ``bias_ih`` its shift.
     * ``given``: K lists of what the cell is given, as ``ops.sequence`` has it, or None.
-    * ``cut``: how long the rows of a padded batch are and where they start anew. ``units``, ``module``: as ``ops.sequence`` has them.
+    * ``cut``: how long the rows of a padded batch are and where they start anew. ``clock``: which units take part in which steps, for a
+      simple recurrent network that is given nothing.
     * output ``[T, B, D · P]`` or ``[N, D · P]``; final states as ``states``.
 
     * with ``return_states``, after the final states: every state after each step, ``[K, T, B, ·]`` or ``[K, N, ·]``, in the cell's order.
@@ -57,7 +57,14 @@ def stack(
     of ``ops.sequence``.
     """
     directions = 2 if bidirectional else 1
-    inside: dict[str, Any] = {} if units is None else {"units": units, "module": module}
+    inside: dict[str, Any] = {}
+    if clock is not None:
+        if clock.nested and batch_sizes is None and ops.cuts_natively(engine, input.device):
+            inside = {"units": clock.units, "module": clock.module}
+        else:  # every unit is computed, and those that are not due are held
+            held = clock.held(input.shape[1] if batch_sizes is None else 0, batch_sizes, input)
+            cell, given = ops.modified(cell, ["zoneout"]), [[held]] * len(weights)
+            weights = [(ih, hh * clock.connected(hh), *biases) for ih, hh, *biases in weights]
     if cut is not None:
         if not ops.cuts_natively(engine, input.device):
             options = {"dropout": dropout, "training": training, "engine": engine, "recompute": recompute, "layer_norm": layer_norm}

@@ -4,7 +4,7 @@ What torch.nn defines for all its recurrent modules (constructor checks, initial
 classes, so it cannot drift. They subclass those bases and not ``torch.nn.LSTM`` itself, because torch.compile refuses every instance of it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops
-from .cuts import Cut
+from .cuts import Clock, Cut
 from .streaming import Stream
 
 __all__ = ["GRU", "LSTM", "RNN", "Explanation", "GRUCell", "LSTMCell", "Plan", "RNNCell", "explain"]
@@ -73,15 +73,18 @@ def reshape(module: Any, cell: str, suffix: str = "", normed: str = "") -> list[
     ``normed``: the same cell with a layer norm, which has no bias at U, other vectors, and gains of the input's norm.
     """
     spec, final, H = ops.CELLS[cell], ops.CELLS[normed or cell], module.hidden_size
+    P = getattr(module, "proj_size", 0)
     made: Tensor = getattr(module, f"weight_ih{suffix}")
     biased = getattr(module, f"bias_ih{suffix}", None) is not None
     shapes: dict[str, tuple[int, ...]] = {"weight_ih": (spec.input_gates * H, made.shape[1])}
     if spec.hidden_gates:
-        shapes["weight_hh"] = (spec.hidden_gates * H, H)
+        shapes["weight_hh"] = (spec.hidden_gates * H, P or H)
     if biased:
         shapes["bias_ih"] = (spec.input_gates * H,)
     if biased and final.biased:
         shapes["bias_hh"] = (final.biased * H,)
+    if P:
+        shapes["weight_hr"] = (P, H)
     if final.learned:
         shapes["weight_v"] = (final.learned * H,)
     if normed:
@@ -116,7 +119,13 @@ class _Layer(nn.RNNBase):
     recurrent_dropout: float = 0.0
     layer_norm: str | None = None
     cell_norm: bool = False
+    cell_clip: float | None = None
+    proj_clip: float | None = None
+    grad_clip: float | None = None
+    candidate_dropout: float = 0.0
     _reshaped = False
+    _lstm = False  # whether it has a cell state to clip and an output that can be projected
+    _candidate = False  # whether it has a candidate that can be dropped: g of an LSTM, n of a GRU
     _argument_names: list[list[str]] | None = None
     _constructed = True  # until then the base class knows no better than torch.nn
     _rank_text: str
@@ -133,6 +142,10 @@ class _Layer(nn.RNNBase):
         zoneout: float | Sequence[float] = 0.0,
         recurrent_dropout: float = 0.0,
         layer_norm: str | None = None,
+        cell_clip: float | None = None,
+        proj_clip: float | None = None,
+        grad_clip: float | None = None,
+        candidate_dropout: float = 0.0,
         **kwargs: Any,
     ) -> None:
         _checked_engine(engine)
@@ -141,26 +154,27 @@ class _Layer(nn.RNNBase):
         # The base reads the shapes of the weights off the mode, and knows those of torch.nn.
         self.__dict__["_constructed"] = False
         super().__init__(mode if mode in ("LSTM", "GRU") else "RNN_TANH", *args, **kwargs)
+        if self.proj_size > 0 and not self._lstm:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         self.mode, self.layer_norm = mode, layer_norm
         del self._constructed
         self._reshape_weights()
         self.engine, self.recompute = engine, recompute
         self.forget_bias, self.recurrent_init = forget_bias, recurrent_init
-        self.zoneout, self.recurrent_dropout = zoneout, recurrent_dropout
-        self._modifiers(training=True)  # to be refused now, not at the first call
+        self.zoneout, self.recurrent_dropout, self.candidate_dropout = zoneout, recurrent_dropout, candidate_dropout
+        self.cell_clip, self.proj_clip, self.grad_clip = cell_clip, proj_clip, grad_clip
+        for training in (True, False):  # to be refused now, or compiled, and not at the first call, which may be traced
+            self._modifiers(training)
         self._reset_beyond_torch()
 
     def _reshape_weights(self) -> None:
         """Where the cell's weights have other shapes than the base gave them, give them these."""
         if self.layer_norm not in (None, "gates", "gate"):
             raise ValueError(f"layer_norm: expected None, 'gates' (all at once) or 'gate' (each by itself), got {self.layer_norm!r}")
-        if self.layer_norm is not None and (self.proj_size > 0 or not ops.CELLS[self._base_cell].hidden_gates):
-            why = "a projection" if self.proj_size > 0 else "no recurrent matrix"
-            raise ValueError(f"layer_norm: expected None for a layer with {why}, got {self.layer_norm!r}")
+        if self.layer_norm is not None and not ops.CELLS[self._base_cell].hidden_gates:
+            raise ValueError(f"layer_norm: expected None for a layer with no recurrent matrix, got {self.layer_norm!r}")
         if self.layer_norm is not None and (unfit := _no_norm_around(ops.CELLS[self._base_cell])):
             raise ValueError(f"layer_norm: expected None for a layer {unfit}, got {self.layer_norm!r}")
-        if self.cell_norm and self.proj_size > 0:
-            raise ValueError("cell_norm: expected False for a layer with a projection, got True")
         if not self._reshaped and self.layer_norm is None and not self.cell_norm:
             return
         normed = ops.modified(self._base_cell, self._norms()) if self.layer_norm else ""
@@ -190,7 +204,7 @@ class _Layer(nn.RNNBase):
         if self.forget_bias is not None and ("f" not in slots or not self.bias):
             raise ValueError(f"forget_bias: expected None for a layer without a forget gate or without biases, got {self.forget_bias}")
         with torch.no_grad():
-            for _, weight_hh, *biases in self._weights():
+            for _, weight_hh, *biases in self._own_weights():
                 if self.forget_bias is not None:
                     bias_ih, bias_hh = biases[:2]
                     rows = slice(slots.index("f") * self.hidden_size, (slots.index("f") + 1) * self.hidden_size)
@@ -205,7 +219,7 @@ class _Layer(nn.RNNBase):
         vectors = [name for name, _, learned, *_ in ops.CELLS[ops.modified(self._base_cell, self._norms())].vectors if learned]
         H = self.hidden_size
         with torch.no_grad():
-            for _, _, _, _, *rest in self._weights() if any(name.startswith("gain") for name in vectors) else []:
+            for _, _, _, _, *rest in self._own_weights() if any(name.startswith("gain") for name in vectors) else []:
                 for i, name in enumerate(vectors):
                     if name.startswith(("gain", "shift")) or (name == "b_hn" and not self.bias):
                         rest[1][i * H : (i + 1) * H].fill_(float(name.startswith("gain")))
@@ -218,21 +232,49 @@ class _Layer(nn.RNNBase):
 
     def _modifiers(self, training: bool) -> tuple[str, tuple[float, ...]]:
         """The cell that runs, and how probably each of its states keeps its old value."""
-        base = self._base_cell
-        if not self.zoneout and not self.recurrent_dropout:
-            return (ops.modified(base, self._norms()), ()) if self.layer_norm else (base, ())
-        names = ops.CELLS[base].states
-        zones = tuple(self.zoneout) if isinstance(self.zoneout, Sequence) else (self.zoneout,) * len(names)
-        if len(zones) != len(names) or not all(isinstance(p, int | float) and 0 <= p <= 1 for p in zones):
-            raise ValueError(f"zoneout: expected a number from 0 to 1, or one for each state ({', '.join(names)}), got {self.zoneout!r}")
-        if not (isinstance(self.recurrent_dropout, int | float) and 0 <= self.recurrent_dropout < 1):
-            raise ValueError(f"recurrent_dropout: expected a number from 0 to below 1, got {self.recurrent_dropout!r}")
-        zoned, dropped = any(zones), self.recurrent_dropout > 0
-        if dropped and (ops.CELLS[base].projected or not ops.CELLS[base].hidden_gates):
-            why = "a projection" if ops.CELLS[base].projected else "no recurrent matrix"
+        base, clips = self._base_cell, self._clips()
+        if not (self.zoneout or self.recurrent_dropout or self.candidate_dropout or self.layer_norm or self.proj_size or clips):
+            return base, ()
+        spec = ops.CELLS[base]
+        zones = tuple(self.zoneout) if isinstance(self.zoneout, Sequence) else (self.zoneout,) * len(spec.states)
+        if len(zones) != len(spec.states) or not all(isinstance(p, int | float) and 0 <= p <= 1 for p in zones):
+            states = ", ".join(spec.states)
+            raise ValueError(f"zoneout: expected a number from 0 to 1, or one for each state ({states}), got {self.zoneout!r}")
+        for name, p in (("recurrent_dropout", self.recurrent_dropout), ("candidate_dropout", self.candidate_dropout)):
+            if not (isinstance(p, int | float) and 0 <= p < 1):
+                raise ValueError(f"{name}: expected a number from 0 to below 1, got {p!r}")
+        if self.recurrent_dropout > 0 and (self.proj_size or not spec.hidden_gates):
+            why = "a projection" if self.proj_size else "no recurrent matrix"
             raise ValueError(f"recurrent_dropout: expected 0 for a layer with {why}, got {self.recurrent_dropout}")
-        wrappers = [*self._norms(), *["zoneout"] * zoned, *["dropout"] * (dropped and training)]
-        return ops.modified(base, wrappers), zones if zoned else ()
+        if self.candidate_dropout > 0 and not self._candidate:
+            raise ValueError(f"candidate_dropout: expected 0 for a layer that is no LSTM or GRU, got {self.candidate_dropout}")
+        wrappers = [
+            *["candidate"] * (self.candidate_dropout > 0 and training),
+            *["cell_clip"] * ("cell_clip" in clips),
+            *self._norms(),
+            *["projected"] * (self.proj_size > 0),
+            *["proj_clip"] * ("proj_clip" in clips),
+            *["zoneout"] * any(zones),
+            *["grad_clip"] * ("grad_clip" in clips),
+            *["dropout"] * (self.recurrent_dropout > 0 and training),
+        ]
+        return ops.modified(base, wrappers), zones if any(zones) else ()
+
+    def _clips(self) -> dict[str, float]:
+        """The thresholds, in the order in which cells take them."""
+        if self.cell_clip is self.proj_clip is self.grad_clip is None:
+            return {}
+        found = {"cell_clip": self.cell_clip, "proj_clip": self.proj_clip, "grad_clip": self.grad_clip}
+        clips = {name: v for name, v in found.items() if v is not None}
+        for name, v in clips.items():
+            if not (isinstance(v, int | float) and not isinstance(v, bool) and v > 0):
+                raise ValueError(f"{name}: expected a number above 0, or None, got {v!r}")
+        if "cell_clip" in clips and (self.cell_norm or not self._lstm):
+            why = "with cell_norm" if self.cell_norm else "without an LSTM's cell state"
+            raise ValueError(f"cell_clip: expected None for a layer {why}, got {self.cell_clip}")
+        if "proj_clip" in clips and not self.proj_size:
+            raise ValueError(f"proj_clip: expected None for a layer without proj_size, got {self.proj_clip}")
+        return clips
 
     @property
     def _cell(self) -> str:
@@ -250,6 +292,9 @@ class _Layer(nn.RNNBase):
             if name == "dropout":
                 keeps = 1 - self.recurrent_dropout
                 return functional.mask(data, (batch, H), keeps) / keeps
+            if name == "candidate":
+                keeps = 1 - self.candidate_dropout
+                return functional.mask(data, (*data.shape[:-1], H), keeps) / keeps
             if not name.startswith("zoneout_"):
                 raise RuntimeError(f"the cell {cell!r} is given {name!r}, which a layer knows nothing of: call rnnkernels.ops.sequence")
             p = zones[int(name.removeprefix("zoneout_"))]
@@ -274,8 +319,9 @@ class _Layer(nn.RNNBase):
 
     def extra_repr(self) -> str:
         engine = f", engine={self.engine}" if self.engine != "auto" else ""
-        names = ("recompute", "zoneout", "recurrent_dropout", "layer_norm", "cell_norm")
-        modifiers = {name: getattr(self, name) for name in names}
+        masked = ("recompute", "zoneout", "recurrent_dropout", "candidate_dropout")
+        bounded = ("layer_norm", "cell_norm", "cell_clip", "proj_clip", "grad_clip")
+        modifiers = {name: getattr(self, name) for name in masked + bounded}
         return super().extra_repr() + engine + "".join(f", {name}={value}" for name, value in modifiers.items() if value)
 
     def forward(
@@ -305,6 +351,19 @@ class _Layer(nn.RNNBase):
         Raises, beyond what the class says: ``ValueError`` for lengths or reset_mask beside a PackedSequence, reset_state without
         reset_mask, lengths out of range; ``RuntimeError`` for wrong shapes or dtypes of the three.
         """
+        return self._run(input, hx, lengths, reset_mask, reset_state, return_states)
+
+    def _run(
+        self,
+        input: Any,
+        hx: Any,
+        lengths: Tensor | None,
+        reset_mask: Tensor | None,
+        reset_state: Any,
+        return_states: bool,
+        clock: Callable[[int], Clock] | None = None,
+    ) -> tuple[Any, ...]:
+        """``clock``: that of so many steps."""
         data, states, batch_sizes, weights = self._prepare(input, hx)
         cut = None
         if lengths is not None or reset_mask is not None or reset_state is not None:
@@ -325,6 +384,7 @@ class _Layer(nn.RNNBase):
             given=self._given(cell, zones, data, data.size(1) if batch_sizes is None else int(batch_sizes[0])),
             layer_norm=self.layer_norm,
             cut=cut,
+            clock=None if clock is None else clock(data.size(0) if batch_sizes is None else len(batch_sizes)),
         )
         count = len(self._widths)
         finals, histories = finals[:count], finals[count:]
@@ -364,7 +424,8 @@ class _Layer(nn.RNNBase):
         masks = [spec.slots[slot][0] for slot in spec.given if spec.slots[slot][4]]
         expected = [zones[int(name.removeprefix("zoneout_"))] for name in masks]
         constants = [like.detach().new_full((self.hidden_size,), p) for p in expected]
-        return Stream(cell, self._weights, batch_size, hx, self.engine, self._split, self._join, constants, self.layer_norm)
+        ours = self._weights, batch_size, hx, self.engine, self._split, self._join
+        return Stream(cell, *ours, constants, self.layer_norm, self._own_weights)
 
     def _cut(self, input: Any, data: Tensor, lengths: Tensor | None, reset_mask: Tensor | None, reset_state: Any) -> Cut | None:
         """What was asked for inside the sequence, checked and time-major; None: nothing that makes a difference."""
@@ -430,6 +491,19 @@ class _Layer(nn.RNNBase):
         return data, states, batch_sizes, weights
 
     def _weights(self) -> list[list[Any]]:
+        """What each layer and direction takes: its parameters, and in weight_v the thresholds, which nothing learns."""
+        groups, clips = self._own_weights(), self._clips()
+        if not clips:
+            return groups
+        like = groups[0][0]
+        fixed = torch.cat([like.detach().new_full((self.hidden_size,), v) for v in clips.values()])
+        at, taken = 5, []
+        for group in groups:
+            before, v, after = [*group, *[None] * at][:at], group[at] if len(group) > at else None, group[at + 1 :]
+            taken.append([*before, fixed if v is None else torch.cat([v, fixed]), *after])
+        return taken
+
+    def _own_weights(self) -> list[list[Any]]:
         if self._argument_names is not None:
             return [_named(self, names) for names in self._argument_names]
         groups = [_named(self, names) for names in self._all_weights]
@@ -460,6 +534,8 @@ class RNN(_Layer):
             Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
         layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016), with
             gains norm_ih and weight_v and the shift bias_ih.
+        grad_clip: keyword only: v, above 0: the gradient of h_t, all that others ask of it together, is clipped to [-v, v] at every step of
+            backward (after Graves 2013, who clips that of the pre-activations); None: not. Forward is the same.
 
     Shape, with D = 2 if bidirectional else 1 and L = num_layers:
         * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
@@ -516,6 +592,10 @@ class GRU(_Layer):
             Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
         layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016), with
             gains norm_ih and weight_v and the shift bias_ih.
+        candidate_dropout: keyword only: how probably a step drops a unit of its candidate n (Semeniuta 2016), h_t = z_t h_{t-1} +
+            (1 - z_t) m_t n_t, with a mask m_t drawn for each step and scaled by 1 / (1 - p); nothing in eval.
+        grad_clip: keyword only: v, above 0: the gradient of h_t, all that others ask of it together, is clipped to [-v, v] at every step of
+            backward (after Graves 2013, who clips that of the pre-activations); None: not. Forward is the same.
 
     Shapes, dtypes and errors: as :class:`RNN`.
 
@@ -533,9 +613,13 @@ class GRU(_Layer):
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__("GRU", *args, **kwargs)
 
+    _candidate = True
+
 
 class _PairLayer(_Layer):
-    """A layer of a cell of two states, h and c."""
+    """A layer of an LSTM, of two states, h and c."""
+
+    _lstm = _candidate = True
 
     @property
     def _widths(self) -> tuple[int, ...]:
@@ -573,6 +657,14 @@ class LSTM(_PairLayer):
             Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
         layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016), with
             gains norm_ih and weight_v and the shift bias_ih. cell_norm: keyword only: normalises the cell state on its way out.
+        candidate_dropout: keyword only: how probably a step drops a unit of its candidate g (Semeniuta 2016), c_t = f_t c_{t-1} +
+            i_t m_t g_t, with a mask m_t drawn for each step and scaled by 1 / (1 - p); nothing in eval.
+        cell_clip, proj_clip: keyword only: v, above 0: c_t, before it goes into the output, is clipped to [-v, v] (TensorFlow's LSTMCell,
+            cuDNN's cudnnRNNSetClip), so that h_t = o_t tanh(clip(f_t c_{t-1} + i_t g_t)); and h_t = clip(W_hr ...), of a layer with
+            proj_size. Gradients pass where nothing was clipped. None: not.
+        grad_clip: keyword only: v, above 0: the gradient of h_t, all that others ask of it together, is clipped to [-v, v] at every step of
+            backward (after Graves 2013, who clips that of the pre-activations); None: not. Forward is the same.
+            Thresholds are no parameters; assigning another takes effect at the next call.
 
     Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
     proj_size or else hidden_size, the output is D · P wide, h ``(L · D, B, P)`` and c ``(L · D, B, H)``.
@@ -592,7 +684,7 @@ class LSTM(_PairLayer):
 
     @property
     def _base_cell(self) -> str:
-        return "lstm_projected" if self.proj_size > 0 else "lstm_cell_norm" if self.cell_norm else "lstm"
+        return "lstm_cell_norm" if self.cell_norm else "lstm"
 
 
 def _pair(hx: Any, name: str) -> tuple[Tensor, Tensor]:

@@ -25,6 +25,8 @@ class Cell:
     to last - 1), the per-unit vectors ``v``, and the states before the step; it returns those after it, the hidden state first.
     ``input_gates`` and ``hidden_gates`` count the row blocks of W and U, ``vectors`` those of weight_v. ``given`` names what the caller
     gives for each unit: ``reads(g, h)`` is what U reads in h's place, ``after(z, old, new)`` what becomes of a state, z its own zoneout.
+    ``fixed`` names the thresholds of clipping, which are the last of weight_v's blocks and have no gradient. A step of a cell that is given
+    "candidate" takes ``drop``, what becomes of its candidate, and one with "cell_clip" takes ``bound``, what becomes of c'.
     """
 
     step: Callable[..., tuple[Tensor, ...]]
@@ -34,11 +36,16 @@ class Cell:
     projected: bool = False
     vectors: int = 0
     given: tuple[str, ...] = ()
+    fixed: tuple[str, ...] = ()
     reads: Callable[[dict[str, Tensor], Tensor], Tensor] = lambda g, h: h
     after: Callable[[Tensor | None, Tensor, Tensor], Tensor] = lambda g, old, new: new
 
 
 Vectors = Sequence[Tensor]
+
+
+def same(t: Tensor) -> Tensor:
+    return t
 
 
 def srn(f: Activation) -> Cell:
@@ -77,51 +84,57 @@ def indrnn(f: Activation) -> Cell:
     return Cell(step, ("h",), input_gates=1, hidden_gates=0, vectors=1)
 
 
-def lstm(x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def lstm(x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor, drop: Activation = same, bound: Activation = same) -> tuple[Tensor, ...]:
     """c' = f ⊙ c + i ⊙ g, h' = o ⊙ tanh(c'). Hochreiter & Schmidhuber 1997, with the forget gate of Gers 2000."""
     i, f, g, o = (x + u(h)).chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    c = bound(f.sigmoid() * c + i.sigmoid() * drop(g.tanh()))
     return o.sigmoid() * c.tanh(), c
 
 
-def lstm_peephole(x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def lstm_peephole(
+    x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor, drop: Activation = same, bound: Activation = same
+) -> tuple[Tensor, ...]:
     """LSTM whose gates also see the cell state: i and f the old one, o the new one. Gers, Schraudolph & Schmidhuber 2002."""
     i, f, g, o = (x + u(h)).chunk(4, dim=-1)
-    new = (f + v[1] * c).sigmoid() * c + (i + v[0] * c).sigmoid() * g.tanh()
+    new = bound((f + v[1] * c).sigmoid() * c + (i + v[0] * c).sigmoid() * drop(g.tanh()))
     return (o + v[2] * new).sigmoid() * new.tanh(), new
 
 
-def lstm_coupled(x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def lstm_coupled(
+    x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor, drop: Activation = same, bound: Activation = same
+) -> tuple[Tensor, ...]:
     """c' = (1 − i) ⊙ c + i ⊙ g. The LSTM with coupled gates, CIFG, of Greff et al. 2017."""
     i, g, o = (x + u(h)).chunk(3, dim=-1)
-    c = (1 - i.sigmoid()) * c + i.sigmoid() * g.tanh()
+    c = bound((1 - i.sigmoid()) * c + i.sigmoid() * drop(g.tanh()))
     return o.sigmoid() * c.tanh(), c
 
 
-def lstm_no_forget(x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def lstm_no_forget(
+    x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor, drop: Activation = same, bound: Activation = same
+) -> tuple[Tensor, ...]:
     """c' = c + i ⊙ g. The LSTM of Hochreiter & Schmidhuber 1997."""
     i, g, o = (x + u(h)).chunk(3, dim=-1)
-    c = c + i.sigmoid() * g.tanh()
+    c = bound(c + i.sigmoid() * drop(g.tanh()))
     return o.sigmoid() * c.tanh(), c
 
 
-def gru(x: Tensor, u: Product, v: Vectors, h: Tensor) -> tuple[Tensor, ...]:
+def gru(x: Tensor, u: Product, v: Vectors, h: Tensor, drop: Activation = same) -> tuple[Tensor, ...]:
     """h' = z ⊙ h + (1 − z) ⊙ n, n = tanh(x_n + r ⊙ u_n). Cho 2014, with the reset after the matrix product as in torch.nn.GRU."""
     x_r, x_z, x_n = x.chunk(3, dim=-1)
     u_r, u_z, u_n = u(h).chunk(3, dim=-1)
     r = (x_r + u_r).sigmoid()
     z = (x_z + u_z).sigmoid()
-    n = (x_n + r * u_n).tanh()
+    n = drop((x_n + r * u_n).tanh())
     return (z * h + (1 - z) * n,)
 
 
-def gru_reset_before(x: Tensor, u: Product, v: Vectors, h: Tensor) -> tuple[Tensor, ...]:
+def gru_reset_before(x: Tensor, u: Product, v: Vectors, h: Tensor, drop: Activation = same) -> tuple[Tensor, ...]:
     """h' = z ⊙ h + (1 − z) ⊙ n, n = tanh(x_n + U_n (r ⊙ h)). Cho 2014."""
     x_r, x_z, x_n = x.chunk(3, dim=-1)
     u_r, u_z = u(h, 0, 2).chunk(2, dim=-1)
     r = (x_r + u_r).sigmoid()
     z = (x_z + u_z).sigmoid()
-    n = (x_n + u(r * h, 2, 3)).tanh()
+    n = drop((x_n + u(r * h, 2, 3)).tanh())
     return (z * h + (1 - z) * n,)
 
 
@@ -129,7 +142,7 @@ def zoneout(cell: Cell) -> Cell:
     """s' = z ⊙ s + (1 − z) ⊙ s̃ for each state, s̃ what the cell makes of it. Krueger et al. 2017."""
     names = tuple(f"zoneout_{i}" for i in range(len(cell.states)))
     order = (*names[1:], names[0]) if cell.projected else names
-    return replace(cell, given=order, after=lambda z, old, new: new if z is None else z * old + (1 - z) * new)
+    return replace(cell, given=(*cell.given, *order), after=lambda z, old, new: new if z is None else z * old + (1 - z) * new)
 
 
 def dropout(cell: Cell) -> Cell:
@@ -137,26 +150,47 @@ def dropout(cell: Cell) -> Cell:
     return replace(cell, given=(*cell.given, "dropout"), reads=lambda g, h: g["dropout"] * h)
 
 
-def lstm_cell_norm(x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor) -> tuple[Tensor, ...]:
+def candidate(cell: Cell) -> Cell:
+    """The candidate, g of an LSTM and n of a GRU, becomes m ⊙ g, m a mask for each token. Semeniuta, Severyn & Barth 2016."""
+    return replace(cell, given=(*cell.given, "candidate"))
+
+
+def projected(cell: Cell) -> Cell:
+    """h' becomes W_hr h'. Sak, Senior & Beaufays 2014: the loop below applies W_hr to the hidden state that the step returns."""
+    return replace(cell, projected=True)
+
+
+def clipped(cell: Cell, what: str) -> Cell:
+    """Within [−v, v] at every step are kept: c', before it goes into the output ("cell_clip"); W_hr h' ("proj_clip"); the gradient of h'
+    ("grad_clip", after Graves 2013, who clips that of the pre-activations).
+    """
+    return replace(cell, fixed=(*cell.fixed, what), vectors=cell.vectors + 1)
+
+
+def clip(t: Tensor, v: Tensor) -> Tensor:
+    return t.clamp(-v[: t.size(-1)], v[: t.size(-1)])
+
+
+def lstm_cell_norm(x: Tensor, u: Product, v: Vectors, h: Tensor, c: Tensor, drop: Activation = same) -> tuple[Tensor, ...]:
     """LSTM with h' = o ⊙ tanh(γ ⊙ N(c') + β). Ba, Kiros & Hinton 2016."""
     i, f, g, o = (x + u(h)).chunk(4, dim=-1)
-    c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+    c = f.sigmoid() * c + i.sigmoid() * drop(g.tanh())
     return o.sigmoid() * torch.nn.functional.layer_norm(c, c.shape[-1:], v[0], v[1]).tanh(), c
 
 
-def gru_dreamer(x: Tensor, u: Product, v: Vectors, h: Tensor) -> tuple[Tensor, ...]:
+def gru_dreamer(x: Tensor, u: Product, v: Vectors, h: Tensor, drop: Activation = same) -> tuple[Tensor, ...]:
     """r, n, u = γ ⊙ N(W x + U h + b) + β; h' = σ(u − 1) ⊙ tanh(σ(r) ⊙ n) + (1 − σ(u − 1)) ⊙ h. Hafner et al. 2020."""
     z = x + u(h)
     r, n, gate = torch.nn.functional.layer_norm(z, z.shape[-1:], torch.cat(list(v[:3])), torch.cat(list(v[3:])), 1e-3).chunk(3, dim=-1)
     gate = (gate - 1).sigmoid()
-    return (gate * (r.sigmoid() * n).tanh() + (1 - gate) * h,)
+    return (gate * drop((r.sigmoid() * n).tanh()) + (1 - gate) * h,)
 
 
 def layer_norm(cell: Cell, names: str, by_gate: bool, shifted: bool = False) -> Cell:
     """U h becomes γ ⊙ N(U h), of each gate or of all at once (and, shifted, + b in the last block); x is given. Ba, Kiros & Hinton 2016."""
     n = cell.hidden_gates
 
-    def step(x: Tensor, u: Product, v: Vectors, *states: Tensor) -> tuple[Tensor, ...]:
+    def step(x: Tensor, u: Product, v: Vectors, *states: Tensor, **modifiers: Activation) -> tuple[Tensor, ...]:
         def normed(h: Tensor) -> Tensor:
             product = u(h)
             blocks = product.unflatten(-1, (n, -1)) if by_gate else product.unsqueeze(-2)  # type: ignore[no-untyped-call]
@@ -165,9 +199,9 @@ def layer_norm(cell: Cell, names: str, by_gate: bool, shifted: bool = False) -> 
                 result = result + torch.cat([torch.zeros_like(v[n]).repeat(n - 1), v[n]])
             return result
 
-        return cell.step(x, normed, v[n + shifted :], *states)
+        return cell.step(x, normed, v[n + shifted :], *states, **modifiers)
 
-    return replace(cell, step=step, input_gates=0, vectors=n + shifted + cell.vectors, given=tuple(names))
+    return replace(cell, step=step, input_gates=0, vectors=n + shifted + cell.vectors, given=(*names, *cell.given))
 
 
 ACTIVATIONS: dict[str, Activation] = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda z: z}
@@ -176,8 +210,6 @@ CELLS: dict[str, Cell] = {
     **{f"srn_{name}": srn(f) for name, f in ACTIVATIONS.items()},
     "lstm": Cell(lstm, ("h", "c"), input_gates=4, hidden_gates=4),
     "gru": Cell(gru, ("h",), input_gates=3, hidden_gates=3),
-    # Sak 2014: the loop below applies W_hr to the hidden state that the step returns.
-    "lstm_projected": Cell(lstm, ("h", "c"), input_gates=4, hidden_gates=4, projected=True),
     "lstm_peephole": Cell(lstm_peephole, ("h", "c"), input_gates=4, hidden_gates=4, vectors=3),
     "lstm_coupled": Cell(lstm_coupled, ("h", "c"), input_gates=3, hidden_gates=3),
     "lstm_no_forget": Cell(lstm_no_forget, ("h", "c"), input_gates=3, hidden_gates=3),
@@ -187,6 +219,7 @@ CELLS: dict[str, Cell] = {
     **{f"indrnn_{name}": indrnn(f) for name, f in ACTIVATIONS.items()},
 }
 
+CELLS["lstm_projected"] = projected(CELLS["lstm"])
 CELLS["lstm_cell_norm"] = Cell(lstm_cell_norm, ("h", "c"), input_gates=4, hidden_gates=4, vectors=2)
 CELLS["gru_dreamer"] = Cell(gru_dreamer, ("h",), input_gates=3, hidden_gates=3, vectors=6)
 for _name, _gates in {"lstm": "ifgo", "lstm_cell_norm": "ifgo", "lstm_peephole": "ifgo", "gru": "rzn", "srn_tanh": "z"}.items():
@@ -197,6 +230,14 @@ for _name in ("lstm", "lstm_projected", "lstm_peephole", "gru", "gru_reset_befor
     CELLS[f"{_name}_zoneout"] = zoneout(CELLS[_name])
 for _name in ("lstm", "lstm_peephole", "gru", "gru_reset_before", "srn_tanh", "lstm_zoneout"):
     CELLS[f"{_name}_dropout"] = dropout(CELLS[_name])
+for _name in ("lstm_peephole", "lstm_layer_norm"):
+    CELLS[f"{_name}_projected"] = projected(CELLS[_name])
+for _name in ("lstm", "gru"):
+    CELLS[f"{_name}_candidate"] = candidate(CELLS[_name])
+CELLS["lstm_cell_clip"] = clipped(CELLS["lstm"], "cell_clip")
+for _name in ("srn_tanh", "lstm"):
+    CELLS[f"{_name}_projected_proj_clip"] = clipped(projected(CELLS[_name]), "proj_clip")
+    CELLS[f"{_name}_grad_clip"] = clipped(CELLS[_name], "grad_clip")
 
 
 def sequence(
@@ -224,7 +265,8 @@ def sequence(
 
     Padded: input ``[T, B, I]``, output ``[T, B, P]``. Ragged (``batch_sizes`` as PackedSequence has it): ``[N, I]`` and ``[N, P]``.
     States are ``[B, ·]``, in the cell's order, None for zeros. P is H or, projected, the rows of ``weight_hr``. Weights: as in torch.nn;
-    weight_v stacks the cell's per-unit vectors. ``given`` numbers lie as the input, for each row ``[B, k·H]``, or for all ``[k·H]``.
+    weight_v stacks the cell's per-unit vectors, at the end the thresholds, which are constants. ``given`` numbers lie as the input, for
+    each row ``[B, k·H]``, or for all ``[k·H]``.
     ``reverse`` runs from the last step (of each row) to the first; the output keeps the input's order. With ``return_states`` the states
     beyond the first after each step follow, in the output's shape.
 
@@ -248,7 +290,15 @@ def sequence(
         replacing = reset_states or [state.new_zeros(state.size(1)) for state in states]
         return [torch.where(mark, r[boundary] if r.dim() == 3 else r, state) for r, state in zip(replacing, states, strict=True)]
 
+    learned = len(vectors) - len(spec.fixed)
+    limits = {name: v.detach() for name, v in zip(spec.fixed, vectors[learned:], strict=True)}
+
     g: dict[str, Tensor] = {}
+    modifiers: dict[str, Activation] = {}
+    if "candidate" in spec.given:
+        modifiers["drop"] = lambda n: g["candidate"] * n
+    if "cell_clip" in limits:
+        modifiers["bound"] = lambda c: clip(c, limits["cell_clip"])
 
     def u(operand: Tensor, first: int = 0, last: int = spec.hidden_gates) -> Tensor:
         assert weight_hh is not None
@@ -281,12 +331,16 @@ def sequence(
             if weight_ih is not None
             else torch.cat([g[name] for name in spec.given if len(name) == 1], -1)
         )
-        h, *others = spec.step(x, u, vectors, *before)
+        h, *others = spec.step(x, u, vectors[:learned], *before, **modifiers)
         if weight_hr is not None:
             h = linear(h, weight_hr)
+        if "proj_clip" in limits:
+            h = clip(h, limits["proj_clip"])
         masks = [g.get(f"zoneout_{i}") for i in range(len(spec.states))]
         made = zip(masks, before, (h, *others), strict=True)
         h, *others = (spec.after(None if z is None else z[:, : old.size(1)], old, new) for z, old, new in made)
+        if "grad_clip" in limits and h.requires_grad:
+            h.register_hook(lambda grad: None if grad is None else clip(grad, limits["grad_clip"]))  # type: ignore[no-untyped-call]
         if units is not None:
             here = torch.arange(hidden) < units[t]
             h, *others = (torch.where(here, new, old) for new, old in zip((h, *others), before, strict=True))

@@ -26,8 +26,8 @@ class _Normed:
         self._cell, self._lead, self._constants, self._engine, self._layer_norm = cell, lead, constants, engine, layer_norm
         like: Tensor = weights[0][0]
         H = weights[0][1].shape[0] // ops.CELLS[cell].hidden_gates
-        self.widths = [H] * len(ops.CELLS[cell].states)
-        self._states = [like.detach().new_zeros(len(weights), *(lead or (1,)), H) for _ in self.widths]
+        self.widths = [weights[0][1].shape[1], *[H] * (len(ops.CELLS[cell].states) - 1)]
+        self._states = [like.detach().new_zeros(len(weights), *(lead or (1,)), width) for width in self.widths]
         self.pack(weights)
 
     def pack(self, weights: Sequence[Sequence[Any]]) -> None:
@@ -97,9 +97,11 @@ class Stream:
         join: Callable[[Sequence[Tensor]], Any],
         constants: Sequence[Tensor] = (),
         layer_norm: str | None = None,
+        parameters: Callable[[], Sequence[Sequence[Any]]] | None = None,
     ) -> None:
         """``weights`` gives those of each layer as they are now; ``split`` and ``join`` take hx apart and make it; ``constants`` are what
-        the cell is given at every step; ``layer_norm`` as :func:`rnnkernels.functional.stack` has it.
+        the cell is given at every step; ``layer_norm`` as :func:`rnnkernels.functional.stack` has it; ``parameters`` gives what ``weights``
+        are made of, where they are made.
         """
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"batch_size: expected a positive int, or None for unbatched steps, got {batch_size!r}")
@@ -107,6 +109,7 @@ class Stream:
         like: Tensor = now[0][0]
         lead = () if batch_size is None else (batch_size,)
         self._weights, self._split, self._join, self._batch = weights, split, join, batch_size
+        self._parameters = parameters or weights
         self._stack: Stack
         if layer_norm is None:
             self._stack = stack(cell, lead, now, engine, constants)
@@ -116,7 +119,7 @@ class Stream:
         self._shape, self._dtype, self._device = (*lead, like.shape[1]), like.dtype, like.device
         self._state_shapes = [(len(now), *lead, width) for width in self._stack.widths]
         self._initial = None if hx is None else [state.clone() for state in self._checked_states("hx", hx)]
-        self._watch(now)
+        self._watch()
         self.reset()
 
     def step(self, x: Tensor) -> Tensor:
@@ -174,11 +177,11 @@ class Stream:
         if now[0][0].device != self._device:
             raise RuntimeError(f"weights: expected device {self._device} as when the stream was made, got {now[0][0].device}")
         self._stack.pack(now)
-        self._watch(now)
+        self._watch()
 
-    def _watch(self, weights: Sequence[Sequence[Any]]) -> None:
+    def _watch(self) -> None:
         # Inference tensors count no versions.
-        self._watched = [weight for layer in weights for weight in layer if weight is not None and not weight.is_inference()]
+        self._watched = [weight for layer in self._parameters() for weight in layer if weight is not None and not weight.is_inference()]
         self._versions = sum(map(_version, self._watched))
 
     def _refuse(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> NoReturn:

@@ -1,12 +1,15 @@
 """Layers and steps of cells that torch.nn lacks, in torch.nn's grammar.
 
 Constructors, attributes, shapes, dtypes and errors are those of ``rnnkernels.GRU`` and ``GRUCell`` for cells of one state, of
-``rnnkernels.LSTM`` and ``LSTMCell`` for those of two. Weights have torch.nn's names, ``weight_ih_l0`` and so on, their row blocks in the
-order of the equation; a cell that multiplies states by a number a unit has ``weight_v_l0`` too.
+``rnnkernels.LSTM`` and ``LSTMCell`` for those of two; with ``proj_size``, h_t = W_hr q_t, q_t what the equation calls h_t (Sak 2014).
+Weights have torch.nn's names, ``weight_ih_l0`` and so on, their row blocks in the order of the equation; a cell that multiplies states by a
+number a unit has ``weight_v_l0`` too.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,10 +17,12 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
+from .cuts import Clock
 from .modules import WEIGHT_NAMES, _Cell, _checked_engine, _Layer, _pair, _PairCell, _PairLayer, reshape
 
 __all__ = [
     "SCRN",
+    "ClockworkRNN",
     "CoupledLSTM",
     "CoupledLSTMCell",
     "DreamerGRU",
@@ -45,7 +50,7 @@ class _Variant(_Layer):
     """A layer of a cell of one state."""
 
     def __init__(self, cell: str, *args: Any, **kwargs: Any) -> None:
-        if "proj_size" in kwargs:
+        if "proj_size" in kwargs and not self._lstm:
             raise ValueError(f"proj_size argument is only supported for LSTM, not {type(self).__name__}")
         super().__init__(cell.upper(), *args, **kwargs)
 
@@ -161,6 +166,8 @@ class DreamerGRU(_Variant):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("gru_dreamer", *args, **kwargs)
 
+    _candidate = True
+
 
 class GRUResetBefore(_Variant):
     r"""A stack of gated recurrent units that reset before the matrix product, as published (Cho et al. 2014).
@@ -179,6 +186,8 @@ class GRUResetBefore(_Variant):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("gru_reset_before", *args, **kwargs)
+
+    _candidate = True
 
 
 class ResidualRNN(_Variant):
@@ -218,6 +227,90 @@ class IndRNN(_Variant):
     def __init__(self, *args: Any, nonlinearity: str = "relu", **kwargs: Any) -> None:
         super().__init__(_with_nonlinearity("indrnn", nonlinearity), *args, **kwargs)
         self.nonlinearity = nonlinearity
+
+
+class ClockworkRNN(_Variant):
+    r"""A stack of clockwork recurrent networks (Koutník et al. 2014): modules of units, each with a period of its own.
+
+    At step t the modules whose period divides t compute; the units of the others keep their state. A module reads itself and the slower
+    ones, so U is block upper triangular, with :math:`H^2/2 + H k/2` weights for modules of k units; what weight_hh holds below its blocks
+    counts for nothing, starts as zeros and gets no gradient. With periods each of which divides the next, on a CPU, only the modules that
+    are due are computed; other periods, packed sequences and other engines compute all and hold what is not due.
+
+    .. math:: h_t^{(i)} = \begin{cases} f(W^{(i)} x_t + b^{(i)} + \sum_{j \geq i} U^{(ij)} h_{t-1}^{(j)}) & t \bmod T_i = 0 \\
+        h_{t-1}^{(i)} & \text{otherwise} \end{cases}
+
+    Args:
+        periods: T_1 < T_2 < …, one a module; hidden_size must be a multiple of their number (keyword only). Default: eight, from 1 to 128.
+        nonlinearity: f, "tanh", "relu", "sigmoid" or "identity" (keyword only).
+
+    Modifiers of cells are refused (``ValueError``), and ``stream`` too: take single steps by calls with ``first_step``.
+
+    >>> import torch, rnnkernels
+    >>> layer = rnnkernels.ClockworkRNN(3, 6, periods=(1, 2, 4))
+    >>> output, h_n = layer(torch.zeros(7, 2, 3))
+    >>> output.shape, h_n.shape
+    (torch.Size([7, 2, 6]), torch.Size([1, 2, 6]))
+    """
+
+    periods: tuple[int, ...]
+
+    def __init__(
+        self, *args: Any, periods: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128), nonlinearity: str = "tanh", **kwargs: Any
+    ) -> None:
+        periods = tuple(periods)
+        if not periods or not all(type(p) is int and p > 0 for p in periods) or any(a >= b for a, b in itertools.pairwise(periods)):
+            raise ValueError(f"periods: expected rising positive integers, got {periods}")
+        self.__dict__["periods"] = periods  # the base draws the weights
+        super().__init__(_with_nonlinearity("srn", nonlinearity), *args, **kwargs)
+        if self.hidden_size % len(periods):
+            raise ValueError(f"hidden_size: expected a multiple of the {len(periods)} modules, one a period, got {self.hidden_size}")
+        self.nonlinearity = nonlinearity
+
+    def _modifiers(self, training: bool) -> tuple[str, tuple[float, ...]]:
+        found = super()._modifiers(training)
+        if found != (self._base_cell, ()):
+            raise ValueError(f"ClockworkRNN takes no zoneout, recurrent_dropout, layer_norm or grad_clip, which make it {found[0]}")
+        return found
+
+    def _reset_beyond_torch(self) -> None:
+        super()._reset_beyond_torch()
+        if self._constructed and self.hidden_size % len(self.periods) == 0:
+            with torch.no_grad():
+                for _, weight_hh, *_ in self._own_weights():
+                    weight_hh *= self._clock(1, 0).connected(weight_hh)
+
+    def _clock(self, steps: int, first: int) -> Clock:
+        due = (torch.arange(first, first + steps).unsqueeze(1) % torch.tensor(self.periods)) == 0
+        nested = all(b % a == 0 for a, b in itertools.pairwise(self.periods))
+        return Clock(due, self.hidden_size // len(self.periods), nested)
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, periods={self.periods}"
+
+    def forward(
+        self,
+        input: Any,
+        hx: Any = None,
+        *,
+        lengths: Tensor | None = None,
+        reset_mask: Tensor | None = None,
+        reset_state: Any = None,
+        return_states: bool = False,
+        first_step: int = 0,
+    ) -> tuple[Any, ...]:
+        """Run the layer; as :meth:`rnnkernels.RNN.forward`. ``first_step``: what the clock shows at the first step, for a sequence that
+        comes in parts. A reset does not turn the clock back.
+
+        Raises ``ValueError`` for a first_step below zero.
+        """
+        if first_step < 0:
+            raise ValueError(f"first_step: expected 0 or more, got {first_step}")
+        return self._run(input, hx, lengths, reset_mask, reset_state, return_states, lambda steps: self._clock(steps, first_step))
+
+    def stream(self, batch_size: int | None = None, hx: Any = None) -> Any:
+        """Raise ``ValueError``: call the layer with ``first_step`` instead."""
+        raise ValueError("ClockworkRNN: a stream shows its cell no clock; call the layer step by step with first_step")
 
 
 class PeepholeLSTMCell(_PairVariantCell):

@@ -87,10 +87,11 @@ class Problem:
         """All that has a gradient."""
         spec = ops.CELLS[self.cell]
         masks = {name for name, *_, mask in spec.slots if mask}
+        learned = {name: w for name, w in self.weights.items() if name != "weight_v" or spec.learned > len(spec.fixed)}
         return {
             **({"input": self.input} if spec.input_gates else {}),
             **{f"initial {name}": state for name, state in zip(spec.states, self.states, strict=True)},
-            **self.weights,
+            **learned,
             **{f"given {name}": numbers for name, numbers in self.given.items() if name not in masks},
         }
 
@@ -171,6 +172,8 @@ def make(cell: str, family: Family, dtype: torch.dtype, number: int = 0) -> Prob
         weights["bias_hh"] = uniform(spec.biased * H)
     if spec.learned:
         weights["weight_v"] = normal(spec.learned * H) / (8 if spec.moments else 2)  # a norm's gain alone makes chaos
+    if spec.fixed:
+        weights["weight_v"][-len(spec.fixed) * H :] = thresholds(spec, H, dtype, draw)
     if spec.projected:
         weights["weight_hr"] = uniform(P, H)
     batch_sizes = batch_sizes_of(family.T, family.B) if family.ragged else None
@@ -187,6 +190,19 @@ def make(cell: str, family: Family, dtype: torch.dtype, number: int = 0) -> Prob
         reverse=family.reverse,
     )
     return (clear_of_kink(problem) if cell.endswith(KINKED) and dtype.itemsize == 2 else problem).to(dtype)
+
+
+def thresholds(spec: ops.Cell, H: int, dtype: torch.dtype, draw: torch.Generator) -> Tensor:
+    """Of the clipping: what some values reach and others do not. A gradient jumps where a value is its threshold, and short of float64 some
+    are rounded across; there every other unit is clipped to zero and the rest never, which no rounding changes. The clip of a gradient
+    itself does not jump.
+    """
+    found = []
+    for name in spec.fixed:
+        reached = torch.rand(H, generator=draw, dtype=torch.float64) / 2 + 0.05
+        clear = torch.where(torch.arange(H) % 2 == 0, 1024.0, 0.0).double()
+        found.append(reached if dtype is torch.float64 or name == "grad_clip" else clear)
+    return torch.cat(found)
 
 
 def given(spec: ops.Cell, family: Family, rows: tuple[int, ...], draw: torch.Generator) -> dict[str, Tensor]:
@@ -213,7 +229,7 @@ def call(sequence: Run, problem: Problem, leaves: dict[str, Tensor]) -> dict[str
         problem.cell,
         leaves.get("input", problem.input),
         [leaves[f"initial {name}"] for name in ops.CELLS[problem.cell].states],
-        **{"weight_ih": None, "weight_hh": None, **{name: leaves[name] for name in problem.weights}},
+        **{"weight_ih": None, "weight_hh": None, **{name: leaves.get(name, w) for name, w in problem.weights.items()}},
         **({"given": given} if given else {}),
         batch_sizes=problem.batch_sizes,
         reverse=problem.reverse,

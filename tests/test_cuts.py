@@ -13,7 +13,7 @@ from torch import Tensor
 from rnnkernels import ops
 
 CELLS = [*PLAIN, "lstm_zoneout_dropout", "lstm_projected_zoneout", "lstm_cell_norm_gate_norm", "gru_layer_norm", "gru_dreamer"]
-SRNS = [cell for cell in PLAIN if cell.startswith("srn_")]
+SRNS = [cell for cell in PLAIN if cell.startswith("srn_") and len(ops.CELLS[cell].slots) == 1]
 KINDS = ("lengths", "resets", "row", "token", "all")
 
 

@@ -10,7 +10,7 @@ from conftest import ISAS, giving
 from torch import Tensor
 
 import rnnkernels
-from rnnkernels import ops, reference
+from rnnkernels import ops, reference, verify
 
 ours, oracle = giving(ops.sequence), giving(reference.sequence)
 
@@ -71,6 +71,8 @@ def arguments(
         random(B, P),
         *([random(B, H)] if len(spec.states) > 1 else []),
     ]
+    if spec.fixed:
+        tensors[6][-len(spec.fixed) * H :] = verify.thresholds(spec, H, dtype, g).to(dtype)
     if cell.startswith("residual") and spec.hidden_gates:
         # Attracting: any other U multiplies roundings from step to step, and one draw of them then says little of another.
         tensors[2] = tensors[2] / 4 - torch.eye(H, dtype=dtype) / 2
@@ -264,6 +266,8 @@ def test_error_over_a_thousand_steps(cell: str) -> None:
 def test_gradcheck_on_the_double_kernels(cell: str, isa: str, ragged: bool, reverse: bool) -> None:
     ops.set_isa(isa)
     tensors, sizes, _ = arguments(cell, 3, 2, 3, 5, ragged=ragged)
+    if ops.CELLS[cell].fixed:
+        tensors[6][-len(ops.CELLS[cell].fixed) * 5 :] = 1e3  # thresholds have no gradient and what they clip another than its own
     x, *rest = [None if t is None else t.requires_grad_() for t in tensors]
 
     def function(x: Tensor, *rest: Tensor) -> Any:

@@ -1,4 +1,4 @@
-"""Zoneout and recurrent dropout of layers, against the reference run with the masks that were drawn."""
+"""Modifiers of layers, against the reference run with the masks that were drawn, or against equations."""
 
 import copy
 from typing import Any
@@ -321,11 +321,9 @@ def test_all_modifiers_at_once() -> None:
     ("make_layer", "text"),
     [
         (lambda: rnnkernels.LSTM(I, H, layer_norm="rows"), r"layer_norm: expected None, 'gates' \(all at once\) or 'gate'"),
-        (lambda: rnnkernels.LSTM(I, H, layer_norm="gates", proj_size=2), "layer_norm: expected None for a layer with a projection"),
-        (lambda: rnnkernels.LSTM(I, H, cell_norm=True, proj_size=2), "cell_norm: expected False for a layer with a projection"),
         (lambda: rnnkernels.IndRNN(I, H, layer_norm="gates"), "layer_norm: expected None for a layer with no recurrent matrix"),
     ],
-    ids=["unknown", "projected", "projected cell", "no matrix"],
+    ids=["unknown", "no matrix"],
 )
 def test_a_norm_is_refused(make_layer: Any, text: str) -> None:
     with pytest.raises(ValueError, match=text):
@@ -343,8 +341,7 @@ def test_corners_that_a_reader_found() -> None:
         assert layer(x)[0].dtype == layer.eval()(x)[0].dtype == torch.float32
         stream = rnnkernels.LSTM(I, H, layer_norm="gates").stream(B)
         assert stream.step(x[0]).dtype == torch.float32
-    with pytest.raises(ValueError, match="cell_norm: expected False for a layer with a projection"):
-        rnnkernels.LSTM(I, H, 1, True, False, 0.0, False, 2, cell_norm=True)
+    assert rnnkernels.LSTM(I, H, 1, True, False, 0.0, False, 2, proj_clip=1)(x)[0].shape == (T, B, 2)
 
 
 def test_a_norm_recomputes_stepwise_and_twice() -> None:
@@ -353,3 +350,206 @@ def test_a_norm_recomputes_stepwise_and_twice() -> None:
     first = torch.autograd.grad(output.sum(), list(layer.parameters()), retain_graph=True)
     second = torch.autograd.grad(output.sum(), list(layer.parameters()))
     assert all(map(torch.equal, first, second))
+
+
+BOUNDED: dict[str, Any] = {
+    "lstm cell": (rnnkernels.LSTM, {"cell_clip": 0.2}),
+    "lstm gradient": (rnnkernels.LSTM, {"grad_clip": 0.3}),
+    "lstm projection": (rnnkernels.LSTM, {"proj_size": 3, "proj_clip": 0.1}),
+    "lstm candidate": (rnnkernels.LSTM, {"candidate_dropout": 0.4}),
+    "lstm norm projection": (rnnkernels.LSTM, {"layer_norm": "gates", "proj_size": 3}),
+    "lstm all": (
+        rnnkernels.LSTM,
+        {"candidate_dropout": 0.4, "layer_norm": "gate", "cell_norm": True, "proj_size": 3, "proj_clip": 0.1, "grad_clip": 0.2},
+    ),
+    "peephole projection": (rnnkernels.PeepholeLSTM, {"proj_size": 3}),
+    "peephole all": (
+        rnnkernels.PeepholeLSTM,
+        {"candidate_dropout": 0.4, "cell_clip": 0.2, "proj_size": 3, "proj_clip": 0.1, "grad_clip": 0.2},
+    ),
+    "coupled": (rnnkernels.CoupledLSTM, {"cell_clip": 0.2, "proj_size": 3}),
+    "no forget": (rnnkernels.NoForgetLSTM, {"candidate_dropout": 0.4, "cell_clip": 0.2, "proj_size": 3}),
+    "gru candidate": (rnnkernels.GRU, {"candidate_dropout": 0.4}),
+    "gru before": (rnnkernels.GRUResetBefore, {"candidate_dropout": 0.4, "grad_clip": 0.2}),
+    "dreamer": (rnnkernels.DreamerGRU, {"candidate_dropout": 0.4, "grad_clip": 0.2}),
+    "rnn gradient": (rnnkernels.RNN, {"grad_clip": 0.2}),
+}
+
+
+def make_bounded(name: str, **options: Any) -> Any:
+    torch.manual_seed(4)
+    layer_class, own = BOUNDED[name]
+    return layer_class(I, H, dtype=torch.float64, **own, **options)
+
+
+def within(t: Tensor, v: float | None) -> Tensor:
+    return t if v is None else t.clamp(-v, v)
+
+
+def bounded_by_equations(layer: Any, name: str, x: Tensor, mask: Tensor | None) -> Tensor:
+    """One layer, one direction, step by step; see cells.md's equations and their modifiers."""
+    p = {key.removesuffix("_l0"): value for key, value in layer.named_parameters()}
+    P, v = layer.proj_size or H, list(p["weight_v"].split(H)) if "weight_v" in p else []
+    gates = p["weight_ih"].size(0) // H
+    w, u, b, d = (p.get(key) for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    h, c, outputs = x.new_zeros(x.size(1), P), x.new_zeros(x.size(1), H), []
+    for t, x_t in enumerate(x):
+        m = 1 if mask is None else mask[t]
+        if layer.layer_norm:
+            by_gate = layer.layer_norm == "gate"
+            a = normalised(x_t @ w.t(), p["norm_ih"], b, gates, by_gate)
+            a = a + normalised(h @ u.t(), torch.cat(v[:gates]), None, gates, by_gate)
+        else:
+            a = x_t @ w.t() + b + (0 if name.startswith("gru") else h @ u.t() + d)
+        if name == "rnn gradient":
+            h = a.tanh()
+        elif name == "dreamer":
+            r, n, z = normalised(a, torch.cat(v[:3]), torch.cat(v[3:]), 3, by_gate=False, eps=1e-3).chunk(3, -1)
+            z = (z - 1).sigmoid()
+            h = z * m * (r.sigmoid() * n).tanh() + (1 - z) * h
+        elif name.startswith("gru"):
+            (x_r, x_z, x_n), (u_r, u_z, u_n), (d_r, d_z, d_n) = a.chunk(3, -1), u.chunk(3), d.chunk(3)
+            r, z = (x_r + h @ u_r.t() + d_r).sigmoid(), (x_z + h @ u_z.t() + d_z).sigmoid()
+            reset = (r * h) @ u_n.t() + d_n if name == "gru before" else r * (h @ u_n.t() + d_n)
+            h = z * h + (1 - z) * m * (x_n + reset).tanh()
+        else:
+            i, *f, g, o = a.chunk(gates, -1)
+            if name.startswith("peephole"):
+                i, f = i + v[0] * c, [f[0] + v[1] * c]
+            i, g = i.sigmoid(), m * g.tanh()
+            keeps = f[0].sigmoid() if f else 1 - i if name == "coupled" else 1
+            c = within(keeps * c + i * g, layer.cell_clip)
+            o = o + v[2] * c if name.startswith("peephole") else o
+            h = o.sigmoid() * (torch.nn.functional.layer_norm(c, (H,), v[-2], v[-1]) if layer.cell_norm else c).tanh()
+            if layer.proj_size:
+                h = within(h @ p["weight_hr"].t(), layer.proj_clip)
+        if layer.grad_clip is not None and h.requires_grad:
+            h.register_hook(lambda grad: within(grad, layer.grad_clip))
+        outputs.append(h)
+    return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("options", [{}, {"recompute": True}, {"engine": "stepwise"}], ids=["cpu", "recompute", "stepwise"])
+@pytest.mark.parametrize("name", BOUNDED)
+def test_what_bounds_and_drops_is_its_equations(name: str, options: dict[str, Any], drawn: list[Any]) -> None:
+    layer = make_bounded(name, **options)
+    x = torch.randn(T, B, I, dtype=torch.float64, requires_grad=True)
+    for training in (True, False):
+        output, _ = layer.train(training)(x)
+        mask = drawn[-1][0][-1] if training and layer.candidate_dropout else None
+        assert training or drawn[-1] is None
+        truth = bounded_by_equations(layer, name, x, mask)
+        torch.testing.assert_close(output, truth)
+        leaves, cotangent = [x, *layer.parameters()], torch.randn_like(output)
+        for ours, theirs in zip(torch.autograd.grad(output, leaves, cotangent), torch.autograd.grad(truth, leaves, cotangent), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("name", ["lstm cell", "lstm gradient", "lstm projection"])
+def test_thresholds_are_reached_and_matter(name: str) -> None:
+    layer, plain = make_bounded(name), make_bounded(name)
+    for key in ("cell_clip", "grad_clip", "proj_clip"):
+        setattr(plain, key, None)
+    plain.load_state_dict(layer.state_dict())
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    ours, theirs = layer(x, return_states=True), plain(x, return_states=True)
+    first, second = (torch.autograd.grad(output.sum(), module.weight_hh_l0)[0] for module, (output, *_) in ((layer, ours), (plain, theirs)))
+    assert not torch.equal(first, second)
+    if name == "lstm cell":
+        c = ours[2][1]
+        assert c.abs().max() == 0.2
+        assert 0 < (c.abs() == 0.2).double().mean() < 1
+        assert theirs[2][1].abs().max() > 0.2
+    if name == "lstm projection":
+        assert ours[0].abs().max() == 0.1
+    if name == "lstm gradient":
+        assert torch.equal(ours[0], theirs[0])  # forward is not touched
+
+
+@pytest.mark.parametrize("name", ["lstm cell", "lstm projection", "lstm norm projection", "peephole all", "coupled"])
+def test_what_bounds_in_the_grammar_of_layers(name: str) -> None:
+    torch._dynamo.reset()
+    layer = make_bounded(name, num_layers=2, bidirectional=True, batch_first=True).eval()
+    P = layer.proj_size or H
+    x = torch.randn(B, T, I, dtype=torch.float64)
+    output, hx = layer(x)
+    assert output.shape == (B, T, 2 * P)
+    assert hx[0].shape == (4, B, P)
+    other = copy.deepcopy(layer)
+    other.reset_parameters()
+    other.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(other(x, hx)[0], layer(x, hx)[0])
+    lengths = torch.tensor([6, 2, 5, 1])
+    ragged, _ = layer(x, lengths=lengths)
+    for row, length in enumerate(lengths.tolist()):
+        torch.testing.assert_close(ragged[row, :length], layer(x[row : row + 1, :length])[0][0])
+    compiled, _ = torch.compile(layer, fullgraph=True, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, output)
+    leaves = list(layer.parameters())
+    for ours, theirs in zip(torch.autograd.grad(compiled.sum(), leaves), torch.autograd.grad(output.sum(), leaves), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(x.float())[0].dtype == torch.bfloat16
+    assert rnnkernels.explain(layer, x.float()).plans[0].engine == "cpu"
+    unbiased = make_bounded(name, bias=False)
+    assert unbiased(x[0])[0].shape == (T, P)
+
+
+@pytest.mark.parametrize("engine", ["cpu", "stepwise"])
+@pytest.mark.parametrize("name", ["lstm cell", "lstm norm projection", "peephole all", "gru before"])
+def test_a_stream_has_the_thresholds_and_notices_new_weights(name: str, engine: str) -> None:
+    layer = make_bounded(name, num_layers=2, engine=engine).eval()
+    x = torch.randn(T, B, I, dtype=torch.float64)
+    stream = layer.stream(B)
+    for _ in range(2):
+        torch.testing.assert_close(torch.stack([stream.step(x[t]) for t in range(T)]), layer(x)[0])
+        stream.reset()
+        with torch.no_grad():
+            for parameter in layer.parameters():
+                parameter.mul_(1.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_bounds_of_other_dtypes(dtype: torch.dtype) -> None:
+    layer = rnnkernels.PeepholeLSTM(I, H, dtype=dtype, **BOUNDED["peephole all"][1])
+    output, (_, c) = layer(torch.randn(T, B, I, dtype=dtype))
+    output.sum().backward()
+    assert output.dtype == dtype
+    assert c.abs().max() <= torch.tensor(0.2, dtype=dtype)
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_a_threshold_is_no_parameter_and_can_be_changed() -> None:
+    layer = rnnkernels.LSTM(I, H, cell_clip=0.1, grad_clip=0.5)
+    assert [name for name, _ in layer.named_parameters()] == ["weight_ih_l0", "weight_hh_l0", "bias_ih_l0", "bias_hh_l0"]
+    assert "cell_clip=0.1, grad_clip=0.5" in repr(layer)
+    x = torch.randn(T, B, I)
+    layer.cell_clip = layer.grad_clip = None
+    plain = rnnkernels.LSTM(I, H)
+    plain.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x)[0], plain(x)[0])
+    weight_v = torch.full((H,), 0.1, requires_grad=True)
+    output, *_ = ops.sequence("lstm_cell_clip", x, None, *plain._weights()[0], weight_v=weight_v)
+    assert torch.autograd.grad(output.sum(), weight_v)[0].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    ("make_layer", "text"),
+    [
+        (lambda: rnnkernels.LSTM(I, H, cell_clip=0), "cell_clip: expected a number above 0, or None, got 0"),
+        (lambda: rnnkernels.LSTM(I, H, grad_clip=-1.0), "grad_clip: expected a number above 0, or None, got -1.0"),
+        (lambda: rnnkernels.LSTM(I, H, grad_clip=float("nan")), "grad_clip: expected a number above 0, or None, got nan"),
+        (lambda: rnnkernels.GRU(I, H, cell_clip=1.0), "cell_clip: expected None for a layer without an LSTM's cell state, got 1.0"),
+        (lambda: rnnkernels.LSTM(I, H, cell_norm=True, cell_clip=1.0), "cell_clip: expected None for a layer with cell_norm, got 1.0"),
+        (lambda: rnnkernels.LSTM(I, H, proj_clip=1.0), "proj_clip: expected None for a layer without proj_size, got 1.0"),
+        (lambda: rnnkernels.RNN(I, H, candidate_dropout=0.1), "candidate_dropout: expected 0 for a layer that is no LSTM or GRU, got 0.1"),
+        (lambda: rnnkernels.LSTM(I, H, candidate_dropout=1.0), "candidate_dropout: expected a number from 0 to below 1, got 1.0"),
+        (lambda: rnnkernels.GRU(I, H, 1, True, False, 0.0, False, 2), "proj_size argument is only supported for LSTM, not RNN or GRU"),
+        (lambda: rnnkernels.IndRNN(I, H, proj_size=2), "proj_size argument is only supported for LSTM, not IndRNN"),
+        (lambda: rnnkernels.CoupledLSTM(I, H, proj_size=H), "proj_size has to be smaller than hidden_size"),
+    ],
+    ids=["zero", "negative", "nan", "no cell", "cell norm", "no projection", "no candidate", "all dropped", "gru", "indrnn", "too wide"],
+)
+def test_a_bound_is_refused(make_layer: Any, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        make_layer()

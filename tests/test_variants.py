@@ -141,8 +141,9 @@ def test_bad_input(name: str) -> None:
         layer(torch.zeros(1, 1, 1, SIZE, dtype=torch.float64))
     with pytest.raises(RuntimeError, match="input.size"):
         layer(torch.zeros(2, 1, SIZE + 1, dtype=torch.float64))
-    with pytest.raises(ValueError, match="proj_size"):
-        make(name, SIZE, H, proj_size=2)
+    projects = name.endswith("LSTM")
+    with pytest.raises(ValueError, match="proj_size has to be smaller" if projects else "proj_size argument is only supported"):
+        make(name, SIZE, H, proj_size=H if projects else 2)
     with pytest.raises(ValueError, match="engine must be one of"):
         make(name, SIZE, H, engine="warp")
 
@@ -361,3 +362,91 @@ def test_every_state_comes_out(name: str, cut: bool) -> None:
     assert layer(packed, return_states=True)[2][-1].shape == (4, 8, H)
     nothing = layer(x, return_states=True, lengths=torch.zeros(3, dtype=torch.int64))
     assert nothing[2][0].shape == (4, 3, 6, H)
+
+
+PERIODS = {"nested": (1, 2, 4), "others": (1, 3, 4), "late": (2, 6), "one": (1,)}
+
+
+def clockwork_by_hand(layer: Any, x: Tensor, hx: Tensor, first: int = 0) -> tuple[Tensor, Tensor]:
+    """The equation, module by module."""
+    n, k = len(layer.periods), layer.hidden_size // len(layer.periods)
+    finals = []
+    for depth in range(layer.num_layers):
+        outputs = []
+        for d, suffix in enumerate(("", "_reverse") if layer.bidirectional else ("",)):
+            w, u, b = (getattr(layer, f"{name}_l{depth}{suffix}") for name in ("weight_ih", "weight_hh", "bias_ih"))
+            b = b + getattr(layer, f"bias_hh_l{depth}{suffix}")
+            h, steps = hx[len(finals)], [x[0]] * len(x)
+            for t in reversed(range(len(x))) if d else range(len(x)):
+                parts = []
+                for i in range(n):
+                    rows = slice(i * k, (i + 1) * k)
+                    z = x[t] @ w[rows].t() + b[rows] + h[:, i * k :] @ u[rows, i * k :].t()
+                    parts.append(z.tanh() if (t + first) % layer.periods[i] == 0 else h[:, rows])
+                h = steps[t] = torch.cat(parts, 1)
+            outputs.append(torch.stack(steps))
+            finals.append(h)
+        x = torch.cat(outputs, -1)
+    return x, torch.stack(finals)
+
+
+@pytest.mark.parametrize("engine", ["auto", "stepwise"])
+@pytest.mark.parametrize("name", PERIODS)
+def test_clockwork(name: str, engine: str) -> None:
+    periods, T, B = PERIODS[name], 9, 3
+    torch.manual_seed(3)
+    for depth, both, first in ((1, False, 0), (2, True, 0), (1, False, 5)):
+        layer = rnnkernels.ClockworkRNN(
+            SIZE, 12, depth, periods=periods, bidirectional=both, engine=engine, dtype=torch.float64, recurrent_init="orthogonal"
+        )
+        blocks = torch.arange(12) // (12 // len(periods))
+        below = blocks.unsqueeze(1) > blocks
+        assert not layer.weight_hh_l0[below].any()
+        layer.weight_hh_l0.data[below] = 7.0  # counts for nothing
+        x = torch.randn(T, B, SIZE, dtype=torch.float64, requires_grad=True)
+        hx = torch.randn(depth * (1 + both), B, 12, dtype=torch.float64, requires_grad=True)
+        results, truth = layer(x, hx, first_step=first), clockwork_by_hand(layer, x, hx, first)
+        leaves = [x, hx, *layer.parameters()]
+        upstream = [torch.randn_like(t) for t in truth]
+        found, expected = (torch.autograd.grad(r, leaves, upstream) for r in (results, truth))
+        for a, b in zip((*results, *found), (*truth, *expected), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+        assert not found[3][below].any()
+
+
+def test_clockwork_in_every_layout() -> None:
+    layer = rnnkernels.ClockworkRNN(SIZE, 12, periods=(1, 2, 4), dtype=torch.float64)
+    first = copy.deepcopy(layer)
+    first.batch_first = True
+    x = torch.randn(6, 3, SIZE, dtype=torch.float64)
+    output, _ = layer(x)
+    torch.testing.assert_close(first(x.transpose(0, 1))[0], output.transpose(0, 1))
+    torch.testing.assert_close(layer(x[:, 1])[0], output[:, 1])
+    packed, last = layer(pack_sequence([x[:4, 0], x[:, 1], x[:1, 2]], enforce_sorted=False))
+    padded, ends = layer(x, lengths=torch.tensor([4, 6, 1]))
+    torch.testing.assert_close(pad_packed_sequence(packed)[0], padded)
+    torch.testing.assert_close(last, ends)
+    halves = layer(x[:3])
+    torch.testing.assert_close(layer(x[3:], halves[1], first_step=3)[0], output[3:])
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x)[0], output)
+
+
+def test_clockwork_refuses() -> None:
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"periods": (1, 2, 2)}, "periods: expected rising positive integers"),
+        ({"periods": ()}, "periods: expected rising"),
+        ({"periods": (1, 2, 4, 8, 16)}, "hidden_size: expected a multiple of the 5 modules"),
+        ({"periods": (1, 2), "zoneout": 0.1}, "takes no zoneout"),
+        ({"periods": (1, 2), "layer_norm": "gates"}, "takes no zoneout, recurrent_dropout, layer_norm"),
+        ({"nonlinearity": "cosine"}, "Unknown nonlinearity"),
+    ]
+    for options, text in cases:
+        with pytest.raises(ValueError, match=text):
+            rnnkernels.ClockworkRNN(SIZE, 12, **options)
+    layer = rnnkernels.ClockworkRNN(SIZE, 16)
+    with pytest.raises(ValueError, match="first_step: expected 0 or more, got -1"):
+        layer(torch.zeros(2, 1, SIZE), first_step=-1)
+    with pytest.raises(ValueError, match="first_step"):
+        layer.stream(1)

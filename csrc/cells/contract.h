@@ -67,8 +67,9 @@ struct Stage {
 
 // A vector of one learned number a unit. Its gradient is Σ da[slot] ⊙ factor over all steps and rows, which the engine takes. One: it is
 // the bias of a slot that U alone feeds. Itself: it enters anywhere, and backward leaves its gradient in the slot, which nothing feeds.
-// Kept: the kept value of the index `state`, beyond the slots.
-enum class Factor { One, OldState, NewState, Itself, Kept };
+// Kept: the kept value of the index `state`, beyond the slots. Fixed: it is not learned but given by the caller, and has no gradient (nor a
+// slot); such vectors come last.
+enum class Factor { One, OldState, NewState, Itself, Kept, Fixed };
 struct PerUnit {
   const char* name = nullptr;
   int slot = 0;
@@ -76,7 +77,7 @@ struct PerUnit {
   int state = 0;
 };
 
-constexpr int kMaxSlots = 20, kMaxStages = 4, kMaxStates = 4, kMaxVectors = 8, kMaxGiven = 8, kMaxSums = 8;
+constexpr int kMaxSlots = 20, kMaxStages = 4, kMaxStates = 4, kMaxVectors = 10, kMaxGiven = 8, kMaxSums = 8;
 
 // A page's shape with its defaults filled in: what engines, bindings and tests read.
 struct CellInfo {
@@ -240,11 +241,42 @@ constexpr CellInfo describe(const char* name, const char* page = "") {
   return info;
 }
 
-// The same as a compile-time constant, for templates over a page.
+// For pages made of others: one with another vector, the last.
+constexpr CellInfo with_vector(CellInfo info, PerUnit vector) {
+  info.vector[info.vectors++] = vector;
+  return info;
+}
+
+// And one with another slot, the last of a stage, kept and changed by it. What was at that place or after it moves one further.
+constexpr CellInfo with_slot(const CellInfo& from, int stage, Slot slot) {
+  CellInfo info = from;
+  const int at = from.stage[stage].first + from.stage[stage].count;
+  const unsigned below = (1u << at) - 1;
+  for (int i = at; i < from.slots; ++i) info.slot[i + 1] = from.slot[i];
+  info.slot[at] = slot;
+  ++info.slots;
+  for (int s = 0; s < info.stages; ++s) {
+    if (s > stage) ++info.stage[s].first;
+    if (from.stage[s].operand >= at) ++info.stage[s].operand;
+    if (from.changes[s] != ~0u) info.changes[s] = (from.changes[s] & below) | (from.changes[s] & ~below) << 1 | unsigned(s == stage) << at;
+  }
+  ++info.stage[stage].count;
+  info.unkept = (from.unkept & below) | (from.unkept & ~below) << 1;
+  for (int i = from.kept; i < at; ++i) info.unkept |= 1u << i;
+  info.kept = (from.kept > at ? from.kept : at) + 1;
+  for (int i = at; i < from.kept; ++i) info.keeper[i + 1] = from.keeper[i];
+  for (int i = 0; i < info.vectors; ++i) {
+    if (from.vector[i].slot >= at) ++info.vector[i].slot;
+    if (from.vector[i].factor == Factor::Kept && from.vector[i].state >= at) ++info.vector[i].state;
+  }
+  return info;
+}
+
+// A page's description as a compile-time constant, for templates over it.
 template <class Cell>
 struct InfoOf {
   static constexpr CellInfo value = describe<Cell>("");
-  static_assert(value.slots <= kMaxSlots, "the page is larger than the contract's tables");
+  static_assert(value.slots <= kMaxSlots && value.vectors <= kMaxVectors, "the page is larger than the contract's tables");
   static constexpr bool slots_in_stages() {
     for (int i = 0; i < value.slots; ++i) {
       int stages = 0;
@@ -279,6 +311,12 @@ struct InfoOf {
     }
     return true;
   }
+  static constexpr bool fixed_come_last() {
+    for (int i = 1; i < value.vectors; ++i)
+      if (value.vector[i - 1].factor == Factor::Fixed && value.vector[i].factor != Factor::Fixed) return false;
+    return true;
+  }
+  static_assert(fixed_come_last(), "the vectors that nothing learns come last");
   static_assert(vectors_have_slots(), "a vector's slot is there, fed by U alone for Factor::One, by nothing for Factor::Itself");
   static constexpr bool operands_survive() {
     for (int s = 0; s < value.stages; ++s)

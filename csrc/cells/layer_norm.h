@@ -35,7 +35,7 @@ struct LayerNorm {
   static constexpr CellInfo inner = InfoOf<Cell>::value;
   static constexpr int n = inner.hidden_slots(0), gains = n + inner.slots, moments = 2 * n;
   static_assert(n > 0 && inner.hidden_slots(1) == 0 && inner.hidden_slots(2) == 0, "layer norm is for pages with one matrix");
-  static_assert(inner.stages < kMaxStages && inner.writer == 0 && inner.given_slots() == 0, "layer norm goes on a page before all else");
+  static_assert(inner.stages < kMaxStages && inner.writer == 0, "layer norm goes on a page before all that adds stages");
   // The page's slot that U's j-th block feeds.
   RNN_FN static constexpr int fed(int j) {
     int i = 0;
@@ -56,7 +56,8 @@ struct LayerNorm {
       info.slot[gains + j] = {"", 0};
       info.vector[j] = {"gain", gains + j, Factor::Itself};
     }
-    for (int i = 0; i < inner.slots; ++i) info.slot[n + i] = {inner.slot[i].name, inner.slot[i].feeds & X ? unsigned(G) : 0};
+    for (int i = 0; i < inner.slots; ++i)
+      info.slot[n + i] = {inner.slot[i].name, inner.slot[i].feeds & X ? unsigned(G) : inner.slot[i].feeds & (G | M)};
     for (int i = 0; i < inner.vectors; ++i) {
       PerUnit vector = inner.vector[i];
       vector.slot = place(vector.slot);
@@ -96,7 +97,9 @@ struct LayerNorm {
       each<n>([&](auto j) { k[j.value] = e[j.value] = a[j.value]; });
     } else {
       V sums[inner.slots], own[inner.room()] = {};
-      each<inner.slots>([&](auto i) { sums[i.value] = inner.slot[i.value].feeds & X ? a[place(i.value)] : V(0); });
+      each<inner.slots>([&](auto i) {
+        sums[i.value] = inner.in_stage(S - 1, i.value) && (inner.slot[i.value].feeds & (X | G)) ? a[place(i.value)] : V(0);
+      });
       each<(S == 1 ? n : 0)>([&](auto j) { sums[fed(j.value)] = fma(w[j.value], normal(r, j.value).of(k[j.value]), sums[fed(j.value)]); });
       each<(S > 1 ? inner.kept : 0)>([&](auto i) { own[i.value] = k[place(i.value)]; });
       if constexpr (inner.moments() > 0)

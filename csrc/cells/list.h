@@ -3,6 +3,7 @@
 
 #include "cells/automatic.h"
 #include "cells/cell_norm.h"
+#include "cells/clip.h"
 #include "cells/dreamer.h"
 #include "cells/gru.h"
 #include "cells/layer_norm.h"

@@ -127,7 +127,13 @@ void test(const char* name) {
         }
       };
       vary(row.unit[n].x, dual.unit[n].x, cell.slots, [&](int i) { return (cell.slot[i].feeds & M) || !(cell.slot[i].feeds & (X | G)); });
-      vary(row.unit[n].w, dual.unit[n].w, cell.vectors, [](int) { return false; });
+      vary(row.unit[n].w, dual.unit[n].w, cell.vectors, [&](int i) { return cell.vector[i].factor == Factor::Fixed; });
+      // Thresholds that some values reach; a clipped gradient is not forward's, and has a test of its own.
+      for (int i = 0; i < cell.vectors; ++i)
+        if (cell.vector[i].factor == Factor::Fixed) {
+          const bool of_gradient = std::string(cell.vector[i].name) == "grad_clip";
+          dual.unit[n].w[i] = D(row.unit[n].w[i] = F(of_gradient ? 1e9 : std::fabs(value(row.unit[n].w[i]))));
+        }
       vary(row.unit[n].s, dual.unit[n].s, cell.states, [](int) { return false; });
     }
     for (int i = 0; i < cell.slots; ++i)
@@ -153,7 +159,8 @@ void test(const char* name) {
       for (int i = 0; i < cell.slots; ++i) backward_sum += value(u.k[i]) * *tangent++;
       for (int i = 0; i < cell.vectors; ++i) {
         const PerUnit& vector = cell.vector[i];
-        const double factor = !cell.has_factor(i)                 ? 1
+        const double factor = vector.factor == Factor::Fixed      ? 0
+                              : !cell.has_factor(i)               ? 1
                               : vector.factor == Factor::Kept     ? value(before.unit[n].k[vector.state])
                               : vector.factor == Factor::OldState ? value(u.s[vector.state])
                                                                   : value(u.s1[vector.state]);
@@ -179,6 +186,21 @@ struct Leaky {
     s1[0] = fma(sigmoid(w[0]), tanh(a[0]) - s[0], s[0]);
   }
 };
+
+// A clipped gradient goes through the page as any other does.
+void test_grad_clip() {
+  const F a[] = {F(0.3)}, k[] = {F(0.5)}, w[] = {F(2)}, s[] = {F(0)}, s1[] = {F(0.5)};
+  for (const double given : {-5.0, -2.0, 0.7, 3.0}) {
+    F clipped[1], plain[1], d[1] = {F(0)};
+    clipped[0] = plain[0] = k[0];
+    GradClip<Srn<Tanh>>::backward<0>(F(given), w, s, s1, clipped, d);
+    Srn<Tanh>::backward<0>(F(std::fmin(std::fmax(given, -2.0), 2.0)), w, s, s1, plain, d);
+    check(value(clipped[0]) == value(plain[0]), "a gradient of %g is clipped to %g", given, value(clipped[0]));
+    F made[2];
+    GradClip<Srn<Tanh>>::forward<0>(a, w, s, made, made + 1);
+    check(value(made[0]) == std::tanh(0.3) || std::fabs(value(made[0]) - std::tanh(0.3)) < 1e-15, "forward is the page's");
+  }
+}
 
 // With its own backward and with the automatic one, which both must be forward's transpose.
 template <class Page>
@@ -207,5 +229,18 @@ int main() {
   test<Zoneout<LayerNorm<CellNormLstm, true>>>("lstm, both norms, zoneout");
   test<Variational<Zoneout<LayerNorm<CellNormLstm, false>>>>("lstm, all modifiers");
   test<Variational<LayerNorm<PeepholeLstm, true>>>("lstm_peephole, norm, variational");
+  test_grad_clip();
+  test<CellClip<PeepholeLstm>>("lstm_peephole, cell clip");
+  test<Zoneout<CellClip<CoupledLstm>>>("lstm_coupled, cell clip, zoneout");
+  test<CellClip<CandidateDropout<NoForgetLstm>>>("lstm_no_forget, candidate, cell clip");
+  test<CandidateDropout<GruResetBefore>>("gru_reset_before, candidate");
+  test<CandidateDropout<DreamerGru>>("gru_dreamer, candidate");
+  test<CandidateDropout<CellNormLstm>>("lstm_cell_norm, candidate");
+  test<Projected<CoupledLstm>>("lstm_coupled, projected");
+  test<Zoneout<ProjClip<Projected<NoForgetLstm>>>>("lstm_no_forget, projected and clipped, zoneout");
+  test<Projected<CellNormLstm>>("lstm_cell_norm, projected");
+  test<Projected<LayerNorm<CellNormLstm, true>>>("lstm, both norms, projected");
+  test<GradClip<Zoneout<ProjClip<Projected<LayerNorm<CellClip<CandidateDropout<PeepholeLstm>>, false>>>>>>("all that goes together");
+  test<Variational<GradClip<Zoneout<LayerNorm<CandidateDropout<CellNormLstm>, true>>>>>("and the rest");
   return check_failures != 0;
 }

@@ -45,7 +45,7 @@ __all__ = [
 
 ENGINES = ("auto", "cpu", "stepwise", *PERSISTENT, "torch")
 _COUNT = len(Weights._fields)
-_GRU = re.compile("gru(_layer_norm|_gate_norm|_zoneout|_dropout)*")
+_GRU = re.compile("gru(_candidate|_layer_norm|_gate_norm|_zoneout|_grad_clip|_dropout)*")
 _RUNS: dict[str, Any] = {"cpu": cpu, "stepwise": steps, **dict.fromkeys(PERSISTENT, steps)}
 
 
@@ -529,7 +529,8 @@ def sequence(
         weight_ih, weight_hh, bias_ih, bias_hh, weight_hr: as in torch.nn: ``[gates·H, I]``, ``[gates·H, P]``, ``[gates·H]``,
             ``[gates·H]``, ``[P, H]``. weight_hh is None for a cell without a matrix, weight_hr for one without a projection, weight_ih for
             one that the input does not feed, whose input then only says how many steps and rows there are.
-        weight_v: ``[vectors·H]``, for cells that multiply a state by a number a unit (peephole LSTM, IndRNN), None for others.
+        weight_v: ``[vectors·H]``, for cells that multiply a state by a number a unit (peephole LSTM, IndRNN), None for others. The last
+            blocks are those that nothing learns, thresholds of clipping, in the order of ``CELLS[cell].fixed``: their gradient is zero.
         batch_sizes: how many rows take part in each step, non-increasing, on the CPU.
         lengths: ``[B]``, int64 on the CPU, from 0 to T in any order: how many steps each row of a padded batch has. Results past them are
             zero; a row's final state is that after its own last step, with which ``reverse`` starts.

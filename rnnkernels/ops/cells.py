@@ -35,7 +35,8 @@ class Cell:
     hidden_runs: tuple[tuple[int, int, int], ...]  # consecutive slots that U feeds: first row block of weight_hh, first slot, last slot + 1
     bias_runs: tuple[tuple[int, int, int], ...]  # likewise those with a row block in bias_hh, by that
     stage_rows: tuple[tuple[int, int], ...]  # of each stage: first and last + 1 row block of weight_hh; (0, 0): none
-    learned: int  # row blocks of weight_v
+    learned: int  # row blocks of weight_v, those that nothing learns with them
+    fixed: tuple[str, ...]  # the latter's names: they are the last, the caller's, and have no gradient
     given: tuple[int, ...]  # the slots that the caller feeds
     projection: int  # the slot that a projection feeds, or -1
     page: str  # in C++
@@ -86,6 +87,7 @@ def _cell(index: int, d: dict[str, Any]) -> Cell:
         tuple(bias_runs),
         tuple(rows),
         sum(learned for _, _, learned, *_ in d["vectors"]),
+        tuple(name for name, _, _, factor, _ in d["vectors"] if factor == "fixed"),
         tuple(i for i, (*_, given, _) in enumerate(slots) if given),
         projection,
         d["page"],
@@ -344,11 +346,14 @@ def before_each_token(s: Sizes, states: Tensor, initial: Tensor | None, rows: Te
 
 
 def grad_vectors(s: Sizes, gates: Tensor, kept: Tensor, states: Seq[Tensor], after: Seq[Tensor], rows: Tensor | None) -> Tensor:
-    """Of weight_v: sums over all tokens of a slot's gradient times what the vector multiplied."""
+    """Of weight_v: sums over all tokens of a slot's gradient times what the vector multiplied; zero for what nothing learns."""
     H, number = s.hidden, torch.promote_types(gates.dtype, torch.float32)
     sums = []
     for _, slot, learned, factor, i in s.cell.vectors:
         if not learned:
+            continue
+        if factor == "fixed":
+            sums.append(gates.new_zeros(H, dtype=number))
             continue
         grad = gates[:, slot * H : (slot + 1) * H].to(number)
         if factor == "old":

@@ -249,6 +249,8 @@ def backward(
 def _grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:
     if grad_v is None:
         return []
+    if cell.fixed:
+        grad_v[-len(cell.fixed) * H :].zero_()  # the engine leaves them as they are
     addresses, row = [], 0
     for _, _, learned, *_ in cell.vectors:
         addresses.append(grad_v[row * H :].data_ptr() if learned else 0)

@@ -28,6 +28,7 @@ _INCLUDE = Path(_C.__file__).parent / "include"
 _LINE = re.compile(r"^\s*RNN_CELL\s*\(\s*(\w+)\s*,\s*(HOT|COLD)\s*,", re.MULTILINE)
 _libraries: list[Any] = []  # they stay: layers may run them to the end
 _sources: dict[str, str] = {}
+_made_of: dict[str, list[str]] = {}  # of the combinations that were compiled: the cell and its modifiers
 _on_gpu: set[str] = set()
 _lock = threading.RLock()
 
@@ -87,9 +88,14 @@ def _load(name: str, text: str, shown: str) -> None:
 
 
 _WRAPPERS = {
+    "candidate": "CandidateDropout<{}>",
+    "cell_clip": "CellClip<{}>",
     "layer_norm": "LayerNorm<{}, false>",
     "gate_norm": "LayerNorm<{}, true>",
+    "projected": "Projected<{}>",
+    "proj_clip": "ProjClip<{}>",
     "zoneout": "Zoneout<{}>",
+    "grad_clip": "GradClip<{}>",
     "dropout": "Variational<{}>",
 }
 
@@ -97,7 +103,8 @@ _WRAPPERS = {
 def modified(cell: str, modifiers: Sequence[str]) -> str:
     """The cell with these modifiers, in the order of the table above; one that is not in the library is compiled."""
     name = "_".join([cell, *modifiers])
-    if not modifiers or (name in CELLS and name not in _sources):
+    # Known ones by lookups alone, which torch.compile can trace.
+    if not modifiers or (name in CELLS and (name not in _sources or _made_of.get(name) == [cell, *modifiers])):
         return name
     page = f"Complete<{CELLS[cell].page}>"
     for modifier in modifiers:
@@ -111,6 +118,7 @@ def modified(cell: str, modifiers: Sequence[str]) -> str:
         if _sources.get(name, text) != text:
             raise ValueError(f"the cell {cell!r} with {', '.join(modifiers)} would be called {name!r}, as one that was loaded is")
         _load(name, text, f"{cell} with {', '.join(modifiers)}")
+        _made_of[name] = [cell, *modifiers]
     return name
 
 

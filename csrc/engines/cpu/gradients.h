@@ -50,6 +50,7 @@ class Gradients {
       }
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
+        if (vector.factor == Factor::Fixed) continue;
         store(!w.cell.has_factor(i) ? slot_sums(vector.slot * w.p.hidden + begin) : vector_sums(i * w.p.hidden + begin), g.grad_vectors[i],
               0);
       }
