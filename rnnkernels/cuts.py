@@ -6,13 +6,14 @@ batch of its own. Time comes first throughout.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Clock", "Cut", "Segments", "gather", "join", "segments", "spread", "start"]
+__all__ = ["Clock", "Cut", "Segments", "clock", "gather", "join", "segments", "spread", "start"]
 
 
 @dataclass(frozen=True)
@@ -82,18 +83,14 @@ def segments(T: int, B: int, lengths: Tensor | None, reset_mask: Tensor | None) 
 @dataclass(frozen=True)
 class Clock:
     """Which of a layer's modules, ``module`` units each, are due in which steps: ``due [T, modules]``. Units of the others keep their
-    state, and a module reads itself and those after it. ``nested``: before a module that is due all are.
+    state, and a module reads itself and those after it. ``units [T]``: where the last module that is due ends; ``nested``: before it all
+    are due.
     """
 
     due: Tensor
+    units: Tensor
     module: int
     nested: bool
-
-    @property
-    def units(self) -> Tensor:
-        """``[T]``: where the last module that is due ends."""
-        places = torch.arange(1, self.due.shape[1] + 1)
-        return (self.due * places).amax(1) * self.module
 
     def held(self, batch: int, batch_sizes: Tensor | None, like: Tensor) -> Tensor:
         """Ones for the units that keep their state, zeros for the others, as the input's tokens lie."""
@@ -106,6 +103,13 @@ class Clock:
         """Ones where U has a weight."""
         block = torch.arange(self.due.shape[1], device=like.device).repeat_interleave(self.module)
         return (block.unsqueeze(1) <= block).to(like.dtype)
+
+
+def clock(periods: Sequence[int], module: int, steps: int, first: int) -> Clock:
+    """That of steps from ``first`` on, in which the modules are due whose period divides the step."""
+    due = (torch.arange(first, first + steps).unsqueeze(1) % torch.tensor(periods)) == 0
+    units = (due * torch.arange(1, len(periods) + 1)).amax(1) * module
+    return Clock(due, units, module, all(b % a == 0 for a, b in itertools.pairwise(periods)))
 
 
 def gather(given: Tensor, cut: Segments, T: int, B: int) -> Tensor:

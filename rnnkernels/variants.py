@@ -8,6 +8,7 @@ number a unit has ``weight_v_l0`` too.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from . import ops
-from .cuts import Clock
+from .cuts import Clock, clock
 from .modules import WEIGHT_NAMES, _Cell, _checked_engine, _Layer, _pair, _PairCell, _PairLayer, reshape
 
 __all__ = [
@@ -37,6 +38,9 @@ __all__ = [
     "ResidualRNN",
     "ResidualRNNCell",
 ]
+
+
+_kept_clock = functools.lru_cache(maxsize=64)(clock)
 
 
 def _with_nonlinearity(family: str, nonlinearity: str) -> str:
@@ -281,9 +285,8 @@ class ClockworkRNN(_Variant):
                     weight_hh *= self._clock(1, 0).connected(weight_hh)
 
     def _clock(self, steps: int, first: int) -> Clock:
-        due = (torch.arange(first, first + steps).unsqueeze(1) % torch.tensor(self.periods)) == 0
-        nested = all(b % a == 0 for a, b in itertools.pairwise(self.periods))
-        return Clock(due, self.hidden_size // len(self.periods), nested)
+        make = clock if torch.compiler.is_compiling() else _kept_clock
+        return make(self.periods, self.hidden_size // len(self.periods), steps, first)
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, periods={self.periods}"

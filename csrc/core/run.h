@@ -56,7 +56,7 @@ struct Forward {
   const void* vectors[kMaxVectors];  // [H], or null for zero
   const void* initial[kMaxStates];   // [B, width], or null for zero
   Given given[kMaxGiven];
-  Given reset[kMaxStates];  // by the token that is marked; null for zero
+  Given reset[kMaxStates];    // by the token that is marked; null for zero
   void* final[kMaxStates];    // [B, width]
   void* output;               // [N, P]: state 0 after each step
   void* history[kMaxStates];  // [N, H]: the other states after each step, or null for inference

@@ -391,8 +391,10 @@ def _check_cuts(spec: Cell, call: Call, T: int, B: int, H: int, P: int, concrete
         raise RuntimeError(f"units: expected a cell of one slot with a matrix and a module of at least 1, got {spec.name!r}, {call.module}")
     if call.units.shape != (T,) or call.units.dtype is not torch.int64:
         raise RuntimeError(f"units: expected torch.int64 of shape ({T},), got {call.units.dtype} of shape {tuple(call.units.shape)}")
-    if concrete and (int(call.units.min()) < 0 or int(call.units.max()) > H):
-        raise ValueError(f"units: expected 0 to {H}, got {int(call.units.min())} to {int(call.units.max())}")
+    if concrete:
+        fewest, most = map(int, torch.aminmax(call.units))
+        if fewest < 0 or most > H:
+            raise ValueError(f"units: expected 0 to {H}, got {fewest} to {most}")
 
 
 def _hidden(spec: Cell, weights: Weights) -> int:

@@ -107,8 +107,7 @@ class Gradients {
         tokens.push_back({t, row, w.offsets[size_t(t)] + row});
       }
     if (w.p.units)
-      std::stable_sort(tokens.begin(), tokens.end(),
-                       [&](const Token& a, const Token& b) { return w.p.units[a.step] > w.p.units[b.step]; });
+      std::stable_sort(tokens.begin(), tokens.end(), [&](const Token& a, const Token& b) { return w.p.units[a.step] > w.p.units[b.step]; });
     return tokens;
   }
   // How many of them have the unit.

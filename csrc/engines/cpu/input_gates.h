@@ -120,8 +120,9 @@ class InputGates {
     for (int64_t i = 0; i < own.count; ++i)
       for (int64_t panel = own[i] * finer; panel < (own[i] + 1) * finer; ++panel) {
         const int64_t unit = panel * blocks * w.m.lanes;
-        panels(panel, panel + 1,
-               std::partition_point(chunk.units.begin(), chunk.units.end(), [&](int64_t units) { return units > unit; }) - chunk.units.begin());
+        panels(panel, panel + 1, std::partition_point(chunk.units.begin(), chunk.units.end(), [&](int64_t units) {
+                                   return units > unit;
+                                 }) - chunk.units.begin());
       }
   }
 

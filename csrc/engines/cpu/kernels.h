@@ -93,7 +93,7 @@ RNN_FN void transpose(V (&square)[V::lanes]) {
 }
 
 template <class V, class S>
-void pack(const void* weights, const Product& p, int blocks, int64_t begin, int64_t end, void* packed) {
+void pack(const void* weights, const Product& p, int blocks, int64_t begin, int64_t end, int64_t first, void* packed) {
   using T = typename V::element;
   constexpr int L = V::lanes;
   const S* w = static_cast<const S*>(weights);
@@ -104,7 +104,7 @@ void pack(const void* weights, const Product& p, int blocks, int64_t begin, int6
       const int64_t column = v % p.columns, unit = (panel * blocks + v / p.columns) * L;
       const int64_t left = p.units - unit;
       const S* rows = w + (column * p.units + (left > 0 ? unit : 0)) * p.depth;
-      for (int64_t k = 0; k < p.depth; k += L) {
+      for (int64_t k = first; k < p.depth; k += L) {
         const int n = int(p.depth - k < L ? p.depth - k : L);
         V square[L];
         for (int lane = 0; lane < L; ++lane) square[lane] = lane < left ? V::load(rows + lane * p.depth + k, n) : V(0);

@@ -14,11 +14,7 @@ class Prepared {
   Prepared& operator=(const Prepared&) = delete;
 
   void pack(const Walk::Member& me) const {
-    for (int s = 0; s < w.cell.stages; ++s) {
-      void* const packed = at(f.workspace, w.memory.packed[s]);
-      w.pack(me, w.products[s], w.plan_.blocks[s], f.weights[s], packed);
-      w.clear_below_blocks(me, s, false, packed);
-    }
+    for (int s = 0; s < w.cell.stages; ++s) w.pack_matrix(me, s, f.weights[s], at(f.workspace, w.memory.packed[s]));
     if (!w.p.complete) input.start(me);
   }
 
@@ -83,9 +79,7 @@ class Prepared {
             if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
             return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);
           },
-          [&](int64_t unit) {
-            return p.units ? Walk::Depth{unit / p.module * p.module, w.products[s].depth} : w.whole(s);
-          },
+          [&](int64_t unit) { return p.units ? Walk::Depth{unit / p.module * p.module, w.products[s].depth} : w.whole(s); },
           [&](RowSet rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, units, w.plan_.blocks[s], sums); });
       if (units < w.width_of_stage(s)) hold(me, step, active, units);
     }

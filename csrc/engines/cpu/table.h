@@ -33,8 +33,8 @@ struct NumberOps {
 };
 
 struct StorageOps {
-  // Panels [begin, end) of weights [columns·units, depth].
-  void (*pack)(const void* weights, const Product&, int blocks, int64_t begin, int64_t end, void* packed);
+  // Panels [begin, end) of weights [columns·units, depth], of each row what comes from column `first` on.
+  void (*pack)(const void* weights, const Product&, int blocks, int64_t begin, int64_t end, int64_t first, void* packed);
   // Rows [first, last) of panels [begin, end) of a matrix [depth, units] given by the addresses of its rows, null for zeros.
   void (*spread)(const void* const* rows, const Product&, int blocks, int64_t begin, int64_t end, int64_t first, int64_t last,
                  void* packed);

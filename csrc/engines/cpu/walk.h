@@ -64,6 +64,7 @@ class Walk {
         active[size_t(t)] = n;
       }
     }
+    if (p.units) share_panels();
     if (p.resets) {
       marks.resize(size_t(p.steps * p.batch));
       int32_t number = 0;
@@ -138,17 +139,21 @@ class Walk {
     return {first, split(active, me.row_groups, me.row_group + 1) - first, 1, in};
   }
 
-  // The panels of stage s that a unit group owns. They lie side by side; but where steps end at a unit, the groups take turns.
+  // The panels of stage s that a unit group owns. They lie side by side; but where steps end at a unit, each group takes those that make
+  // about as much work as another's.
   struct Panels {
     int64_t first, count;
-    int stride;
-    int64_t operator[](int64_t i) const { return first + i * stride; }
+    const int64_t* chosen;
+    int64_t operator[](int64_t i) const { return chosen ? chosen[i] : first + i; }
   };
   Panels panels_of(const Member& me, int s) const {
     const int64_t panels = panel_count(m, products[s], plan_.blocks[s]);
-    if (p.units) return {me.unit_group, panels > me.unit_group ? ceil_div(panels - me.unit_group, me.unit_groups) : 0, me.unit_groups};
+    if (p.units && me.unit_groups == plan_.unit_groups) {
+      const std::vector<int64_t>& share = shares[size_t(me.unit_group)];
+      return {0, int64_t(share.size()), share.data()};
+    }
     const int64_t first = split(panels, me.unit_groups, me.unit_group);
-    return {first, split(panels, me.unit_groups, me.unit_group + 1) - first, 1};
+    return {first, split(panels, me.unit_groups, me.unit_group + 1) - first, nullptr};
   }
   // The units of stage s among which are all that a unit group owns.
   struct Units {
@@ -174,7 +179,7 @@ class Walk {
   void pack(const Member& me, const Product& product, int blocks, const void* weights, void* packed) const {
     if (!product.depth || p.complete) return;
     const int64_t panels = panel_count(m, product, blocks);
-    storage.pack(weights, product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), packed);
+    storage.pack(weights, product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), 0, packed);
   }
   void pack_transposed(const Member& me, const Product& product, int blocks, const void* weights, void* packed) const {
     if (!product.depth || p.complete) return;
@@ -185,7 +190,16 @@ class Walk {
                    packed);
   }
 
-  // With modules: zeros for what lies below the blocks of the matrix in this member's panels of it, as far as a product reads them.
+  // A stage's matrix: with modules, of each panel what its product reads.
+  void pack_matrix(const Member& me, int s, const void* weights, void* packed) const {
+    const int blocks = plan_.blocks[s];
+    if (!p.units) return pack(me, products[s], blocks, weights, packed);
+    const int64_t panels = panel_count(m, products[s], blocks);
+    for (int64_t panel = split(panels, me.members, me.id); panel < split(panels, me.members, me.id + 1); ++panel)
+      storage.pack(weights, products[s], blocks, panel, panel + 1, panel * blocks * m.lanes / p.module * p.module, packed);
+    clear_below_blocks(me, s, false, packed);
+  }
+  // Zeros for what lies below the blocks of the matrix in this member's panels of it, as far as a product reads them.
   void clear_below_blocks(const Member& me, int s, bool transposed, void* packed) const {
     if (!p.units) return;
     const int64_t width = plan_.blocks[s] * m.lanes, panels = panel_count(m, products[s], plan_.blocks[s]);
@@ -356,10 +370,21 @@ class Walk {
   std::vector<int64_t> order;    // with lengths: the rows, the longest first
 
  private:
-  const int32_t* marks_at(int64_t t) const {
-    return p.resets && t > 0 && t < p.steps ? marks.data() + t * p.batch : nullptr;
+  // The panels, that which takes part in most steps first, each to the group that has least to do so far.
+  void share_panels() {
+    shares.resize(size_t(plan_.unit_groups));
+    std::vector<int64_t> steps(shares.size());
+    for (int64_t panel = 0; panel < panel_count(m, products[0], plan_.blocks[0]); ++panel) {
+      const auto least = size_t(std::min_element(steps.begin(), steps.end()) - steps.begin());
+      shares[least].push_back(panel);
+      const int64_t unit = panel * plan_.blocks[0] * m.lanes;
+      steps[least] += std::count_if(p.units, p.units + p.steps, [&](int64_t units) { return units > unit; });
+    }
   }
 
+  const int32_t* marks_at(int64_t t) const { return p.resets && t > 0 && t < p.steps ? marks.data() + t * p.batch : nullptr; }
+
+  std::vector<std::vector<int64_t>> shares;   // with units: the panels of each unit group
   std::vector<int64_t> active;                // with lengths: how many rows take part in each step
   std::vector<int32_t> marks;                 // with resets: by token, the number of its mark, or -1 where there is none or no effect
   const std::unique_ptr<Barrier[]> barriers;  // one a row group
