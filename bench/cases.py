@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rnnkernels import functional, ops
+from rnnkernels import cuts, ops
 
 # The cells that torch.nn has, by the names that reports know them by; all others are those of cells.def.
 IN_TORCH = {"lstm": "lstm", "gru": "gru", "srn": "srn_tanh"}
@@ -20,6 +20,9 @@ PASSES = ("inference", "training")
 # What a batch is to a layer: "padded", every row T steps; "lengths", every row another length, unsorted; "one_short", a single row ends
 # early, the least that can be said about lengths; "resets", episodes end within the rows; "packed", the lengths as a PackedSequence.
 PADDED, LENGTHS, ONE_SHORT, RESETS, PACKED = LAYOUTS = ("padded", "lengths", "one_short", "resets", "packed")
+# Padded, but each step computes only those of a simple recurrent network's modules that are due.
+CLOCKWORK = "clockwork"
+PERIODS = (1, 2, 4, 8, 16, 32, 64, 128)
 # Of all tokens, those at which an episode begins anew.
 RESET_SHARE = 0.02
 # The longest loop that is given to torch.compile.
@@ -76,6 +79,24 @@ class Case:
         return torch.zeros(self.T * self.B, dtype=torch.bool).index_fill(0, marked, True).view(self.T, self.B)
 
     @property
+    def clock(self) -> cuts.Clock | None:
+        """Of a clockwork network of eight modules, or None."""
+        return cuts.clock(PERIODS, self.H // len(PERIODS), self.T, 0) if self.layout == CLOCKWORK else None
+
+    @property
+    def units_share(self) -> float:
+        """Of all units, those that a step computes, in the mean."""
+        return 1.0 if self.clock is None else float(self.clock.units.double().mean()) / self.H
+
+    @property
+    def weights_share(self) -> float:
+        """Of U, what they read."""
+        if self.clock is None:
+            return 1.0
+        columns = self.H - torch.arange(len(PERIODS)) * self.clock.module
+        return float((self.clock.due * columns).sum(1).double().mean()) * self.clock.module / self.H**2
+
+    @property
     def tokens(self) -> int:
         """Steps of all rows together, without the padding."""
         return self.T * self.B if self.lengths is None else int(self.lengths.sum())
@@ -83,13 +104,14 @@ class Case:
     @property
     def recurrent_flops(self) -> int:
         """U h, and U' dG in training: what has to be done step by step."""
-        return (2 if self.training else 1) * 2 * self.tokens * self.page.hidden_gates * self.H * self.H
+        return round((2 if self.training else 1) * 2 * self.tokens * self.page.hidden_gates * self.H * self.H * self.weights_share)
 
     @property
     def outside_flops(self) -> int:
         """W x; in training dW, dx and dU too: large products over all steps at once."""
-        to_input = 2 * self.tokens * self.page.input_gates * self.H * self.I
-        return 3 * to_input + 2 * self.tokens * self.page.hidden_gates * self.H * self.H if self.training else to_input
+        to_input = round(2 * self.tokens * self.page.input_gates * self.H * self.I * self.units_share)
+        of_weights = round(2 * self.tokens * self.page.hidden_gates * self.H * self.H * self.weights_share)
+        return 3 * to_input + of_weights if self.training else to_input
 
     @property
     def flops(self) -> int:
@@ -99,12 +121,12 @@ class Case:
     def weight_bytes(self) -> int:
         """U, read once a step (and once more a step in training); in streaming W too."""
         depth = self.H + (self.I if self.direction == "streaming" else 0)
-        return self.page.hidden_gates * self.H * depth * DTYPES[self.dtype].itemsize
+        return round(self.page.hidden_gates * self.H * depth * DTYPES[self.dtype].itemsize * self.weights_share)
 
     @property
     def sweeps(self) -> int:
         """How many times U is read, at least: what a reset parts need not wait for each other."""
-        steps = self.T if self.reset_mask is None else len(functional.segments(self.T, self.B, None, self.reset_mask).batch_sizes)
+        steps = self.T if self.reset_mask is None else len(cuts.segments(self.T, self.B, None, self.reset_mask).batch_sizes)
         return steps * (2 if self.training else 1)
 
     def facts(self) -> dict[str, Any]:
@@ -143,6 +165,7 @@ PRESETS = {
     # 20, so that "cells" cannot have it. All peers of a case run its T, so ratios to the plain loop are to be taken from one preset.
     "compiled": (Preset(OTHERS, PASSES, (COMPILED_STEPS,), (1, 16), (128,)),),
     "inside": (Preset(tuple(IN_TORCH), PASSES, (100,), (16, 64), (128, 256), LAYOUTS[1:]),),
+    "clockwork": (Preset(("srn_tanh",), PASSES, (100, 1000), (1, 16), (512,), (CLOCKWORK,)),),
     "figures": (
         Preset(("lstm",), ("inference",), (100,), (1,), (64, 128, 256, 512, 1024)),
         Preset(("gru", "srn"), ("training",), (100,), (1,), (128, 256)),

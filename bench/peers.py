@@ -183,7 +183,9 @@ class Loop:
     def prepare(self, case: Case, problem: Problem) -> Runner:
         leaves = {name: weight.clone().requires_grad_(case.training) for name, weight in problem.weights.items()}
         input = problem.input.clone().requires_grad_(case.training and case.page.input_gates > 0)
-        options = {"given": problem.given} if problem.given else {}
+        options: dict[str, Any] = {"given": problem.given} if problem.given else {}
+        if case.clock is not None:
+            options |= {"units": case.clock.units, "module": case.clock.module}
 
         def forward() -> Results:
             weights = {"weight_ih": None, "weight_hh": None, **leaves}
@@ -260,7 +262,7 @@ class Plain:
         if case.cell in IN_TORCH:
             return OURS.prepare(replace(case, layout=PADDED), problem)
         width = case.I if case.page.input_gates else 0
-        plain = replace(case, cell=BY_PRODUCTS[case.page.hidden_gates], I=width)
+        plain = replace(case, cell=BY_PRODUCTS[case.page.hidden_gates], I=width, layout=PADDED)
         return Loop(self.name, ops.sequence).prepare(plain, make_sequence(plain))
 
 

@@ -38,6 +38,7 @@ SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
         ("cells", 12 * len(OTHERS)),
         ("compiled", 4 * len(OTHERS)),
         ("inside", 3 * 4 * 2 * 2 * 2),
+        ("clockwork", 2 * 2 * 2),
     ],
 )
 def test_presets(preset, size):
@@ -48,7 +49,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "compiled", "inside", "figures"}
+    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "compiled", "inside", "clockwork", "figures"}
 
 
 def test_work_is_counted():
@@ -89,6 +90,16 @@ def test_a_cell_that_torch_lacks_is_held_against_a_loop(cell, direction):
     assert not found["wrong"]
     assert found["unavailable"] == {"torch": f"torch.nn has no cell {cell}"}
     assert found["speedup"]["loop"]["median"] > 0
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_clockwork_is_checked_and_timed(direction):
+    case = replace(SMALL, cell="srn_tanh", direction=direction, T=8, H=16, layout="clockwork")
+    assert case.units_share == (16 + 2 + 4 + 2 + 6 + 2 + 4 + 2) / 8 / 16
+    found = run_case(case, ["loop", "plain", "rnnkernels"], 0, roofs.Roofs())
+    assert not found["wrong"]
+    assert found["speedup"]["loop"]
+    assert found["over_plain"]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
