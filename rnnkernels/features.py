@@ -32,6 +32,10 @@ CELL_OPTIONS: dict[str, tuple[Any, ...]] = {
     "layer_norm": (None, "gates", "gate"),
     "zoneout": (0.0, 0.5),
     "recurrent_dropout": (0.0, 0.5),
+    "candidate_dropout": (0.0, 0.5),
+    "cell_clip": (None, 1.0),
+    "proj_clip": (None, 1.0),
+    "grad_clip": (None, 1.0),
 }
 # A value to try where neither the default nor the annotation suggests one.
 VALUES: dict[str, Any] = {"recurrent_init": "identity", **{name: values[-1] for name, values in CELL_OPTIONS.items()}}
@@ -130,9 +134,15 @@ def accepted(layer: type[nn.Module], options: dict[str, Any]) -> bool | None:
     return True
 
 
+def taken(layer: type[nn.Module], option: str, value: Any) -> bool | None:
+    """Likewise of one, which may need a projection beside it."""
+    alone = accepted(layer, {option: value})
+    return accepted(layer, {"proj_size": 1, option: value}) if alone is False else alone
+
+
 def cells_of(layer: type[nn.Module]) -> Iterator[str]:
     """All that some combination of options runs, and that are built."""
-    known = {name: values for name, values in CELL_OPTIONS.items() if accepted(layer, {name: values[-1]}) is not False}
+    known = {name: values for name, values in CELL_OPTIONS.items() if taken(layer, name, values[-1]) is not False}
     for chosen in itertools.product(*known.values()):
         with suppress(ValueError, NotBuiltError):
             yield from run(layer, **dict(zip(known, chosen, strict=True)))
@@ -142,9 +152,9 @@ def feature(name: str, layer: type[nn.Module]) -> Feature:
     tried = {
         option: VALUES[option] if option in VALUES else value_for(p) for option, p in keywords(layer).items() if option not in EVERYWHERE
     }
-    found = {option: [accepted(layer, {option: value})] for option, value in {**tried, **VALUES}.items()}
+    found = {option: [taken(layer, option, value)] for option, value in {**tried, **VALUES}.items()}
     for option, values in CELL_OPTIONS.items():
-        found[option] += [accepted(layer, {option: value}) for value in values[1:-1]]
+        found[option] += [taken(layer, option, value) for value in values[1:-1]]
     cells = set(cells_of(layer))
     calls = [p.name for p in inspect.signature(layer.forward).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return Feature(
@@ -217,7 +227,7 @@ def markdown() -> str:
     modified = sorted({name for row in rows for name in row.cells if ops.is_modified(name)})
     lines += [
         "",
-        f"\\* compiled when first used. {len(modified)} more cells are those above with `zoneout`, `recurrent_dropout` or `layer_norm`; "
+        f"\\* compiled when first used. {len(modified)} more cells are those above with modifiers; "
         f"on CUDA, not yet run on a GPU: {on_cuda(modified)}. `stream` needs a layer that is not bidirectional. Written by "
         "`python -m rnnkernels features --write README.md`.",
     ]

@@ -123,6 +123,7 @@ class _Layer(nn.RNNBase):
     proj_clip: float | None = None
     grad_clip: float | None = None
     candidate_dropout: float = 0.0
+    learn_initial: bool = False
     _reshaped = False
     _lstm = False  # whether it has a cell state to clip and an output that can be projected
     _candidate = False  # whether it has a candidate that can be dropped: g of an LSTM, n of a GRU
@@ -146,6 +147,7 @@ class _Layer(nn.RNNBase):
         proj_clip: float | None = None,
         grad_clip: float | None = None,
         candidate_dropout: float = 0.0,
+        learn_initial: bool = False,
         **kwargs: Any,
     ) -> None:
         _checked_engine(engine)
@@ -159,7 +161,10 @@ class _Layer(nn.RNNBase):
         self.mode, self.layer_norm = mode, layer_norm
         del self._constructed
         self._reshape_weights()
-        self.engine, self.recompute = engine, recompute
+        self.engine, self.recompute, self.learn_initial = engine, recompute, learn_initial
+        for name, width in self._initial_names().items():
+            like: Tensor = getattr(self, self._flat_weights_names[0])
+            self.register_parameter(name, nn.Parameter(like.new_empty(self.num_layers * (2 if self.bidirectional else 1), width)))
         self.forget_bias, self.recurrent_init = forget_bias, recurrent_init
         self.zoneout, self.recurrent_dropout, self.candidate_dropout = zoneout, recurrent_dropout, candidate_dropout
         self.cell_clip, self.proj_clip, self.grad_clip = cell_clip, proj_clip, grad_clip
@@ -198,6 +203,8 @@ class _Layer(nn.RNNBase):
         if not self._constructed:
             return
         self._reset_norms()
+        for name in self._initial_names():
+            nn.init.zeros_(getattr(self, name))
         if self.forget_bias is None and self.recurrent_init == "uniform":
             return
         slots = [name for name, fed, *_ in ops.CELLS[self._base_cell].slots if fed]
@@ -319,7 +326,7 @@ class _Layer(nn.RNNBase):
 
     def extra_repr(self) -> str:
         engine = f", engine={self.engine}" if self.engine != "auto" else ""
-        masked = ("recompute", "zoneout", "recurrent_dropout", "candidate_dropout")
+        masked = ("recompute", "learn_initial", "zoneout", "recurrent_dropout", "candidate_dropout")
         bounded = ("layer_norm", "cell_norm", "cell_clip", "proj_clip", "grad_clip")
         modifiers = {name: getattr(self, name) for name in masked + bounded}
         return super().extra_repr() + engine + "".join(f", {name}={value}" for name, value in modifiers.items() if value)
@@ -424,6 +431,9 @@ class _Layer(nn.RNNBase):
         masks = [spec.slots[slot][0] for slot in spec.given if spec.slots[slot][4]]
         expected = [zones[int(name.removeprefix("zoneout_"))] for name in masks]
         constants = [like.detach().new_full((self.hidden_size,), p) for p in expected]
+        if hx is None and self.learn_initial:
+            initial = self._learned_initial(batch_size or 1)
+            hx = self._join([state.squeeze(1) for state in initial] if batch_size is None else initial)
         ours = self._weights, batch_size, hx, self.engine, self._split, self._join
         return Stream(cell, *ours, constants, self.layer_norm, self._own_weights)
 
@@ -458,6 +468,14 @@ class _Layer(nn.RNNBase):
     def _widths(self) -> tuple[int, ...]:
         return (self.hidden_size,)
 
+    def _initial_names(self) -> dict[str, int]:
+        """The Parameters in hx's place, and how wide they are."""
+        names = ops.CELLS[self._base_cell].states if self.learn_initial else ()
+        return dict(zip((f"initial_{name}" for name in names), self._widths, strict=False))
+
+    def _learned_initial(self, batch: int) -> list[Tensor]:
+        return [state.unsqueeze(1).expand(-1, batch, -1) for state in _named(self, list(self._initial_names()))]
+
     def _prepare(self, input: Any, hx: Any) -> tuple[Tensor, Sequence[Tensor] | None, Tensor | None, list[list[Any]]]:
         """Check what forward was given; return the input time-major, the states as a sequence, batch_sizes, and the weights."""
         states = None
@@ -479,6 +497,8 @@ class _Layer(nn.RNNBase):
                     states = [state.unsqueeze(1) for state in states]
         if states is None:
             self.check_input(data, batch_sizes)
+            if self.learn_initial:
+                states = self._learned_initial(data.size(0 if self.batch_first else 1) if batch_sizes is None else int(batch_sizes[0]))
         else:
             self.check_forward_args(data, self._join(states), batch_sizes)
         if batch_sizes is None:
@@ -527,6 +547,8 @@ class RNN(_Layer):
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN, in
             this order. ``nonlinearity`` is also "sigmoid" or "identity", besides "tanh" and "relu".
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
+            ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
             does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
         zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
@@ -585,6 +607,8 @@ class GRU(_Layer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
+            ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
             does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
         zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
@@ -650,6 +674,8 @@ class LSTM(_PairLayer):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
             this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
+            ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
             does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
         zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of

@@ -28,7 +28,8 @@ def test_the_readme_has_the_table(tmp_path):
 
 
 def test_every_cell_is_some_layers(rows):
-    assert {cell for row in rows.values() for cell in row.cells} == set(ops.heats())
+    # That a projection goes on any page is shown by the smallest one, which torch.nn's grammar gives no layer.
+    assert {cell for row in rows.values() for cell in row.cells} == set(ops.heats()) - {"srn_tanh_projected_proj_clip"}
 
 
 def test_what_a_row_says(rows):

@@ -450,3 +450,30 @@ def test_clockwork_refuses() -> None:
         layer(torch.zeros(2, 1, SIZE), first_step=-1)
     with pytest.raises(ValueError, match="first_step"):
         layer.stream(1)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "PeepholeLSTM", "IndRNN"])
+def test_learned_initial_states(kind: str) -> None:
+    torch.manual_seed(3)
+    layer = getattr(rnnkernels, kind)(SIZE, H, num_layers=2, bidirectional=True, learn_initial=True, dtype=torch.float64)
+    initial = [p for name, p in layer.named_parameters() if name.startswith("initial_")]
+    assert all(not p.any() and p.shape == (4, H) for p in initial)
+    for p in initial:
+        torch.nn.init.normal_(p)
+    x = torch.randn(6, 3, SIZE, dtype=torch.float64)
+    hx = [p.detach().unsqueeze(1).repeat(1, 3, 1).requires_grad_() for p in initial]
+    output, _ = layer(x)
+    truth, _ = layer(x, tuple(hx) if len(hx) > 1 else hx[0])
+    assert torch.equal(output, truth)
+    found = torch.autograd.grad(output.square().sum(), initial)
+    for a, b in zip(found, torch.autograd.grad(truth.square().sum(), hx), strict=True):
+        torch.testing.assert_close(a, b.sum(1), rtol=1e-12, atol=1e-12)
+    packed, _ = layer(pack_sequence([x[:2, 0], x[:, 1]], enforce_sorted=False))
+    torch.testing.assert_close(pad_packed_sequence(packed)[0][:, 1], output[:, 1])
+    single = getattr(rnnkernels, kind)(SIZE, H, learn_initial=True)
+    torch.nn.init.normal_(single.initial_h)
+    steps = single.stream(3)
+    y = torch.stack([steps.step(t) for t in x.float()])
+    assert torch.equal(y, single(x.float())[0])
+    single.reset_parameters()
+    assert not single.initial_h.any()
