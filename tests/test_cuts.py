@@ -10,6 +10,7 @@ from conftest import ISAS
 from test_kernels import PLAIN, SHAPES, arguments, error, oracle, ours, run
 from torch import Tensor
 
+import rnnkernels
 from rnnkernels import ops
 
 CELLS = [*PLAIN, "lstm_zoneout_dropout", "lstm_projected_zoneout", "lstm_cell_norm_gate_norm", "gru_layer_norm", "gru_dreamer"]
@@ -233,3 +234,13 @@ def test_what_cannot_be_is_refused(name: str) -> None:
         options = {**options, "reset_mask": torch.ones(4, 3, dtype=torch.bool)}
     with pytest.raises(kind, match=text):
         ops.sequence(cell, x, rest[6:], *rest[:6], **options)
+
+
+def test_a_layer_compiles_whole() -> None:
+    layer = rnnkernels.LSTM(3, 5, 2, bidirectional=True, dtype=torch.float64)
+    x, lengths = torch.randn(6, 4, 3, dtype=torch.float64), torch.tensor([6, 0, 3, 5])
+    mask, state = torch.rand(6, 4) < 0.3, (torch.randn(4, 5, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64))
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    found = compiled(x, lengths=lengths, reset_mask=mask, reset_state=state)
+    torch.testing.assert_close(found, layer(x, lengths=lengths, reset_mask=mask, reset_state=state), rtol=1e-12, atol=1e-12)
