@@ -1,5 +1,7 @@
 // The engine runs a page that no list knows: the throw-away cell of two stages and a vector, forward against a plain loop over its
-// equations, backward against central differences, on every schedule that the thread counts bring, ragged and reversed.
+// equations, backward against central differences, on every schedule that the thread counts bring, ragged, with rows that end early and
+// start anew, and reversed.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <functional>
@@ -17,14 +19,16 @@ namespace rnnkernels {
 namespace {
 
 constexpr int64_t T = 4, B = 3, H = 5;
-const int64_t kRagged[] = {3, 3, 2, 1};
+const int64_t kRagged[] = {3, 3, 2, 1}, kLengths[] = {3, 0, 4};
+const uint8_t kResets[] = {0, 0, 1, 0, 1, 0, 1, 0, 0, 1, 0, 1};  // the marks of token 2 and 4 and of that past row 0's end have no effect
+constexpr int64_t kMarks = 5;
 
 struct Numbers {
-  std::vector<double> x, u0, u1, p, h0;
+  std::vector<double> x, u0, u1, p, h0, r;  // r: what replaces the rows' states
 };
 
 struct Case {
-  bool ragged, reverse;
+  bool ragged, cut, reverse;
   int threads;
   int64_t rows(int64_t t) const { return ragged ? kRagged[t] : B; }
   int64_t offset(int64_t t) const {
@@ -33,7 +37,16 @@ struct Case {
     return n;
   }
   int64_t tokens() const { return offset(T); }
-  Problem problem() const { return {0, Storage::F64, T, B, 4 * H, H, H, ragged ? kRagged : nullptr, reverse, true, false, threads}; }
+  Problem problem() const {
+    Problem p{0, Storage::F64, T, B, 4 * H, H, H, ragged ? kRagged : nullptr, reverse, true, false, threads};
+    if (cut) p.lengths = kLengths, p.resets = kResets;
+    return p;
+  }
+  bool has(int64_t t, int64_t b) const { return !cut || t < kLengths[b]; }
+  bool resets(int64_t t, int64_t b) const {
+    const int64_t mark = reverse ? t + 1 : t;
+    return cut && mark > 0 && mark < kLengths[b] && kResets[mark * B + b];
+  }
 };
 
 struct Result {
@@ -59,6 +72,7 @@ Result run(const Case& c, const Numbers& in) {
   f.weights[1] = in.u1.data();
   f.vectors[0] = in.p.data();
   f.initial[0] = in.h0.data();
+  f.reset[0] = {in.r.data(), 0, H};
   f.final[0] = r.last.data();
   f.output = r.y.data();
   f.workspace = workspace.data();
@@ -73,7 +87,9 @@ Result plain(const Case& c, const Numbers& in) {
   for (int64_t n = 0; n < T; ++n) {
     const int64_t t = c.reverse ? T - 1 - n : n;
     for (int64_t b = 0; b < c.rows(t); ++b) {
+      if (!c.has(t, b)) continue;
       double* h = &r.last[size_t(b * H)];
+      if (c.resets(t, b)) std::copy_n(&in.r[size_t(b * H)], H, h);
       const double* x = &in.x[size_t((c.offset(t) + b) * 4 * H)];
       auto product = [&](const std::vector<double>& u, int64_t row, const double* v) {
         double sum = 0;
@@ -116,6 +132,7 @@ void test(const Case& c) {
   fill(in.u1, H * H);
   fill(in.p, H);
   fill(in.h0, B * H);
+  fill(in.r, B * H);
   std::vector<double> dy, dlast;
   fill(dy, c.tokens() * H);
   fill(dlast, B * H);
@@ -126,7 +143,8 @@ void test(const Case& c) {
   const int64_t N = c.tokens(), G = 4 * H;
   auto unknown = [](int64_t n) { return std::vector<double>(size_t(n), NAN); };
   std::vector<double> gates(r.kept.size(), NAN), dh0 = unknown(B * H), dx = unknown(N * G), dw = unknown(G * G), du0 = unknown(2 * H * H),
-                                                 du1 = unknown(H * H), db = unknown(G), db_hh = unknown(3 * H), dp = unknown(H);
+                                                 du1 = unknown(H * H), db = unknown(G), db_hh = unknown(3 * H), dp = unknown(H),
+                                                 dmarks(size_t(kMarks * H), 0.0), dr(size_t(B * H), 0.0);
   std::vector<double> unit(size_t(G * G), 0.0);
   for (int64_t i = 0; i < G; ++i) unit[size_t(i * G + i)] = 1;
   Backward g{};
@@ -138,6 +156,8 @@ void test(const Case& c) {
   g.weights[1] = in.u1.data();
   g.vectors[0] = in.p.data();
   g.initial[0] = in.h0.data();
+  g.reset[0] = {in.r.data(), 0, H};
+  g.grad_reset[0] = dmarks.data();
   g.output = r.y.data();
   g.grad_states[0] = dy.data();
   g.grad_final[0] = dlast.data();
@@ -182,6 +202,12 @@ void test(const Case& c) {
   compare(in.u1, du1);
   compare(in.p, dp);
   compare(in.h0, dh0);
+  for (int64_t i = 0, mark = 0; i < T * B; ++i)
+    if (kResets[i]) {
+      for (int64_t u = 0; u < H; ++u) dr[size_t(i % B * H + u)] += dmarks[size_t(mark * H + u)];
+      ++mark;
+    }
+  compare(in.r, dr);
   // With the unit matrix for W the input's gradient is that of the gates, and W's and the biases' are plain sums of it.
   std::vector<double> sum_w(size_t(G * G), 0.0), sum_b(size_t(G), 0.0);
   for (int64_t n = 0; n < N; ++n)
@@ -192,7 +218,10 @@ void test(const Case& c) {
   const double sums =
       std::fmax(std::fmax(distance(dw, sum_w), distance(db, sum_b)), distance(db_hh, {sum_b.begin(), sum_b.begin() + 3 * H}));
 
-  std::printf("two stages, %s, %s, %d threads: outputs %.1e, gradients %.1e, sums %.1e\n", c.ragged ? "ragged" : "padded",
+  std::printf("two stages, %s, %s, %d threads: outputs %.1e, gradients %.1e, sums %.1e\n",
+              c.ragged ? "ragged"
+              : c.cut  ? "cut"
+                       : "padded",
               c.reverse ? "reverse" : "forward", c.threads, outputs, gradients, sums);
   check(outputs < 1e-13, "outputs differ from the plain loop by %g", outputs);
   check(sums < 1e-12, "gradients of W and the biases differ from plain sums by %g", sums);
@@ -205,8 +234,8 @@ void test(const Case& c) {
 int main() {
   using namespace rnnkernels;
   cpu::set_isa("scalar");
-  for (bool ragged : {false, true})
+  for (int kind : {0, 1, 2})
     for (bool reverse : {false, true})
-      for (int threads : {1, 2, 3}) test({ragged, reverse, threads});
+      for (int threads : {1, 2, 3}) test({kind == 1, kind == 2, reverse, threads});
   return check_failures != 0;
 }
