@@ -64,8 +64,9 @@ test-thread:
 	  echo 'test-thread: not run, ThreadSanitizer does not work on this machine'; \
 	fi
 
+# Two at a time: what takes long are the witnesses, loops in Python.
 test-python: build
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: build/.installed
 	$(BIN)/ruff check .
