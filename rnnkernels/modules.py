@@ -107,6 +107,15 @@ def _no_norm_around(cell: ops.Cell) -> str | None:
     return "that normalises what U gives already" if 0 < cell.hidden_gates <= cell.sums[0][0] else None
 
 
+def reset_norms(cell: str, hidden_size: int, weight_v: Tensor, bias: bool) -> None:
+    """Gains to one, shifts to zero, and so what was a bias of U where there are none."""
+    learned = [name for name, _, learned, *_ in ops.CELLS[cell].vectors if learned]
+    with torch.no_grad():
+        for name, block in zip(learned, torch.split(weight_v, hidden_size), strict=False):
+            if name.startswith(("gain", "shift")) or (name == "b_hn" and not bias):
+                block.fill_(float(name.startswith("gain")))
+
+
 class _Layer(nn.RNNBase):
     """What RNN, GRU and LSTM share: everything but the shape of hx."""
 
@@ -223,15 +232,12 @@ class _Layer(nn.RNNBase):
                         _RECURRENT_INITS[self.recurrent_init](block)
 
     def _reset_norms(self) -> None:
-        vectors = [name for name, _, learned, *_ in ops.CELLS[ops.modified(self._base_cell, self._norms())].vectors if learned]
-        H = self.hidden_size
-        with torch.no_grad():
-            for _, _, _, _, *rest in self._own_weights() if any(name.startswith("gain") for name in vectors) else []:
-                for i, name in enumerate(vectors):
-                    if name.startswith(("gain", "shift")) or (name == "b_hn" and not self.bias):
-                        rest[1][i * H : (i + 1) * H].fill_(float(name.startswith("gain")))
-                if self.layer_norm:
-                    rest[2].fill_(1)
+        cell = ops.modified(self._base_cell, self._norms())
+        if any(name.startswith("gain") for name, *_ in ops.CELLS[cell].vectors):
+            for _, _, _, _, _, weight_v, *norm_ih in self._own_weights():
+                reset_norms(cell, self.hidden_size, weight_v, self.bias)
+                for gain in norm_ih:
+                    nn.init.ones_(gain)
 
     @property
     def _base_cell(self) -> str:

@@ -14,19 +14,18 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch import Tensor
 
 from . import ops
 from .cuts import Clock, clock
-from .modules import WEIGHT_NAMES, _Cell, _checked_engine, _Layer, _pair, _PairCell, _PairLayer, reshape
+from .modules import WEIGHT_NAMES, _Cell, _Layer, _PairCell, _PairLayer, reset_norms, reshape
 
 __all__ = [
-    "SCRN",
     "ClockworkRNN",
     "CoupledLSTM",
     "CoupledLSTMCell",
     "DreamerGRU",
+    "DreamerGRUCell",
     "GRUResetBefore",
     "GRUResetBeforeCell",
     "IndRNN",
@@ -361,6 +360,24 @@ class GRUResetBeforeCell(_VariantCell):
     _page = "gru_reset_before"
 
 
+class DreamerGRUCell(_VariantCell):
+    """One step of :class:`DreamerGRU`.
+
+    >>> import torch, rnnkernels
+    >>> rnnkernels.DreamerGRUCell(3, 5)(torch.zeros(2, 3)).shape
+    torch.Size([2, 5])
+    """
+
+    _page = "gru_dreamer"
+
+    def reset_parameters(self) -> None:
+        """Draw the weights anew; gains start at one, shifts at zero."""
+        super().reset_parameters()
+        weight_v = getattr(self, "weight_v", None)  # torch.nn's base draws before the cell's own weights are there
+        if weight_v is not None:
+            reset_norms(self._page, self.hidden_size, weight_v, True)
+
+
 class ResidualRNNCell(_VariantCell):
     """One step of :class:`ResidualRNN`.
 
@@ -387,105 +404,3 @@ class IndRNNCell(_VariantCell):
         self._page = _with_nonlinearity("indrnn", nonlinearity)
         super().__init__(*args, **kwargs)
         self.nonlinearity = nonlinearity
-
-
-class SCRN(nn.Module):
-    r"""Structurally constrained recurrent network (Mikolov et al. 2014): hidden units beside slow context units.
-
-    .. math::
-        s_t = (1 - \alpha) B x_t + \alpha \odot s_{t-1} \qquad h_t = \sigma(P s_t + A x_t + R h_{t-1} + b)
-
-    The context is a scan, all of it before the hidden units: neither waits for the other step by step. The network's own output
-    :math:`f(U h_t + V s_t)` is a linear layer over what this one returns.
-
-    Args:
-        input_size, hidden_size, context_size: of x, h, s.
-        alpha: how much of the context stays, from 0 to 1.
-        learn_alpha: whether alpha is a parameter, a number a unit, or fixed.
-        bias, batch_first, device, dtype: as torch.nn's layers. engine, recompute: see :func:`rnnkernels.ops.sequence`.
-
-    Shape:
-        * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
-        * hx: a pair h ``(B, H)``, s ``(B, S)``, or ``(H)``, ``(S)`` unbatched; zeros if None.
-        * output: as the input with H + S in place of I, h and s side by side; then the pair of final states, as hx.
-
-    Raises:
-        ValueError: alpha outside of 0 to 1, an unknown engine, an input that is not 2-D or 3-D. RuntimeError: wrong sizes, dtypes, devices.
-
-    >>> import torch, rnnkernels
-    >>> layer = rnnkernels.SCRN(3, 5, 2)
-    >>> output, (h, s) = layer(torch.zeros(7, 4, 3))
-    >>> output.shape, h.shape, s.shape
-    (torch.Size([7, 4, 7]), torch.Size([4, 5]), torch.Size([4, 2]))
-    """
-
-    alpha: Tensor
-    bias: nn.Parameter | None
-
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        context_size: int,
-        *,
-        alpha: float = 0.95,
-        learn_alpha: bool = False,
-        bias: bool = True,
-        batch_first: bool = False,
-        engine: str = "auto",
-        recompute: bool = False,
-        device: Any = None,
-        dtype: Any = None,
-    ) -> None:
-        super().__init__()
-        if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha: expected 0 to 1, got {alpha}")
-        self.input_size, self.hidden_size, self.context_size = input_size, hidden_size, context_size
-        self.batch_first, self.engine, self.recompute = batch_first, _checked_engine(engine), recompute
-        factory = {"device": device, "dtype": dtype}
-        self.weight_is = nn.Parameter(torch.empty(context_size, input_size, **factory))
-        self.weight_ih = nn.Parameter(torch.empty(hidden_size, input_size, **factory))
-        self.weight_sh = nn.Parameter(torch.empty(hidden_size, context_size, **factory))
-        self.weight_hh = nn.Parameter(torch.empty(hidden_size, hidden_size, **factory))
-        self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size, **factory)) if bias else None)
-        self._alpha = alpha
-        stays = torch.empty(context_size, **factory)
-        if learn_alpha:
-            self.alpha = nn.Parameter(stays)
-        else:
-            self.register_buffer("alpha", stays)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Draw the weights uniformly, as torch.nn's layers do, and set alpha to where it starts."""
-        bound = self.hidden_size**-0.5 if self.hidden_size else 0.0
-        for weight in (self.weight_is, self.weight_ih, self.weight_sh, self.weight_hh, self.bias):
-            if weight is not None:
-                nn.init.uniform_(weight, -bound, bound)
-        nn.init.constant_(self.alpha, self._alpha)
-
-    def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}, context_size={self.context_size}, batch_first={self.batch_first}"
-
-    def forward(self, input: Any, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Any, tuple[Tensor, Tensor]]:
-        """Run the layer; see the class for shapes and errors."""
-        packed = isinstance(input, PackedSequence)
-        x, batch_sizes, order, back = input if packed else (input, None, None, None)
-        if not packed and x.dim() not in (2, 3):
-            raise ValueError(f"SCRN: Expected input to be 2D or 3D, got {x.dim()}D tensor instead")
-        single, turned = not packed and x.dim() == 2, not packed and x.dim() == 3 and self.batch_first
-        x = x.unsqueeze(1) if single else x.transpose(0, 1) if turned else x
-        h, s = (None, None) if hx is None else _pair(hx, "scrn")
-        states = [None if t is None else [t.unsqueeze(0) if single else t if order is None else t.index_select(0, order)] for t in (h, s)]
-        options: dict[str, Any] = {"batch_sizes": batch_sizes, "engine": self.engine, "recompute": self.recompute}
-        scaled = (1 - self.alpha).unsqueeze(1) * self.weight_is
-        context, s_n = ops.sequence("indrnn_identity", x, states[1], scaled, None, weight_v=self.alpha, **options)
-        both, weight = torch.cat([x, context], -1), torch.cat([self.weight_ih, self.weight_sh], 1)
-        hidden, h_n = ops.sequence("srn_sigmoid", both, states[0], weight, self.weight_hh, self.bias, **options)
-        output = torch.cat([hidden, context], -1)
-        if packed:
-            final = tuple(t if back is None else t.index_select(0, back) for t in (h_n, s_n))
-            return PackedSequence(output, batch_sizes, order, back), (final[0], final[1])
-        if single:
-            return output.squeeze(1), (h_n.squeeze(0), s_n.squeeze(0))
-        return output.transpose(0, 1) if turned else output, (h_n, s_n)

@@ -39,9 +39,9 @@ def test_what_a_row_says(rows):
     assert lstm.takes["proj_size"] is lstm.takes["zoneout"] is False
     assert rows["CoupledLSTM"].takes["zoneout"] is True
     assert {"lengths", "stream"} <= set(lstm.calls)
-    assert dreamer.step is None
+    assert dreamer.step == "DreamerGRUCell"
     assert not {"proj_size", "layer_norm"} & dreamer.takes.keys()
-    assert rows["SCRN"].calls == ()
+    assert "stream" not in rows["SCRN"].calls
 
 
 @pytest.mark.parametrize(("layer", "why"), [("GRUResetBefore", "two products by U"), ("DreamerGRU", "normalises what U gives already")])

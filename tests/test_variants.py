@@ -23,6 +23,7 @@ LAYERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     "ResidualRNN input relu": ("ResidualRNN", "residual_input_relu", {"nonlinearity": "relu", "recurrent": False}),
     "IndRNN": ("IndRNN", "indrnn_relu", {}),
     "IndRNN tanh": ("IndRNN", "indrnn_tanh", {"nonlinearity": "tanh"}),
+    "DreamerGRU": ("DreamerGRU", "gru_dreamer", {}),
 }
 layers = pytest.mark.parametrize("name", LAYERS)
 
@@ -275,49 +276,117 @@ def test_contradictory_cuts_are_refused() -> None:
         layer(pack_sequence([x[:, 0]]), lengths=torch.tensor([3]))
 
 
+def scrn_by_hand(layer: Any, x: Tensor, hx: Any, lengths: list[int], mask: Tensor, resets: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Row by row; resets[i][k] is what state i of layer-direction k becomes before a marked step."""
+    f = {"sigmoid": torch.sigmoid, "tanh": torch.tanh}[layer.nonlinearity]
+    finals: list[list[Tensor]] = [[], []]
+    for depth in range(layer.num_layers):
+        outputs = []
+        for d, suffix in enumerate(("", "_reverse") if layer.bidirectional else ("",)):
+            w_is, w_ih, w_sh, w_hh, bias, alpha = (
+                getattr(layer, f"{name}_l{depth}{suffix}")
+                for name in ("weight_is", "weight_ih", "weight_sh", "weight_hh", "bias_ih", "alpha")
+            )
+            k, rows, ends = len(finals[0]), [], []
+            for b, length in enumerate(lengths):
+                h, s, steps = hx[0][k, b], hx[1][k, b], {}
+                for t in reversed(range(length)) if d else range(length):
+                    if t + d < length and mask[t + d, b]:
+                        h, s = resets[0][k], resets[1][k]
+                    s = (1 - alpha) * (w_is @ x[t, b]) + alpha * s
+                    h = f(w_sh @ s + w_ih @ x[t, b] + w_hh @ h + (0 if bias is None else bias))
+                    steps[t] = torch.cat([h, s])
+                rows.append(torch.stack([steps.get(t, x.new_zeros(len(h) + len(s))) for t in range(len(x))]))
+                ends.append((h, s))
+            outputs.append(torch.stack(rows, 1))
+            for i in range(2):
+                finals[i].append(torch.stack([end[i] for end in ends]))
+        x = torch.cat(outputs, -1)
+    return x, torch.stack(finals[0]), torch.stack(finals[1])
+
+
+@pytest.mark.parametrize("engine", ["auto", "stepwise"])
 @pytest.mark.parametrize("learn_alpha", [False, True], ids=["fixed", "learned"])
-def test_scrn(learn_alpha: bool) -> None:
-    S = 4
-    layer = rnnkernels.SCRN(SIZE, H, S, learn_alpha=learn_alpha, alpha=0.8, dtype=torch.float64)
-    assert [name for name, _ in layer.named_parameters()].count("alpha") == learn_alpha
-    x = torch.randn(6, 3, SIZE, dtype=torch.float64, requires_grad=True)
-    h, s = torch.randn(3, H, dtype=torch.float64, requires_grad=True), torch.randn(3, S, dtype=torch.float64, requires_grad=True)
-    output, (h_n, s_n) = layer(x, (h, s))
-    now, context, steps = h, s, []
-    for t in range(6):
-        context = (1 - layer.alpha) * (x[t] @ layer.weight_is.t()) + layer.alpha * context
-        now = (context @ layer.weight_sh.t() + x[t] @ layer.weight_ih.t() + now @ layer.weight_hh.t() + layer.bias).sigmoid()
-        steps.append(torch.cat([now, context], -1))
-    truth = torch.stack(steps)
-    for a, b in zip((output, h_n, s_n), (truth, now, context), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
-    leaves = [x, h, s, *layer.parameters()]
-    for a, b in zip(
-        torch.autograd.grad(output.square().sum() + s_n.sum(), leaves),
-        torch.autograd.grad(truth.square().sum() + context.sum(), leaves),
-        strict=True,
-    ):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+def test_scrn(learn_alpha: bool, engine: str) -> None:
+    S, T, B = 4, 6, 3
+    for depth, both, options in ((1, False, {}), (2, True, {"nonlinearity": "tanh", "bias": False})):
+        layer = rnnkernels.SCRN(
+            SIZE,
+            H,
+            S,
+            num_layers=depth,
+            bidirectional=both,
+            learn_alpha=learn_alpha,
+            alpha=0.8,
+            engine=engine,
+            dtype=torch.float64,
+            **options,
+        )
+        assert [name.startswith("alpha") for name, _ in layer.named_parameters()].count(True) == learn_alpha * depth * (1 + both)
+        K = depth * (1 + both)
+        x = torch.randn(T, B, SIZE, dtype=torch.float64, requires_grad=True)
+        hx = [torch.randn(K, B, width, dtype=torch.float64, requires_grad=True) for width in (H, S)]
+        resets = [torch.randn(K, width, dtype=torch.float64, requires_grad=True) for width in (H, S)]
+        mask, lengths = torch.rand(T, B) < 0.3, [4, 6, 0]
+        for cut in (False, True):
+            more = {"lengths": torch.tensor(lengths), "reset_mask": mask, "reset_state": tuple(resets)} if cut else {}
+            output, (h_n, s_n), (h, s) = layer(x, tuple(hx), return_states=True, **more)
+            truth = scrn_by_hand(layer, x, hx, lengths if cut else [T] * B, mask if cut else torch.zeros_like(mask), resets)
+            for a, b in zip((output, h_n, s_n), truth, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            assert torch.equal(torch.cat([h[-1], s[-1]], -1), output[..., -H - S :])
+            leaves = [x, *hx, *layer.parameters(), *(resets if cut else [])]
+            upstream = [torch.randn_like(t) for t in truth]
+            for a, b in zip(
+                torch.autograd.grad((output, h_n, s_n), leaves, upstream, retain_graph=True),
+                torch.autograd.grad(truth, leaves, upstream, retain_graph=True),
+                strict=True,
+            ):
+                torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+def test_scrn_in_every_layout() -> None:
+    layer = rnnkernels.SCRN(SIZE, H, 4, num_layers=2, bidirectional=True, dtype=torch.float64)
     first = copy.deepcopy(layer)
     first.batch_first = True
+    x, h, s = (torch.randn(*shape, dtype=torch.float64) for shape in ((6, 3, SIZE), (4, 3, H), (4, 3, 4)))
+    output, _ = layer(x, (h, s))
     torch.testing.assert_close(first(x.transpose(0, 1), (h, s))[0], output.transpose(0, 1))
-    torch.testing.assert_close(layer(x[:, 0], (h[0], s[0]))[0], output[:, 0])
-    rows = [x[:2, 0].detach(), x[:, 1].detach(), x[:4, 2].detach()]
-    packed, (h_p, s_p) = layer(pack_sequence(rows, enforce_sorted=False), (h, s))
-    padded, _ = pad_packed_sequence(packed)
-    for b, length in enumerate((2, 6, 4)):
-        torch.testing.assert_close(padded[:length, b], output[:length, b])
-        torch.testing.assert_close(torch.cat([h_p[b], s_p[b]]), output[length - 1, b])
+    torch.testing.assert_close(layer(x[:, 0], (h[:, 0], s[:, 0]))[0], output[:, 0])
+    packed, last = layer(pack_sequence([x[:2, 0], x[:, 1], x[:4, 2]], enforce_sorted=False), (h, s))
+    padded, ends = layer(x, (h, s), lengths=torch.tensor([2, 6, 4]))
+    torch.testing.assert_close(pad_packed_sequence(packed)[0], padded)
+    torch.testing.assert_close(last, ends)
+    layer.load_state_dict(first.state_dict())
+    step = rnnkernels.SCRNCell(SIZE, H, 4, nonlinearity="tanh", dtype=torch.float64)
+    single = rnnkernels.SCRN(SIZE, H, 4, nonlinearity="tanh", dtype=torch.float64)
+    single.load_state_dict({f"{name}_l0": weight for name, weight in step.state_dict().items()})
+    found = step(x[0], (h[0], s[0]))
+    torch.testing.assert_close(found, tuple(t[0] for t in single(x[:1], (h[:1], s[:1]))[1]))
+    torch.testing.assert_close(step(x[0, 0], (h[0, 0], s[0, 0])), tuple(t[0] for t in found))
 
 
 def test_scrn_refuses() -> None:
-    with pytest.raises(ValueError, match="alpha: expected 0 to 1, got 1.5"):
-        rnnkernels.SCRN(SIZE, H, 2, alpha=1.5)
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"alpha": 1.5}, "alpha: expected 0 to 1, got 1.5"),
+        ({"num_layers": 0}, "num_layers must be greater than zero"),
+        ({"dropout": 2}, "dropout should be a number in range"),
+        ({"nonlinearity": "cosine"}, "Unknown nonlinearity"),
+    ]
+    for options, text in cases:
+        with pytest.raises(ValueError, match=text):
+            rnnkernels.SCRN(SIZE, H, 2, **options)
     layer = rnnkernels.SCRN(SIZE, H, 2)
     with pytest.raises(ValueError, match="got 1D tensor"):
         layer(torch.zeros(SIZE))
-    with pytest.raises(RuntimeError, match="weight_ih: expected shape"):
+    with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
         layer(torch.zeros(4, 1, SIZE + 1))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 1, 2\)"):
+        layer(torch.zeros(4, 1, SIZE), (torch.zeros(1, 1, H), torch.zeros(1, 1, 3)))
+    with pytest.raises(RuntimeError, match="reset_state: expected shape"):
+        layer(torch.zeros(4, 1, SIZE), reset_mask=torch.zeros(4, 1, dtype=torch.bool), reset_state=(torch.zeros(1, H), torch.zeros(1, H)))
+    with pytest.raises(ValueError, match="SCRNCell: Expected input to be 1D or 2D"):
+        rnnkernels.SCRNCell(SIZE, H, 2)(torch.zeros(1, 1, SIZE))
 
 
 def test_initial_weights_by_name() -> None:
