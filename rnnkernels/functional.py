@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import cuts, ops
+from . import cuts, gates, ops
 from .cuts import Clock, Cut
 
 __all__ = ["mask", "normed_gates", "stack"]
@@ -30,7 +30,7 @@ def stack(
     batch_sizes: Tensor | None = None,
     engine: str = "auto",
     recompute: bool = False,
-    return_states: bool = False,
+    return_states: bool | str = False,
     given: Sequence[Sequence[Tensor]] | None = None,
     layer_norm: str | None = None,
     cut: Cut | None = None,
@@ -51,7 +51,8 @@ def stack(
       simple recurrent network that is given nothing.
     * output ``[T, B, D · P]`` or ``[N, D · P]``; final states as ``states``.
 
-    * with ``return_states``, after the final states: every state after each step, ``[K, T, B, ·]`` or ``[K, N, ·]``, in the cell's order.
+    * with ``return_states``, after the final states: every state after each step, ``[K, T, B, ·]`` or ``[K, N, ·]``, in the cell's order;
+      with "gates" after these the cell's gates.
 
     ``dropout`` falls on the outputs of every layer but the last, while ``training``. Dtypes, engines, ``recompute`` and errors are those
     of ``ops.sequence``.
@@ -72,7 +73,7 @@ def stack(
         lengths = None if cut.lengths is None else cut.lengths.to("cpu", torch.int64)
         inside |= {"lengths": lengths, "reset_mask": None if cut.reset_mask is None else cut.reset_mask.cpu()}
     slots = None if states is None else [state.unbind() for state in states]
-    finals: list[Sequence[Tensor]] = []
+    finals: list[list[Tensor]] = []
     for start in range(0, len(weights), directions):
         if start > 0 and dropout > 0 and training:
             input = torch.nn.functional.dropout(input, dropout)
@@ -97,13 +98,16 @@ def stack(
                 reverse=k > start,
                 engine=engine,
                 recompute=recompute,
-                return_states=return_states,
+                return_states=bool(return_states),
                 reset_states=None if cut is None else cut.resets_of(k),
                 **inside,
             )
             outputs.append(output)
             count = len(ops.CELLS[cell].states)
             finals.append([*rest[:count], output, *rest[count:]] if return_states else rest)
+            if return_states == "gates":
+                after, resets = [output, *rest[count:]], None if cut is None else cut.resets_of(k)
+                finals[-1] += gates.of_sequence(cell, below, initial, of_cell, after, batch_sizes, k > start, cut, resets)
         input = torch.cat(outputs, dim=-1) if bidirectional else output
     if len(finals) == 1:
         return input, *[state.unsqueeze(0) for state in finals[0]]
@@ -128,6 +132,9 @@ def _in_segments(
     if len(found.batch_sizes) == 0:
         output = input.new_zeros(T, B, states[0].shape[-1] * directions)
         histories = [state.new_zeros(state.shape[0], T, *state.shape[1:]) for state in states] if options["return_states"] else []
+        if options["return_states"] == "gates":
+            like = histories[-1] if count > 1 else histories[0]
+            histories += [torch.zeros_like(like)] * gates.COUNTS[cell]
         return output, *states, *histories
     tokens = input.flatten(0, 1).index_select(0, found.index.to(input.device))
     numbers = None if given is None else [[cuts.gather(t, found, T, B) for t in of_layer] for of_layer in given]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from . import functional, ops
+from . import functional, gates, ops
 from .cuts import Clock, Cut
 from .streaming import Stream
 
@@ -345,7 +345,7 @@ class _Layer(nn.RNNBase):
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_state: Any = None,
-        return_states: bool = False,
+        return_states: bool | str = False,
     ) -> tuple[Any, ...]:
         """Run the layer; see the class for shapes and errors.
 
@@ -359,7 +359,8 @@ class _Layer(nn.RNNBase):
 
             return_states: also return, third, every state of the cell after each step, a tuple of tensors ``[L · D, T, B, ·]``
                 (``[L · D, B, T, ·]`` if batch_first, ``[L · D, T, ·]`` unbatched, ``[L · D, N, ·]`` for a PackedSequence), through which
-                gradients flow.
+                gradients flow. "gates": these and after them the cell's gates, activated, in the order of their row blocks: i, f, g, o of
+                an LSTM (what it has of them), r, z, n of a GRU; not of modified cells.
 
         Raises, beyond what the class says: ``ValueError`` for lengths or reset_mask beside a PackedSequence, reset_state without
         reset_mask, lengths out of range; ``RuntimeError`` for wrong shapes or dtypes of the three.
@@ -373,7 +374,7 @@ class _Layer(nn.RNNBase):
         lengths: Tensor | None,
         reset_mask: Tensor | None,
         reset_state: Any,
-        return_states: bool,
+        return_states: bool | str,
         clock: Callable[[int], Clock] | None = None,
     ) -> tuple[Any, ...]:
         """``clock``: that of so many steps."""
@@ -382,6 +383,7 @@ class _Layer(nn.RNNBase):
         if lengths is not None or reset_mask is not None or reset_state is not None:
             cut = self._cut(input, data, lengths, reset_mask, reset_state)
         cell, zones = self._modifiers(self.training)
+        gates.check(cell, return_states)
         output, *finals = functional.stack(
             cell,
             data,

@@ -298,7 +298,7 @@ class ClockworkRNN(_Variant):
         lengths: Tensor | None = None,
         reset_mask: Tensor | None = None,
         reset_state: Any = None,
-        return_states: bool = False,
+        return_states: bool | str = False,
         first_step: int = 0,
     ) -> tuple[Any, ...]:
         """Run the layer; as :meth:`rnnkernels.RNN.forward`. ``first_step``: what the clock shows at the first step, for a sequence that

@@ -546,3 +546,75 @@ def test_learned_initial_states(kind: str) -> None:
     assert torch.equal(y, single(x.float())[0])
     single.reset_parameters()
     assert not single.initial_h.any()
+
+
+def gates_by_hand(kind: str, layer: Any, suffix: str, x: Tensor, h: Tensor, c: Tensor | None, new_c: Tensor | None) -> list[Tensor]:
+    w, u, b, d = (getattr(layer, name + suffix) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    x = w @ x + b
+    if kind == "GRUResetBefore":
+        r, z = (x[: 2 * H] + u[: 2 * H] @ h + d[: 2 * H]).sigmoid().split(H)
+        return [r, z, (x[2 * H :] + u[2 * H :] @ (r * h) + d[2 * H :]).tanh()]
+    y = u @ h + d
+    if kind == "GRU":
+        r, z = (x + y)[: 2 * H].sigmoid().split(H)
+        return [r, z, (x[2 * H :] + r * y[2 * H :]).tanh()]
+    *first, g, o = (x + y).split(H)
+    if kind == "PeepholeLSTM":
+        p = getattr(layer, "weight_v" + suffix).split(H)
+        first, o = [first[0] + p[0] * c, first[1] + p[1] * c], o + p[2] * new_c
+    return [*(gate.sigmoid() for gate in first), g.tanh(), o.sigmoid()]
+
+
+@pytest.mark.parametrize("engine", ["auto", "stepwise"])
+@pytest.mark.parametrize("kind", ["LSTM", "LSTM projected", "GRU", "PeepholeLSTM", "CoupledLSTM", "NoForgetLSTM", "GRUResetBefore"])
+def test_gates_come_out_with_gradients(kind: str, engine: str) -> None:
+    torch.manual_seed(3)
+    name, T, B = kind.removesuffix(" projected"), 5, 3
+    options = {"proj_size": 2} if name != kind else {}
+    layer = getattr(rnnkernels, name)(SIZE, H, 2, bidirectional=True, engine=engine, dtype=torch.float64, **options)
+    x, mask, lengths = torch.randn(T, B, SIZE, dtype=torch.float64, requires_grad=True), torch.rand(T, B) < 0.3, torch.tensor([5, 0, 3])
+    widths = layer._widths
+    hx = [torch.randn(4, B, width, dtype=torch.float64, requires_grad=True) for width in widths]
+    resets = [torch.randn(T, 4, B, width, dtype=torch.float64, requires_grad=True) for width in widths]
+    join = tuple if len(widths) > 1 else (lambda states: states[0])
+    for cut in (False, True):
+        more = {"lengths": lengths, "reset_mask": mask, "reset_state": join(resets)} if cut else {}
+        _, _, found = layer(x, join(hx), return_states="gates", **more)
+        states, gates = found[: len(widths)], found[len(widths) :]
+        below = torch.cat(list(states[0][:2]), -1)  # what the second layer reads
+        for k, suffix in enumerate(("_l0", "_l0_reverse", "_l1", "_l1_reverse")):
+            step = -1 if k % 2 == 0 else 1
+            for b, t in itertools.product(range(B), range(T)):
+                length = int(lengths[b]) if cut else T
+                if t >= length:
+                    assert not any(gate[k, t, b].any() for gate in gates)
+                    continue
+                mark = t + k % 2
+                if cut and mark < length and mask[mark, b]:
+                    before = [r[mark, k, b] for r in resets]
+                else:
+                    before = [s[k, t + step, b] if 0 <= t + step < length else i[k, b] for s, i in zip(states, hx, strict=True)]
+                new_c = states[1][k, t, b] if len(states) > 1 else None
+                truth = gates_by_hand(name, layer, suffix, (x if k < 2 else below)[t, b], before[0], before[-1], new_c)
+                for a, e in zip(gates, truth, strict=True):
+                    torch.testing.assert_close(a[k, t, b], e, rtol=1e-12, atol=1e-12)
+    leaves = [x, *hx, *layer.parameters()]
+    assert torch.autograd.gradcheck(
+        lambda *leaves: layer(leaves[0], join(leaves[1 : 1 + len(hx)]), return_states="gates", lengths=lengths)[2], leaves, fast_mode=True
+    )
+    none = layer(x, return_states="gates", lengths=torch.zeros(B, dtype=torch.int64))[2]
+    assert [t.shape for t in none] == [t.shape for t in found]
+
+
+def test_gates_that_are_not_given_out() -> None:
+    x = torch.zeros(3, 2, SIZE)
+    with pytest.raises(
+        ValueError, match="return_states: expected True or False for 'srn_tanh', whose gates are not given out, got 'gates'"
+    ):
+        rnnkernels.RNN(SIZE, H)(x, return_states="gates")
+    with pytest.raises(ValueError, match="return_states: expected True or False for 'lstm_zoneout'"):
+        rnnkernels.LSTM(SIZE, H, zoneout=0.1)(x, return_states="gates")
+    with pytest.raises(ValueError, match="return_states: expected False, True or 'gates', got 'all'"):
+        rnnkernels.LSTM(SIZE, H)(x, return_states="all")
+    packed = pack_sequence([x[:, 0], x[:2, 1]])
+    assert [t.shape for t in rnnkernels.GRU(SIZE, H)(packed, return_states="gates")[2]] == [(1, 5, H)] * 4

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import _C
-from . import cpu, peer, steps
+from . import cells, cpu, peer, steps
 from .cells import CELLS, PERSISTENT, STORAGE, Cell, Rows, Sizes, Weights, grad_shapes, number, problem
 from .load import heats, is_modified, load_kernels, load_page, modified, source_of
 
@@ -28,6 +28,8 @@ __all__ = [
     "Call",
     "Cell",
     "Sequence",
+    "Weights",
+    "before_each_token",
     "build_info",
     "check_lengths",
     "check_reset_mask",
@@ -459,6 +461,12 @@ def _engine(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: 
     if engine in PERSISTENT and why_not:
         raise RuntimeError(f"engine: {engine!r} cannot run this: {why_not}")
     return ("stepwise", why_not) if why_not else (chosen, "the weights fit on the chip" if engine == "auto" else asked)
+
+
+def before_each_token(cell: Cell, after: Tensor, initial: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
+    """A state before each token of a ragged batch, ``[N, ·]``, from that after each."""
+    width = after.shape[1]
+    return cells.before_each_token(Sizes(cell, reverse, len(batch_sizes), initial.shape[0], width, width), after, initial, batch_sizes)
 
 
 def cuts_natively(engine: str, device: torch.device) -> bool:
