@@ -15,7 +15,8 @@ from rnnkernels import ops, reference, verify
 ours, oracle = giving(ops.sequence), giving(reference.sequence)
 
 # A decorated cell is run by the same engine code, so that what takes long is run for the plain ones.
-PLAIN = [cell for cell, spec in ops.CELLS.items() if not spec.given and not spec.moments]
+PLAIN = [cell for cell, spec in ops.CELLS.items() if not spec.given and not spec.moments and not spec.fixed]
+FEW = ("one", "step", "row", "odd", "rounds", "empty")
 
 # steps, batch, input size, hidden size
 SHAPES = {
@@ -121,9 +122,10 @@ def tolerance(cell: str, shape: str) -> float:
     return 1e-9 if ops.CELLS[cell].moments and SHAPES[shape][3] == 1 else 1e-12
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.parametrize(
+    ("cell", "isa", "shape"),
+    [(c, i, s) for c, i, s in itertools.product(ops.CELLS, ISAS, SHAPES) if c in PLAIN or s == "odd" or (i == ISAS[0] and s in FEW)],
+)
 @pytest.mark.usefixtures("restore", "poison")
 def test_float64(cell: str, isa: str, shape: str) -> None:
     ops.set_isa(isa)
@@ -135,8 +137,9 @@ def test_float64(cell: str, isa: str, shape: str) -> None:
         assert error(found, expected) < tolerance(cell, shape), f"{ragged=} {reverse=} {bias=}"
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cell", ops.CELLS)
+@pytest.mark.parametrize(
+    ("cell", "shape"), [(c, s) for c, s in itertools.product(ops.CELLS, SHAPES) if c in PLAIN or (s in FEW and s != "rounds")]
+)
 @pytest.mark.usefixtures("poison")
 def test_stepwise_float64(cell: str, shape: str) -> None:
     stepwise = functools.partial(ours, engine="stepwise")
@@ -159,8 +162,15 @@ def test_stepwise_error_is_at_most_twice_that_of_the_reference_in_the_same_dtype
 
 
 @pytest.mark.parametrize("engine", ["cpu", "stepwise"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if not c.endswith("relu")])
+@pytest.mark.parametrize(
+    ("cell", "dtype"),
+    [
+        (c, d)
+        for c, d in itertools.product(ops.CELLS, (torch.float64, torch.float32, torch.bfloat16, torch.float16))
+        if not c.endswith("relu") and (c in PLAIN or d is torch.float64)
+    ],
+    ids=str,
+)
 @pytest.mark.usefixtures("poison")
 def test_recompute(cell: str, dtype: torch.dtype, engine: str) -> None:
     sequence = functools.partial(ours, engine=engine, recompute=True)
@@ -260,8 +270,9 @@ def test_error_over_a_thousand_steps(cell: str) -> None:
 
 @pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
 @pytest.mark.parametrize("ragged", [False, True], ids=["padded", "ragged"])
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("cell", [c for c in ops.CELLS if not c.endswith("relu")])
+@pytest.mark.parametrize(
+    ("cell", "isa"), [(c, i) for c, i in itertools.product(ops.CELLS, ISAS) if not c.endswith("relu") and (c in PLAIN or i == ISAS[0])]
+)
 @pytest.mark.usefixtures("restore")
 def test_gradcheck_on_the_double_kernels(cell: str, isa: str, ragged: bool, reverse: bool) -> None:
     ops.set_isa(isa)
