@@ -99,6 +99,14 @@ def test_cuts_and_states_are_the_cpus(kind: str) -> None:
         torch.testing.assert_close(a.cpu(), b, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("make", [lambda: rnnkernels.ClockworkRNN(5, 32), lambda: rnnkernels.SCRN(5, 33, 7, bidirectional=True)])
+def test_networks_of_several_sequences_are_the_cpus(make: Any) -> None:
+    layer, x = make().double(), torch.randn(9, 4, 5, dtype=torch.float64)
+    expected = layer(x)
+    found = layer.to("cuda")(x.cuda())
+    torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-11, atol=1e-11)
+
+
 def test_tf32_only_when_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, sizes, upstream = arguments("lstm", *SHAPES["wide"], dtype=torch.float32)
     truth = run(oracle, "lstm", tensors, sizes, upstream, False, torch.float64)
