@@ -64,9 +64,9 @@ test-thread:
 	  echo 'test-thread: not run, ThreadSanitizer does not work on this machine'; \
 	fi
 
-# Two at a time: what takes long are the witnesses, loops in Python.
+# Two at a time, since what takes long are the witnesses, loops in Python; idle threads sleep, or they would hold the other one's core.
 test-python: build
-	$(BIN)/pytest --numprocesses 2 --dist worksteal
+	OMP_WAIT_POLICY=passive $(BIN)/pytest --numprocesses 2 --dist worksteal
 
 lint: build/.installed
 	$(BIN)/ruff check .
