@@ -103,7 +103,7 @@ class Gradients {
     tokens.reserve(size_t(w.offsets[size_t(t1)] - w.offsets[size_t(t0)]));
     for (int64_t t = t0; t < t1; ++t)
       for (int64_t i = 0; i < w.rows(t); ++i) {
-        const int64_t row = w.p.lengths ? w.order[size_t(i)] : i;
+        const int64_t row = w.p.lengths ? w.sorted[size_t(i)] : i;
         tokens.push_back({t, row, w.offsets[size_t(t)] + row});
       }
     if (w.p.units)

@@ -85,9 +85,9 @@ class InputGates {
  private:
   // A chunk's rows lie row group by row group, except that a ragged batch's groups take turns.
   int64_t row_in_chunk(const Walk::Member& me, int64_t k) const {
-    if (w.ragged()) return k * w.p.batch;
-    const Walk::Rows mine = w.rows_of(me, w.p.batch);
-    return (w.plan_.chunk - 1) * mine.first + k * mine.count;
+    if (w.p.rows) return k * w.p.batch;
+    const auto [first, last] = w.range_of(me);
+    return (w.plan_.chunk - 1) * first + k * (last - first);
   }
 
   // Rows count from the chunk's first.

@@ -6,6 +6,7 @@
 #include <memory>
 #include <numeric>
 #include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "engines/cpu/table.h"
@@ -54,16 +55,7 @@ class Walk {
     }
     offsets.resize(size_t(p.steps) + 1, 0);
     for (int64_t t = 0; t < p.steps; ++t) offsets[size_t(t) + 1] = offsets[size_t(t)] + (p.rows ? p.rows[t] : p.batch);
-    if (p.lengths) {
-      order.resize(size_t(p.batch));
-      std::iota(order.begin(), order.end(), int64_t(0));
-      std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; });
-      active.resize(size_t(p.steps));
-      for (int64_t t = 0, n = p.batch; t < p.steps; ++t) {
-        while (n > 0 && p.lengths[order[size_t(n) - 1]] <= t) --n;
-        active[size_t(t)] = n;
-      }
-    }
+    if (p.lengths) sort_rows();
     if (p.units) share_panels();
     if (p.resets) {
       marks.resize(size_t(p.steps * p.batch));
@@ -78,7 +70,6 @@ class Walk {
 
   // How many rows take part in a step: the first of the batch or, where they end in any order, of the longest.
   int64_t rows(int64_t t) const { return p.rows ? p.rows[t] : p.lengths ? active[size_t(t)] : p.batch; }
-  bool ragged() const { return p.rows || p.lengths; }
   int64_t width(int state) const { return width_of(p, cell.state_width(state)); }
   int64_t width_of_stage(int s) const { return width_of(p, cell.stage[s].width); }
   // The step that a walk from the sequence's start (in its own direction of time), or from its end, visits as its n-th.
@@ -123,8 +114,8 @@ class Walk {
   }
   void wait_all(Member& me) const { team.wait(me.team_round); }
 
-  // A row group's rows of a step. They lie side by side, since what one core writes another's prefetcher would fetch; but in a ragged batch
-  // the groups take turns, so that all stay busy to the end.
+  // A row group's rows of a step. They lie side by side, since what one core writes another's prefetcher would fetch; with lengths each
+  // group has about as many tokens. But in a packed batch, whose rows are sorted, the groups take turns, so that all stay busy to the end.
   struct Rows {
     int64_t first, count;
     int stride;
@@ -133,10 +124,22 @@ class Walk {
     int64_t operator[](int64_t i) const { return some(i, i + 1)[0]; }
   };
   Rows rows_of(const Member& me, int64_t active) const {
-    const int64_t* in = p.lengths ? order.data() : nullptr;
-    if (ragged()) return {me.row_group, active > me.row_group ? ceil_div(active - me.row_group, me.row_groups) : 0, me.row_groups, in};
+    if (p.lengths && me.row_groups != plan_.row_groups) return {0, active, 1, sorted.data()};
+    if (p.lengths) {
+      const auto [first, last] = range_of(me);
+      const int64_t count = std::partition_point(ranks.begin() + first, ranks.begin() + last, [&](int64_t r) { return r < active; }) -
+                            (ranks.begin() + first);
+      return {0, count, 1, order.data() + first};
+    }
+    if (p.rows) return {me.row_group, active > me.row_group ? ceil_div(active - me.row_group, me.row_groups) : 0, me.row_groups, nullptr};
     const int64_t first = split(active, me.row_groups, me.row_group);
-    return {first, split(active, me.row_groups, me.row_group + 1) - first, 1, in};
+    return {first, split(active, me.row_groups, me.row_group + 1) - first, 1, nullptr};
+  }
+  // The rows [first, last) among which are all that a row group owns, but in a packed batch.
+  std::pair<int64_t, int64_t> range_of(const Member& me) const {
+    if (!p.lengths || me.row_groups != plan_.row_groups)
+      return {split(p.batch, me.row_groups, me.row_group), split(p.batch, me.row_groups, me.row_group + 1)};
+    return {cuts[size_t(me.row_group)], cuts[size_t(me.row_group) + 1]};
   }
 
   // The panels of stage s that a unit group owns. They lie side by side; but where steps end at a unit, each group takes those that make
@@ -367,9 +370,34 @@ class Walk {
   const int64_t storage_bytes, number_bytes;
   Product products[kMaxStages], inputs[kMaxStages];
   std::vector<int64_t> offsets;  // [T + 1]: token of each step's row 0
-  std::vector<int64_t> order;    // with lengths: the rows, the longest first
+  std::vector<int64_t> sorted;   // with lengths: the rows, the longest first
 
  private:
+  void sort_rows() {
+    const auto longer = [&](int64_t a, int64_t b) { return p.lengths[a] > p.lengths[b]; };
+    sorted.resize(size_t(p.batch));
+    std::iota(sorted.begin(), sorted.end(), int64_t(0));
+    order = sorted;
+    std::stable_sort(sorted.begin(), sorted.end(), longer);
+    active.resize(size_t(p.steps));
+    for (int64_t t = 0, n = p.batch; t < p.steps; ++t) {
+      while (n > 0 && p.lengths[sorted[size_t(n) - 1]] <= t) --n;
+      active[size_t(t)] = n;
+    }
+    const int64_t tokens = std::accumulate(p.lengths, p.lengths + p.batch, int64_t(0));
+    cuts.assign(size_t(plan_.row_groups) + 1, p.batch);
+    cuts[0] = 0;
+    for (int64_t b = 0, sum = 0, g = 1; b < p.batch && g < plan_.row_groups; sum += p.lengths[b++])
+      while (g < plan_.row_groups && sum >= split(tokens, plan_.row_groups, g)) cuts[size_t(g++)] = b;
+    std::vector<int64_t> rank(order.size());
+    for (size_t i = 0; i < sorted.size(); ++i) rank[size_t(sorted[i])] = int64_t(i);
+    for (size_t g = 0; g + 1 < cuts.size(); ++g)
+      std::sort(order.begin() + cuts[g], order.begin() + cuts[g + 1],
+                [&](int64_t a, int64_t b) { return rank[size_t(a)] < rank[size_t(b)]; });
+    ranks.resize(order.size());
+    for (size_t i = 0; i < order.size(); ++i) ranks[i] = rank[size_t(order[i])];
+  }
+
   // The panels, that which takes part in most steps first, each to the group that has least to do so far.
   void share_panels() {
     shares.resize(size_t(plan_.unit_groups));
@@ -384,7 +412,9 @@ class Walk {
 
   const int32_t* marks_at(int64_t t) const { return p.resets && t > 0 && t < p.steps ? marks.data() + t * p.batch : nullptr; }
 
-  std::vector<std::vector<int64_t>> shares;   // with units: the panels of each unit group
+  std::vector<std::vector<int64_t>> shares;  // with units: the panels of each unit group
+  // With lengths: where each row group's rows begin; these, the longest first; which place each has among all.
+  std::vector<int64_t> cuts, order, ranks;
   std::vector<int64_t> active;                // with lengths: how many rows take part in each step
   std::vector<int32_t> marks;                 // with resets: by token, the number of its mark, or -1 where there is none or no effect
   const std::unique_ptr<Barrier[]> barriers;  // one a row group
