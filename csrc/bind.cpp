@@ -2,12 +2,14 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <memory>
 #include <stdexcept>
 
 #include "core/registry.h"
 #include "core/tiling.h"
 #include "engines/cpu/engine.h"
 #include "engines/cpu/stream.h"
+#include "engines/traced/trace.h"
 #if RNNKERNELS_CUDA
 #include "engines/cuda/engine.h"
 #include "engines/cuda/probe.h"
@@ -126,6 +128,32 @@ py::dict description(const CellInfo& cell) {
                   py::arg("projected") = cell.projected(), py::arg("sums") = sums, py::arg("biased") = biased);
 }
 
+Loaded<traced::Tracer> loaded_tracers;
+
+// The operations of a page, each its name, the places of what it takes, and a constant's value; and of each stage where its operations end,
+// what it keeps, the states it writes, what it puts into sums: by their places, -1 for nothing.
+py::dict trace(int cell) {
+  if (!registry.find(cell)) throw std::invalid_argument("no such cell");
+  const auto t = std::make_unique<traced::Trace>();
+  (cell < kCellCount ? traced::tracers[cell] : *loaded_tracers.find(cell)).run(*t);
+  if (t->tape.count > Tape::room) throw std::length_error("the page has more operations than can be traced");
+  const char* const names[] = {"constant", "slot",   "vector", "state", "moment", "add",  "sub", "mul",     "div",  "neg", "fma",
+                               "less",     "select", "min",    "max",   "abs",    "sqrt", "exp", "sigmoid", "tanh", "relu"};  // as enum Op
+  py::list operations, stages;
+  for (int i = 0; i < t->tape.count; ++i) {
+    const Operation& o = t->tape.list[i];
+    operations.append(py::make_tuple(names[int(o.op)], o.a, o.b, o.c, o.value));
+  }
+  const auto places = [](const int* from, int count) { return py::cast(std::vector<int>(from, from + count)); };
+  const CellInfo& info = registry[cell];
+  for (int s = 0; s < info.stages; ++s) {
+    const traced::StageTrace& stage = t->stage[s];
+    stages.append(py::make_tuple(stage.end, places(stage.kept, info.kept), places(stage.states, info.states),
+                                 places(stage.sums, info.stage[s].sums)));
+  }
+  return py::dict(py::arg("operations") = operations, py::arg("stages") = stages);
+}
+
 template <size_t n>
 void fill(int64_t (&to)[n], const CellInfo& cell, const Problem& p) {
   for (int i = 0; i < cell.states; ++i) to[i] = width_of(p, cell.state_width(i));
@@ -163,13 +191,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     for (const CellInfo& cell : kCells) all.append(description(cell));
     return all;
   });
-  // A page's addresses by instruction set: the number and the description of the cell that it now is.
-  m.def("add_cell", [](const std::map<std::string, Address>& pages) {
-    std::map<std::string, const cpu::Page*> of_isa;
-    for (const auto& [isa, page] : pages) of_isa[isa] = pointer<const cpu::Page>(page);
-    const int cell = cpu::add_page(of_isa);
+  m.def("trace", trace);
+  // The addresses of a page for an instruction set and of its tracer: the number and the description of the cell that it now is.
+  m.def("add_cell", [](const std::string& isa, Address page, Address tracer) {
+    const int cell = cpu::add_page(isa, *pointer<const cpu::Page>(page));
+    loaded_tracers.set(cell, pointer<const traced::Tracer>(tracer));
     return py::make_tuple(cell, description(registry[cell]));
   });
+  m.def("add_page", [](int cell, const std::string& isa, Address page) { cpu::add_page(cell, isa, *pointer<const cpu::Page>(page)); });
   m.attr("MAX_SUMS") = kMaxSums;
   m.def("build", build);
   m.def("supported_isas", cpu::supported_isas);

@@ -8,7 +8,23 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-LINE = ["num", "cells", "core", "engines", "bind", "ops", "cuts", "gates", "functional", "streaming", "modules", "variants", "scrn", "own"]
+LINE = [
+    "num",
+    "cells",
+    "core",
+    "engines",
+    "bind",
+    "ops",
+    "cuts",
+    "gates",
+    "functional",
+    "streaming",
+    "modules",
+    "variants",
+    "scrn",
+    "own",
+    "conversion",
+]
 
 
 def room(path: Path) -> str:

@@ -277,10 +277,11 @@ def test_layer_norm_is_its_equations(name: str, engine: str) -> None:
 def test_layer_norm_in_the_grammar_of_layers(name: str) -> None:
     torch._dynamo.reset()
     layer_class, options = NORMS[name]
+    options = {**options, "dtype": torch.float64}
     layer = layer_class(I, H, num_layers=2, bidirectional=True, batch_first=True, **options)
     gains = {key: value for key, value in layer.named_parameters() if key.startswith("norm")}
     assert all(value.eq(1).all() for value in gains.values())
-    x = torch.randn(B, T, I)
+    x = torch.randn(B, T, I, dtype=torch.float64)
     output, hx = layer(x)
     assert output.shape == (B, T, 2 * H)
     other = copy.deepcopy(layer)

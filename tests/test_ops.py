@@ -295,24 +295,6 @@ def test_the_output_may_be_changed_in_place_without_gradients() -> None:
     ops.sequence("srn_tanh", x, None, w_ih, w_hh)[0].relu_()
 
 
-def test_what_is_not_supported_yet_raises() -> None:
-    arguments_ = good()
-    x = arguments_.pop("input")
-
-    def loss(x: Tensor) -> Tensor:
-        return ops.sequence(input=x, **arguments_)[0].sum()
-
-    with pytest.raises(NotImplementedError, match=r"vmap"):
-        torch.func.vmap(loss)(x[None])
-    with pytest.raises(NotImplementedError, match=r"vmap, grad, jvp"):
-        torch.func.jvp(loss, (x,), (x,))
-    with torch.autograd.forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward-mode"):
-        loss(torch.autograd.forward_ad.make_dual(x, x))
-    (grad,) = torch.autograd.grad(loss(x.requires_grad_()), x, create_graph=True)
-    with pytest.raises(NotImplementedError, match="second derivatives"):
-        (grad.sum() + loss(x)).backward()
-
-
 @pytest.mark.parametrize("cell", ["lstm", "gru", "srn_tanh"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_autocast_takes_any_mixture(cell: str, dtype: torch.dtype) -> None:

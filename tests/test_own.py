@@ -94,7 +94,7 @@ def known_cells(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for name in set(table) - set(kept):
             del table[name]
     for name in [name for name in load._sources if name not in ops.CELLS]:
-        del load._sources[name]
+        del load._sources[name], load._isas[name]
     os.environ.pop("RNNKERNELS_CACHE")
     if cache is not None:
         os.environ["RNNKERNELS_CACHE"] = cache

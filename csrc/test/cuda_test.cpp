@@ -210,9 +210,20 @@ void test_cell(const char* name, const cpu::Page& page) {
 
 enum Heat { COLD, HOT };
 
+// Pages that differ in an activation alone, which pages_test holds to its derivative: one of each is enough here, where they compile for
+// long.
+template <class Cell>
+constexpr bool another = false;
+template <class F>
+constexpr bool another<Srn<F>> = !std::is_same_v<F, Tanh>;
+template <class F, unsigned feeds>
+constexpr bool another<Residual<F, feeds>> = !std::is_same_v<F, Tanh>;
+template <class F>
+constexpr bool another<Independent<F>> = !std::is_same_v<F, Relu>;
+
 template <Heat heat, class Cell>
 void test_if_hot(const char* name) {
-  if constexpr (heat == HOT) {
+  if constexpr (heat == HOT && !another<Cell>) {
     static constexpr cpu::Page page = cpu::make_page<Cell, scalar::F32, scalar::F64>("page");
     test_cell<Cell>(name, page);
   }

@@ -163,6 +163,11 @@ class Sizes(NamedTuple):
         return self.steps == 1 and len(self.cell.stages) == 1 and self.engine == "cpu" and not self.cut
 
 
+def parted(tensors: Seq[Any], last: int) -> tuple[list[Any], list[Any]]:
+    """All but the last so many, and these."""
+    return list(tensors[: len(tensors) - last]), list(tensors[len(tensors) - last :])
+
+
 def empty(like: Tensor, shape: Seq[int]) -> Tensor:
     """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
     t = like.new_empty(shape)
@@ -343,27 +348,6 @@ def before_each_token(s: Sizes, states: Tensor, initial: Tensor | None, rows: Te
         if known < active:
             parts.append(torch.arange(N + known, N + active))
     return torch.cat([states, initial]).index_select(0, torch.cat(parts).to(states.device))
-
-
-def grad_vectors(s: Sizes, gates: Tensor, kept: Tensor, states: Seq[Tensor], after: Seq[Tensor], rows: Tensor | None) -> Tensor:
-    """Of weight_v: sums over all tokens of a slot's gradient times what the vector multiplied; zero for what nothing learns."""
-    H, number = s.hidden, torch.promote_types(gates.dtype, torch.float32)
-    sums = []
-    for _, slot, learned, factor, i in s.cell.vectors:
-        if not learned:
-            continue
-        if factor == "fixed":
-            sums.append(gates.new_zeros(H, dtype=number))
-            continue
-        grad = gates[:, slot * H : (slot + 1) * H].to(number)
-        if factor == "old":
-            grad = grad * before_each_token(s, after[i], states[i] if states else None, rows).to(number)
-        elif factor == "new":
-            grad = grad * after[i].to(number)
-        elif factor == "kept":
-            grad = grad * kept[:, i * H : (i + 1) * H].to(number)
-        sums.append(grad.sum(0))
-    return torch.cat(sums).to(gates.dtype)
 
 
 def summed_bias(cell: Cell, hidden: int, bias_ih: Tensor | None, bias_hh: Tensor | None) -> Tensor | None:

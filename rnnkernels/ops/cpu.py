@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import products
 from .cells import (
     Cell,
     Rows,
@@ -21,7 +22,6 @@ from .cells import (
     grad_given,
     grad_resets,
     grad_shapes,
-    grad_vectors,
     new_kept,
     new_moments,
     place_given,
@@ -194,8 +194,8 @@ def backward(
     given: Seq[Tensor],
     resets: Seq[Tensor],
     overwrite: bool,
-) -> list[Tensor | None]:
-    """Gradients in the order of `needs`."""
+) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients in the order of `needs`, and those of all slots, ``[N, room · H]``; past a row's end anything."""
     cell, H = s.cell, s.hidden
     tokens = input.flatten(0, -2).contiguous()
     if kept is None:
@@ -243,7 +243,7 @@ def backward(
     if s.complete:
         _complete_backward(s, grads, initial, gates, kept, tokens, states, weights, [output.view(tokens.shape[0], s.output), *history])
     of_given = grad_given(s, gates, given, wanted, input.shape[:-1], rows.sizes)
-    return [*grads, *initial, *of_given, *grad_resets(resets, found, rows.resets)]
+    return [*grads, *initial, *of_given, *grad_resets(resets, found, rows.resets)], gates
 
 
 def _grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:
@@ -280,7 +280,7 @@ def _complete_backward(
     if bias_ih is not None:
         torch.sum(x_gates, 0, out=bias_ih)
     if grad_v is not None:
-        grad_v.copy_(grad_vectors(s, gates, kept, states, after, None))
+        grad_v.copy_(products.grad_vectors(s, gates, kept, states, after, None))
     if bias_hh is not None:
         for row, first, end in cell.bias_runs:
             torch.sum(gates[:, first * H : end * H], 0, out=bias_hh[row * H : (row + end - first) * H])

@@ -28,6 +28,7 @@ _INCLUDE = Path(_C.__file__).parent / "include"
 _LINE = re.compile(r"^\s*RNN_CELL\s*\(\s*(\w+)\s*,\s*(HOT|COLD)\s*,", re.MULTILINE)
 _libraries: list[Any] = []  # they stay: layers may run them to the end
 _sources: dict[str, str] = {}
+_isas: dict[str, set[str]] = {}  # for which each was compiled
 _made_of: dict[str, list[str]] = {}  # of the combinations that were compiled: the cell and its modifiers
 _on_gpu: set[str] = set()
 _lock = threading.RLock()
@@ -37,11 +38,14 @@ _CPU = """
 #include "num/ISA.h"
 
 #include "engines/cpu/kernels.h"
+#include "engines/traced/trace.h"
 
 using namespace rnnkernels;
 #define RNN_CELL(name, heat, ...) \\
   extern "C" __attribute__((visibility("default"))) const cpu::Page rnnkernels_page; \\
-  const cpu::Page rnnkernels_page = cpu::make_page<Complete<__VA_ARGS__>, ISA::F32, ISA::F64>(#name, #__VA_ARGS__);
+  extern "C" __attribute__((visibility("default"))) const traced::Tracer rnnkernels_tracer; \\
+  const cpu::Page rnnkernels_page = cpu::make_page<Complete<__VA_ARGS__>, ISA::F32, ISA::F64>(#name, #__VA_ARGS__); \\
+  const traced::Tracer rnnkernels_tracer = {traced::trace<Complete<__VA_ARGS__>>};
 """
 _CUDA = """
 #include "engines/cuda/kernels.cuh"
@@ -77,14 +81,28 @@ def _load(name: str, text: str, shown: str) -> None:
     if name in _sources:
         return
     _check_headers()
-    flags = _C.build()["flags"]
-    isas = _C.supported_isas()
-    with ThreadPoolExecutor() as pool:
-        made = [pool.submit(_compiled, text, shown, _CPU.replace("ISA", isa), _cpu_command(flags, isa), ".cpp") for isa in isas]
-        paths = [future.result() for future in made]
-    addresses = [_address(path, "rnnkernels_page") for path in paths]
-    add_cell(*_C.add_cell(dict(zip(isas, addresses, strict=True))))
+    isa = _C.isa()
+    path = _for_isa(text, shown, isa)
+    add_cell(*_C.add_cell(isa, _address(path, "rnnkernels_page"), _address(path, "rnnkernels_tracer")))
+    _isas[name] = {isa}
     _sources[name] = text
+
+
+def _for_isa(text: str, shown: str, isa: str) -> Path:
+    return _compiled(text, shown, _CPU.replace("ISA", isa), _cpu_command(_C.build()["flags"], isa), ".cpp")
+
+
+def compile_for(isa: str, cell: str | None = None) -> None:
+    """A cell that was loaded, or all of them, for an instruction set that is about to be needed."""
+    names = _isas if cell is None else [cell] if cell in _isas else []
+    if all(isa in _isas[name] for name in names):
+        return
+    with _lock:
+        missing = [name for name in names if isa not in _isas[name]]
+        with ThreadPoolExecutor() as pool:
+            for name, path in zip(missing, pool.map(lambda name: _for_isa(_sources[name], name, isa), missing), strict=True):
+                _C.add_page(CELLS[name].index, isa, _address(path, "rnnkernels_page"))
+                _isas[name].add(isa)
 
 
 _WRAPPERS = {

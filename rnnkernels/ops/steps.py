@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
+from . import products
 from .cells import (
     PERSISTENT,
     Cell,
@@ -28,7 +29,6 @@ from .cells import (
     empty,
     given_each_token,
     grad_given,
-    grad_vectors,
     new_kept,
     new_moments,
     number,
@@ -313,8 +313,8 @@ def backward(
     given: Seq[Tensor],
     resets: Seq[Tensor],
     overwrite: bool,
-) -> list[Tensor | None]:
-    """Gradients in the order of `needs`."""
+) -> tuple[list[Tensor | None], Tensor]:
+    """Gradients in the order of `needs`, and those of all slots, ``[N, room · H]``."""
     cell, H, P = s.cell, s.hidden, s.output
     tokens, y = input.flatten(0, -2), output.view(-1, P)
     if kept is None:
@@ -334,32 +334,16 @@ def backward(
     if needs[0]:
         grads[0] = torch.zeros_like(input) if weights.ih is None else torch.mm(x_gates, weights.ih).view(input.shape)
     if needs[1]:
-        grads[1] = torch.mm(x_gates.t(), tokens)
+        grads[1] = products.grad_ih(s, gates, tokens)
     if needs[2]:
-        grads[2] = _grad_hh(s, gates, kept, before_each_token(s, y, states[0] if states else None, rows.sizes))
+        grads[2] = products.grad_hh(s, gates, kept, before_each_token(s, y, states[0] if states else None, rows.sizes))
     if needs[3] or needs[4]:
-        total = gates.sum(0)
-        if needs[3]:
-            grads[3] = total[: cell.input_gates * H].clone()
-        if needs[4] and cell.biased:
-            grads[4] = torch.cat([total[first * H : end * H] for _, first, end in cell.bias_runs])
+        grads[3:5] = (grad if need else None for grad, need in zip(products.bias_grads(s, gates), needs[3:5], strict=True))
     if needs[5]:
-        projected = cell.projection * H
-        operand = next(operand for *_, operand, projects in cell.stages if projects) * H
-        grads[5] = torch.mm(gates[:, projected : projected + P].t(), kept[:, operand : operand + H])
+        grads[5] = products.grad_hr(s, gates, kept)
     if needs[6]:
-        grads[6] = grad_vectors(s, gates, kept, states, after, rows.sizes)
-    return [*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows.sizes)]
-
-
-def _grad_hh(s: Sizes, gates: Tensor, kept: Tensor, before: Tensor) -> Tensor:
-    """Each stage's slots times what its matrix multiplied."""
-    H, products = s.hidden, []
-    for (begin, end), (first, count, operand, _) in zip(s.cell.stage_rows, s.cell.stages, strict=True):
-        fed = [i for i in range(first, first + count) if s.cell.slots[i][2]]
-        read = before if operand < 0 else kept[:, operand * H : (operand + 1) * H]
-        products += [torch.mm(gates[:, i * H : (i + 1) * H].t(), read) for i in fed[: end - begin]]
-    return torch.cat(products)
+        grads[6] = products.grad_vectors(s, gates, kept, states, after, rows.sizes)
+    return [*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows.sizes)], gates
 
 
 def _walk_back_together(

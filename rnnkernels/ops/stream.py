@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import Call, _checked, sequence
+from . import sequence
 from .cells import Rows, Sizes, Weights, address, empty, place_given, problem, stage_blocks, vectors
+from .checks import Call, checked
 
 __all__ = ["Stack", "stack"]
 
@@ -55,7 +56,7 @@ def _layers(cell: str, lead: tuple[int, ...], weights: Seq[Seq[Any]], engine: st
     for given in weights:
         of_layer = Weights(*given, *[None] * (len(Weights._fields) - len(given)))
         like = given[0].new_empty(1, *(lead or (1,)), width)
-        sizes = _checked(Call(cell, like, None, *of_layer, given=constants, engine=engine), concrete=True)
+        sizes = checked(Call(cell, like, None, *of_layer, given=constants, engine=engine), concrete=True)
         layers.append((sizes, of_layer))
         width = sizes.output
     return layers

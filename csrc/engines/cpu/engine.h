@@ -1,7 +1,6 @@
 // The CPU engine: any page over a sequence.
 #pragma once
 
-#include <map>
 #include <string>
 #include <vector>
 
@@ -20,9 +19,10 @@ void set_isa(const std::string& name);
 struct Page;
 // The page of the problem's cell for the chosen instruction set.
 const Page& page_of(const Problem&);
-// A cell of one's own, its page compiled for each instruction set that this processor runs: the number by which a problem names it. The
-// pages live to the end of the program.
-int add_page(const std::map<std::string, const Page*>& of_isa);
+// A cell of one's own, its page compiled for an instruction set: the number by which a problem names it; and its page for another one.
+// Pages live to the end of the program. One thread at a time.
+int add_page(const std::string& isa, const Page&);
+void add_page(int cell, const std::string& isa, const Page&);
 
 // Empty if the engine can run it, otherwise the reason why not.
 std::string fits(const Problem&, const Page&);

@@ -13,17 +13,27 @@ Loaded<std::map<std::string, const Page*>> loaded;
 
 }  // namespace
 
-const Page& page_of(int cell, const Isa& isa) { return cell < kCellCount ? isa.page[cell] : *loaded.find(cell)->at(isa.name); }
+const Page& page_of(int cell, const Isa& isa) {
+  if (cell < kCellCount) return isa.page[cell];
+  const auto& pages = *loaded.find(cell);
+  const auto found = pages.find(isa.name);
+  if (found == pages.end()) throw std::invalid_argument("the cell was not compiled for the instruction set " + std::string(isa.name));
+  return *found->second;
+}
 
 const Page& page_of(const Problem& p) { return page_of(p.cell, current()); }
 
-int add_page(const std::map<std::string, const Page*>& of_isa) {
-  for (const std::string& isa : supported_isas())
-    if (!of_isa.count(isa)) throw std::invalid_argument("a page for the instruction set " + isa + " is missing");
-  const auto* pages = new std::map<std::string, const Page*>(of_isa);  // for good: layers may run it to the end
-  const int cell = registry.add(pages->begin()->second->cell);
-  loaded.set(cell, pages);
+// What is replaced stays for good: layers may be running it.
+int add_page(const std::string& isa, const Page& page) {
+  const int cell = registry.add(page.cell);
+  loaded.set(cell, new std::map<std::string, const Page*>{{isa, &page}});
   return cell;
+}
+
+void add_page(int cell, const std::string& isa, const Page& page) {
+  auto* pages = new std::map<std::string, const Page*>(*loaded.find(cell));
+  pages->emplace(isa, &page);
+  loaded.set(cell, pages);
 }
 
 }  // namespace rnnkernels::cpu

@@ -1,0 +1,87 @@
+"""What autograd sees of a cell over a sequence in eager mode: one call forward, one back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cells import Rows, Sizes, Weights, parted
+from .engines import RUNS
+from .transforms import gradients, is_legacy_batched, is_transformed
+
+_COUNT = len(Weights._fields)
+
+
+def _hooked() -> bool:
+    """Whether somebody else may hold what is saved now."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+def _last_use() -> bool:
+    """Whether this backward is the saved values' last use: then gradients may be written over them."""
+    keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return keep_graph is not None and not keep_graph()
+
+
+class Sequence(torch.autograd.Function):
+    """A cell over a sequence, as autograd sees it. Use :func:`sequence`, which checks its arguments.
+
+    ``apply(sizes, rows, input, *weights, *states, *given, *resets) -> (output, *final_states)``, with ``sizes.returns`` also the states
+    beyond the first after each token, ``[N, H]`` each.
+    Saves 5·H numbers a token for LSTM, 4·H for GRU and H for SRN, besides input and output; with ``sizes.recompute`` only the states.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, s: Sizes, rows: Rows, input: Tensor, *args: Tensor | None) -> Any:
+        weights = Weights(*args[:_COUNT])
+        rest, resets = parted([t for t in args[_COUNT:] if t is not None], s.resets)
+        states, given = parted(rest, s.given)
+        output, final, kept, history = RUNS[s.engine].forward(s, True, input, states, weights, rows, given, resets)
+        ctx.sizes, ctx.own = s, not _hooked()
+        ctx.set_materialize_grads(False)
+        # Not needed for gradients, so whoever changes it is free to; a second derivative finds it here.
+        ctx.bias_ih, ctx.bias_version = weights.bias_ih, None if weights.bias_ih is None else weights.bias_ih._version
+        if not s.recompute:
+            weights = weights._replace(bias_ih=None)
+        ctx.save_for_backward(input, *weights, *rows, output, kept, *states, *history, *given, *resets)
+        return (output, *final, *(history[: len(s.cell.states) - 1] if s.returns else []))
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> Any:
+        s: Sizes = ctx.sizes
+        grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
+        input, *saved = ctx.saved_tensors
+        weights, rows = Weights(*saved[:_COUNT]), Rows(*saved[_COUNT : _COUNT + len(Rows._fields)])
+        output, kept, *rest = saved[_COUNT + len(Rows._fields) :]
+        rest, resets = parted(rest, s.resets)
+        rest, given = parted(rest, s.given)
+        # The rest are initial states, if there were any, and histories.
+        n = len(rest) - len(s.cell.states) + 1 - (s.cell.moments > 0)
+        overwrite = ctx.own and _last_use()
+        grad_states = [grad_output, *grad_history]
+        if torch.is_grad_enabled() or is_transformed() or any(map(is_legacy_batched, (*grad_states, *grad_final))):
+            if ctx.bias_ih is not None and ctx.bias_ih._version != ctx.bias_version:
+                raise RuntimeError("bias_ih: it was changed in place since forward, and a derivative of gradients needs it as it was")
+            own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
+            return (None, None, *gradients(s, ctx.needs_input_grad[2:], own, (output, kept, *rest[n:]), grad_states, grad_final))
+        with torch.no_grad():
+            grads, _ = RUNS[s.engine].backward(
+                s,
+                ctx.needs_input_grad[2:],
+                grad_states,
+                grad_final,
+                input,
+                rest[:n],
+                weights,
+                rows,
+                output,
+                kept,
+                rest[n:],
+                given,
+                resets,
+                overwrite,
+            )
+        return (None, None, *grads)

@@ -1,0 +1,224 @@
+"""What a call of :func:`rnnkernels.ops.sequence` must be: its arguments, and errors that name what is wrong with them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence as Seq
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import engines
+from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights
+
+__all__ = ["Call", "check_lengths", "check_reset_mask", "check_reset_states", "checked", "expect", "hidden_size"]
+
+
+def expect(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    if tensor.shape == shape and tensor.dtype is like.dtype and tensor.device == like.device:
+        return
+    if tensor.shape != shape:
+        raise RuntimeError(f"{name}: expected shape {tuple(shape)}, got {tuple(tensor.shape)}")
+    if tensor.dtype != like.dtype:
+        raise RuntimeError(f"{name}: expected dtype {like.dtype} as input has, got {tensor.dtype}")
+    raise RuntimeError(f"{name}: expected device {like.device} as input is on, got {tensor.device}")
+
+
+def _check_rows(batch_sizes: Tensor, tokens: int) -> tuple[int, int]:
+    """-> steps, batch"""
+    if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu" or batch_sizes.numel() == 0:
+        raise RuntimeError(
+            f"batch_sizes: expected a non-empty 1-D int64 CPU tensor, got {batch_sizes.dim()}-D {batch_sizes.dtype} on {batch_sizes.device}"
+            f" of {batch_sizes.numel()} elements"
+        )
+    sizes = batch_sizes.tolist()
+    if any(a < b for a, b in itertools.pairwise(sizes)) or sizes[-1] < 1:
+        raise RuntimeError(f"batch_sizes: expected positive and non-increasing, got {sizes}")
+    if sum(sizes) != tokens:
+        raise RuntimeError(f"batch_sizes: expected to sum to the {tokens} tokens of input, got {sum(sizes)}")
+    return len(sizes), sizes[0]
+
+
+class Call(NamedTuple):
+    """The arguments of the op, in its schema's order. ``states`` None: zeros."""
+
+    cell: str
+    input: Tensor
+    states: Seq[Tensor] | None
+    weight_ih: Tensor | None
+    weight_hh: Tensor | None
+    bias_ih: Tensor | None
+    bias_hh: Tensor | None
+    weight_hr: Tensor | None
+    weight_v: Tensor | None
+    batch_sizes: Tensor | None = None
+    lengths: Tensor | None = None
+    reset_mask: Tensor | None = None
+    units: Tensor | None = None
+    given: Seq[Tensor] = ()
+    reset_states: Seq[Tensor] = ()
+    module: int = 0
+    reverse: bool = False
+    engine: str = "auto"
+    recompute: bool = False
+    return_states: bool = False
+    training: bool = False
+
+    @property
+    def weights(self) -> Weights:
+        return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, self.weight_v)
+
+    @property
+    def rows(self) -> Rows:
+        found = (self.batch_sizes, self.lengths, self.reset_mask, self.units)
+        return Rows(*(None if t is None else t.contiguous() for t in found))
+
+
+def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
+    """The sizes of a call that is as it must be. ``concrete``: that its sizes are numbers; ``values``: that what rows hold can be read."""
+    cell, input, states, batch_sizes = call.cell, call.input, call.states, call.batch_sizes
+    weights, given = call.weights, call.given
+    weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v = weights
+    spec = CELLS.get(cell)
+    if spec is None:
+        raise ValueError(f"cell: expected one of {', '.join(CELLS)}, got {cell!r}")
+    if input.dtype not in STORAGE:
+        raise RuntimeError(f"input: expected dtype float32, float64, bfloat16 or float16, got {input.dtype}")
+    if input.dim() != (3 if batch_sizes is None else 2):
+        raise RuntimeError(
+            f"input: expected {'3-D [T, B, I]' if batch_sizes is None else '2-D [N, I] with batch_sizes'}, got {input.dim()}-D"
+        )
+    wanted = (
+        ("weight_ih", weight_ih, spec.input_gates),
+        ("weight_hh", weight_hh, spec.hidden_gates),
+        ("weight_hr", weight_hr, spec.projected),
+        ("weight_v", weight_v, spec.learned),
+    )
+    for name, weight, has in wanted:
+        if bool(has) != (weight is not None):
+            raise RuntimeError(f"{name}: expected {'a tensor' if has else 'None'} for cell {cell!r}")
+    if states is not None and len(states) != len(spec.states):
+        raise RuntimeError(f"states: expected {len(spec.states)} ({', '.join(spec.states)}) for cell {cell!r}, got {len(states)}")
+    H = hidden_size(spec, weights)
+    P = H
+    if weight_hr is not None:
+        P = weight_hr.shape[0]
+        if not 0 < P <= H:
+            raise RuntimeError(f"weight_hr: expected at least 1 and at most hidden_size = {H} rows, got {P}")
+        expect("weight_hr", weight_hr, (P, H), input)
+    if batch_sizes is None:
+        T, B = input.shape[:2]
+        if concrete and T == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+    elif concrete:
+        T, B = _check_rows(batch_sizes, input.shape[0])
+    else:
+        assert states is not None
+        T, B = batch_sizes.shape[0], states[0].shape[0]
+    if concrete and max(input.numel(), input.numel() // max(input.shape[-1], 1) * spec.room * H) >= 2**60:
+        raise RuntimeError(f"input: {T} steps of {B} rows with {H} hidden units are more than memory can address")
+    if weight_ih is not None:
+        expect("weight_ih", weight_ih, (spec.input_gates * H, input.shape[-1]), input)
+    if weight_hh is not None:
+        expect("weight_hh", weight_hh, (spec.hidden_gates * H, P), input)
+    if weight_v is not None:
+        expect("weight_v", weight_v, (spec.learned * H,), input)
+    for i, state in enumerate(states or ()):
+        expect(f"states[{i}] ({spec.states[i]})", state, (B, H if i else P), input)
+    if bias_ih is not None:
+        expect("bias_ih", bias_ih, (spec.input_gates * H,), input)
+    if bias_hh is not None:
+        expect("bias_hh", bias_hh, (spec.biased * H,), input)
+    _check_given(spec, given, H, B, input)
+    rows = call.rows
+    if rows.cut:
+        _check_cuts(spec, call, T, B, H, P, concrete and values)
+    sizes = Sizes(
+        spec, call.reverse, T, B, H, P, recompute=call.recompute, given=len(given), resets=len(call.reset_states), module=call.module
+    )
+    sizes = sizes._replace(returns=call.return_states, cut=rows.cut)
+    return sizes._replace(engine=engines.choose(call.engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
+
+
+def check_lengths(lengths: Tensor, T: int, B: int, concrete: bool = True) -> None:
+    """Raise unless ``lengths`` are integers from 0 to T, one a row; not ``concrete``: as far as shapes tell."""
+    if lengths.shape != (B,) or lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
+        raise RuntimeError(f"lengths: expected integers of shape ({B},), got {lengths.dtype} of shape {tuple(lengths.shape)}")
+    if concrete and B:
+        shortest, longest = torch.aminmax(lengths)
+        if int(shortest) < 0 or int(longest) > T:
+            raise ValueError(f"lengths: expected 0 to {T}, got {int(shortest)} to {int(longest)}")
+
+
+def check_reset_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
+    """Raise unless ``mask`` are booleans of this shape."""
+    if mask.shape != shape or mask.dtype is not torch.bool:
+        raise RuntimeError(f"reset_mask: expected torch.bool of shape {shape}, got {mask.dtype} of shape {tuple(mask.shape)}")
+
+
+def _check_cuts(spec: Cell, call: Call, T: int, B: int, H: int, P: int, concrete: bool) -> None:
+    input = call.input
+    if call.batch_sizes is not None:
+        raise RuntimeError("batch_sizes: expected None beside lengths, reset_mask or units, which are for padded batches")
+    for name, t in (("lengths", call.lengths), ("reset_mask", call.reset_mask), ("units", call.units)):
+        if t is not None and t.device.type != "cpu":
+            raise RuntimeError(f"{name}: expected a CPU tensor, got one on {t.device}")
+    if call.lengths is not None:
+        check_lengths(call.lengths, T, B, concrete)
+        if call.lengths.dtype is not torch.int64:
+            raise RuntimeError(f"lengths: expected torch.int64, got {call.lengths.dtype}")
+    if call.reset_mask is not None:
+        check_reset_mask(call.reset_mask, (T, B))
+    if call.reset_states:
+        check_reset_states(spec, call.reset_states, [P] + [H] * (len(spec.states) - 1), input)
+    if call.units is None:
+        return
+    if len(spec.slots) != 1 or not spec.hidden_gates or call.module < 1:
+        raise RuntimeError(f"units: expected a cell of one slot with a matrix and a module of at least 1, got {spec.name!r}, {call.module}")
+    if call.units.shape != (T,) or call.units.dtype is not torch.int64:
+        raise RuntimeError(f"units: expected torch.int64 of shape ({T},), got {call.units.dtype} of shape {tuple(call.units.shape)}")
+    if concrete:
+        fewest, most = map(int, torch.aminmax(call.units))
+        if fewest < 0 or most > H:
+            raise ValueError(f"units: expected 0 to {H}, got {fewest} to {most}")
+
+
+def hidden_size(spec: Cell, weights: Weights) -> int:
+    """The hidden size, which the first matrix tells."""
+    name, weight, blocks = ("weight_ih", weights.ih, spec.input_gates) if spec.input_gates else ("weight_hh", weights.hh, spec.hidden_gates)
+    assert weight is not None
+    if weight.dim() != 2 or weight.shape[0] % blocks or weight.shape[0] == 0:
+        raise RuntimeError(
+            f"{name}: expected shape ({blocks}·hidden_size, {'input' if spec.input_gates else 'hidden'}_size), got {tuple(weight.shape)}"
+        )
+    return weight.shape[0] // blocks
+
+
+def _check_given(spec: Cell, given: Seq[Tensor], H: int, B: int, input: Tensor) -> None:
+    names = ", ".join(spec.slots[i][0] for i in spec.given)
+    slots = 0
+    for i, t in enumerate(given):
+        width = t.shape[-1] if t.dim() else 0
+        if width == 0 or width % H:
+            raise RuntimeError(f"given[{i}]: expected a last dimension of a multiple of hidden_size = {H}, got shape {tuple(t.shape)}")
+        shapes = [(*input.shape[:-1], width), (B, width), (width,)]
+        if t.shape not in shapes:
+            raise RuntimeError(f"given[{i}]: expected shape {shapes[0]}, {shapes[1]} or {shapes[2]}, got {tuple(t.shape)}")
+        expect(f"given[{i}]", t, tuple(t.shape), input)
+        if t.requires_grad and any(spec.slots[slot][4] for slot in spec.given[slots : slots + width // H]):
+            raise RuntimeError(f"given[{i}]: expected a mask that requires no gradient, for there is none")
+        slots += width // H
+    if slots != len(spec.given):
+        wanted = f"numbers for {len(spec.given)} slots ({names})" if names else "nothing"
+        raise RuntimeError(f"given: expected {wanted} for cell {spec.name!r}, got them for {slots}")
+
+
+def check_reset_states(spec: Cell, states: Seq[Tensor], widths: Seq[int], input: Tensor) -> None:
+    if len(states) != len(spec.states):
+        raise RuntimeError(f"reset_states: expected {len(spec.states)} ({', '.join(spec.states)}), got {len(states)}")
+    T, B = input.shape[:2]
+    for i, (t, width) in enumerate(zip(states, widths, strict=True)):
+        if t.shape not in ((width,), (B, width), (T, B, width)):
+            raise RuntimeError(f"reset_states[{i}]: expected shape {(width,)}, {(B, width)} or {(T, B, width)}, got {tuple(t.shape)}")
+        expect(f"reset_states[{i}] ({spec.states[i]})", t, tuple(t.shape), input)

@@ -1,0 +1,187 @@
+"""The same code as operators of torch.library: for torch.compile, torch.export, fake and meta tensors, and tensor subclasses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .cells import CELLS, Rows, Sizes, Weights, grad_shapes, number, parted
+from .checks import Call, checked, expect, hidden_size
+from .engines import RUNS
+
+_COUNT = len(Weights._fields)
+
+_library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
+_library.define(
+    "sequence(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[] given,"
+    " Tensor[] reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training) -> Tensor[]"
+)
+_library.define(
+    "sequence_backward(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[] given,"
+    " Tensor[] reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training, bool[] needs,"
+    " Tensor?[] grad_states, Tensor?[] grad_final, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
+)
+
+
+def _op_forward(*args: Any) -> list[Tensor]:
+    """output, final states, for training the kept values, if not to be recomputed, and, if asked for too, the other states' histories; for
+    training moments, of a cell that has them
+    """
+    call = Call(*args)
+    s = checked(call, True)
+    states, given, resets = ([t.contiguous() for t in tensors] for tensors in (call.states or (), call.given, call.reset_states))
+    run = RUNS[s.engine].forward(s, call.training, call.input, states, call.weights.dense(), call.rows, given, resets)
+    output, final, kept, history = run
+    # Places that forward does not fill: an op's results are the same each time.
+    if kept is not None and s.cell.kept < s.cell.room:
+        kept[:, s.cell.kept * s.hidden :].zero_()
+    if call.lengths is not None and s.steps * s.batch:
+        past = (torch.arange(s.steps).unsqueeze(1) >= call.lengths).flatten()
+        for t in [kept, *history[len(s.cell.states) - 1 :]]:
+            if t is not None:
+                t[past] = 0
+    if call.units is not None and kept is not None:
+        past = torch.arange(s.hidden) >= call.units.unsqueeze(1)
+        kept.view(s.steps, s.batch, s.hidden).masked_fill_(past.unsqueeze(1), 0)
+    return [output, *final, *([] if kept is None else [kept]), *history]
+
+
+def _op_forward_fake(*args: Any) -> list[Tensor]:
+    call = Call(*args)
+    spec, input, states = CELLS[call.cell], call.input, call.states or ()
+    H = hidden_size(spec, call.weights)
+    P = H if call.weight_hr is None else call.weight_hr.shape[0]
+    N = input.shape[0] if call.batch_sizes is not None else input.shape[0] * input.shape[1]
+    results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
+    if call.training and not call.recompute:
+        results.append(input.new_empty(N, spec.room * H))
+    if call.training or call.return_states:
+        results += [input.new_empty(N, H) for _ in states[1:]]
+    if call.training and spec.moments:
+        results.append(input.new_empty(N, spec.moments, dtype=number(input.dtype)))
+    return results
+
+
+class Back(NamedTuple):
+    """What the backward op takes beyond a call's arguments."""
+
+    needs: Seq[bool]
+    grad_states: Seq[Tensor | None]
+    grad_final: Seq[Tensor | None]
+    output: Tensor
+    kept: Tensor | None
+    history: Seq[Tensor]
+
+
+def _op_backward(*args: Any) -> list[Tensor]:
+    """Gradients in the order of `needs`; an empty tensor where none is needed."""
+    call, back = Call(*args[: len(Call._fields)]), Back(*args[len(Call._fields) :])
+    input, states, output, kept, history = call.input, call.states or (), back.output, back.kept, back.history
+    s = checked(call, True)
+    N = s.steps * s.batch if call.batch_sizes is None else input.shape[0]
+    others = len(call.given) + len(call.reset_states)
+    counts = (1 + _COUNT + len(states) + others, len(states), len(states) - 1 + (s.cell.moments > 0))
+    if (len(back.needs), len(back.grad_final), len(history)) != counts or not 1 <= len(back.grad_states) <= len(states):
+        raise RuntimeError("needs, grad_final, history: expected {}, {}, {} of them".format(*counts))
+    expect("output", output, (*input.shape[:-1], s.output), input)
+    if kept is not None:
+        expect("kept", kept, (N, s.cell.room * s.hidden), input)
+    wide = [(N, s.hidden)] * (len(states) - 1)
+    if s.cell.moments and (history[-1].shape != (N, s.cell.moments) or history[-1].dtype != number(input.dtype)):
+        raise RuntimeError(
+            f"history: expected moments of shape {(N, s.cell.moments)}, got {tuple(history[-1].shape)} of {history[-1].dtype}"
+        )
+    for name, tensors, shapes in (
+        ("grad_states", back.grad_states, [output.shape, *wide]),
+        ("grad_final", back.grad_final, [state.shape for state in states]),
+        ("history", history[: len(wide)], wide),
+    ):
+        for tensor, shape in zip(tensors, shapes, strict=False):
+            if tensor is not None:
+                expect(name, tensor, shape, input)
+    grads, _ = RUNS[s.engine].backward(
+        s,
+        back.needs,
+        back.grad_states,
+        back.grad_final,
+        input,
+        [state.contiguous() for state in states],
+        call.weights.dense(),
+        call.rows,
+        output.contiguous(),
+        None if kept is None else kept.contiguous(),
+        [h.contiguous() for h in history],
+        [t.contiguous() for t in call.given],
+        [t.contiguous() for t in call.reset_states],
+        False,
+    )
+    # An op's results are memory of their own, and a given number's gradient lies among the gates'.
+    first = counts[0] - others
+    return [input.new_empty(0) if grad is None else grad if i < first else grad.contiguous() for i, grad in enumerate(grads)]
+
+
+def _op_backward_fake(*args: Any) -> list[Tensor]:
+    call, needs = Call(*args[: len(Call._fields)]), args[len(Call._fields)]
+    s = Sizes(CELLS[call.cell], call.reverse, 0, 0, hidden_size(CELLS[call.cell], call.weights), 0)
+    shapes = grad_shapes(s, call.input, call.weights)
+    shapes += [t.shape for t in (*(call.states or ()), *call.given, *call.reset_states)]
+    return [call.input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
+
+
+def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    call = Call(*inputs)
+    states = call.states or ()
+    n = len(states)
+    if call.training:
+        kept, history = None if call.recompute else output[1 + n], output[(1 if call.recompute else 2) + n :]
+        if not call.recompute:
+            call = call._replace(bias_ih=None)
+        leaves = (inputs[1], *inputs[3 : 3 + _COUNT], *states, *call.given, *call.reset_states)
+        ctx.needs = [t is not None and t.requires_grad for t in leaves]
+        ctx.counts = (n, len(call.given), len(call.reset_states), len(history))
+        ctx.save_for_backward(call.input, *call[3:13], output[0], kept, *states, *call.given, *call.reset_states, *history)
+    # Tensors are the context's to keep; the rest is not.
+    ctx.call = call._replace(input=None, states=None, given=(), reset_states=(), **dict.fromkeys(Call._fields[3:13]))  # type: ignore[arg-type]
+
+
+def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
+    if not ctx.call.training:
+        raise RuntimeError("training: expected True for an op that is differentiated, got False")
+    input, *saved = ctx.saved_tensors
+    fields, (y, kept, *rest) = saved[:10], saved[10:]
+    parts = []
+    for count in ctx.counts:
+        part, rest = rest[:count], rest[count:]
+        parts.append(part)
+    states, given, resets, history = parts
+    n = len(states)
+    end = len(grads) - (CELLS[ctx.call.cell].moments > 0)
+    call = ctx.call._replace(
+        input=input, states=states, given=given, reset_states=resets, **dict(zip(Call._fields[3:13], fields, strict=True))
+    )
+    grad_states = [grads[0], *grads[end - n + 1 : end]]
+    results = torch.ops.rnnkernels.sequence_backward(*call, ctx.needs, grad_states, grads[1 : 1 + n], y, kept, history)
+    needed = [grad if need else None for grad, need in zip(results, ctx.needs, strict=True)]
+    input_grad, *of_weights = needed[: 1 + _COUNT]
+    rest = needed[1 + _COUNT :]
+    of_rest, of_resets = parted(rest, len(resets))
+    of_states, of_given = parted(of_rest, len(given))
+    none = [None] * (len(Rows._fields))
+    return (None, input_grad, of_states, *of_weights, *none, of_given, of_resets, *[None] * (len(Call._fields) - 15))
+
+
+def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
+    raise NotImplementedError("second derivatives through torch.compile or a tensor subclass are not supported: run eagerly")
+
+
+for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):
+    for _key in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _key)
+    torch.library.register_fake(f"rnnkernels::{_name}", _fake, lib=_library)
+torch.library.register_autograd("rnnkernels::sequence", _op_autograd, setup_context=_op_setup, lib=_library)
+torch.library.register_autograd("rnnkernels::sequence_backward", _refuse_second_derivative, lib=_library)

@@ -1,0 +1,411 @@
+"""A cell over a sequence as torch.func and higher derivatives see it.
+
+Forward and backward are functions of autograd in their own right, and their rules are made of themselves: under vmap calls with the same
+weights are one call with a larger batch, those with weights of their own a call for each. Forward-mode derivatives, and those of backward,
+are the traced engine's.
+
+Samples lie side by side within each row: row b of sample n is row b · samples + n, in ragged batches too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from . import products, traced
+from .cells import Rows, Sizes, Weights, before_each_token, parted
+from .checks import check_lengths
+from .engines import RUNS
+
+__all__ = ["Forward", "gradients", "is_batched", "is_forward_mode", "is_legacy_batched", "is_transformed"]
+
+_ROWS, _WEIGHTS = len(Rows._fields), len(Weights._fields)
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_forward_mode() -> bool:
+    """Whether tangents may have to be carried along."""
+    if forward_ad._current_level >= 0:
+        return True
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return any(layer.key() == torch._C._functorch.TransformType.Jvp for layer in stack)
+
+
+def is_batched(t: Tensor | None) -> bool:
+    """Whether vmap has hidden a dimension of it, so that its values are not for Python to read."""
+    while t is not None and torch._C._functorch.is_functorch_wrapped_tensor(t):
+        if torch._C._functorch.is_batchedtensor(t):
+            return True
+        t = torch._C._functorch.get_unwrapped(t)
+    return False
+
+
+def is_legacy_batched(t: Any) -> bool:
+    """Whether the vmap of ``torch.autograd.grad(…, is_grads_batched=True)`` did, which knows no rules of ours."""
+    return t is not None and torch._C._functorch.is_legacy_batchedtensor(t)
+
+
+def _in_plain_sight(f: Callable[..., tuple[Tensor, ...]], tensors: Seq[Any]) -> tuple[Tensor, ...]:
+    """``f`` of tensors that the legacy vmap may have batched."""
+    batched = [is_legacy_batched(t) for t in tensors]
+    if not any(batched):
+        return f(*tensors)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    plain = [torch._remove_batch_dim(t, level, 1, 0) if b else t for t, b in zip(tensors, batched, strict=True)]
+    made = torch.func.vmap(f, tuple(0 if b else None for b in batched))(*plain)
+    return tuple(torch._add_batch_dim(t, 0, level) for t in made)
+
+
+class _Leaves(NamedTuple):
+    """What a call depends on; flat, in this order, without the lists' own brackets."""
+
+    rows: Rows
+    input: Tensor
+    weights: Weights
+    states: list[Tensor]
+    given: list[Tensor]
+    resets: list[Tensor]
+
+    @staticmethod
+    def of(s: Sizes, flat: Seq[Any]) -> _Leaves:
+        rest, resets = parted(flat[_ROWS + 1 + _WEIGHTS :], s.resets)
+        states, given = parted(rest, s.given)
+        return _Leaves(Rows(*flat[:_ROWS]), flat[_ROWS], Weights(*flat[_ROWS + 1 : _ROWS + 1 + _WEIGHTS]), states, given, resets)
+
+    @property
+    def flat(self) -> tuple[Any, ...]:
+        return (*self.rows, self.input, *self.weights, *self.states, *self.given, *self.resets)
+
+    def dense(self) -> _Leaves:
+        lists = ([t.contiguous() for t in tensors] for tensors in (self.states, self.given, self.resets))
+        rows = Rows(*(None if t is None else t.contiguous() for t in self.rows))
+        return _Leaves(rows, self.input.contiguous(), self.weights.dense(), *lists)
+
+
+def _histories(s: Sizes) -> int:
+    return len(s.cell.states) - 1
+
+
+class Forward(torch.autograd.Function):
+    """``apply(sizes, *leaves) -> (output, *final_states, kept, *histories, *moments)``."""
+
+    @staticmethod
+    def forward(s: Sizes, *flat: Any) -> tuple[Tensor, ...]:
+        leaves = _Leaves.of(s, flat).dense()
+        if leaves.rows.lengths is not None:  # what vmap hid from the caller
+            check_lengths(leaves.rows.lengths, s.steps, s.batch)
+        run = RUNS[s.engine].forward
+        output, final, kept, history = run(s, True, leaves.input, leaves.states, leaves.weights, leaves.rows, leaves.given, leaves.resets)
+        return (output, *final, kept, *history)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        s: Sizes = inputs[0]
+        after = len(s.cell.states) + 1
+        ctx.sizes = s
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(output[after], *output[after + 1 + (_histories(s) if s.returns else 0) :])
+        ctx.save_for_backward(*inputs[1:], output[0], *output[after:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        s: Sizes = ctx.sizes
+        n = len(s.cell.states)
+        flat, made = parted(ctx.saved_tensors, _made(s))
+        grad_states = [grads[0], *(grads[n + 2 : n + 2 + _histories(s)] if s.returns else ())]
+        needs = ctx.needs_input_grad[1 + _ROWS :]
+        return (None, *[None] * _ROWS, *gradients(s, needs, flat, made, grad_states, grads[1 : 1 + n]))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], s: Sizes, *flat: Any) -> Any:
+        samples, dims = info.batch_size, in_dims[1:]
+        if _apart(dims):
+            calls = [Forward.apply(s, *_select(flat, dims, i)) for i in range(samples)]  # type: ignore[no-untyped-call]
+            results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+            return results, (0,) * len(results)
+        fold = _Fold(s, samples, _Leaves.of(s, flat), _Leaves.of(s, dims))
+        found = Forward.apply(fold.sizes, *fold.leaves.flat)  # type: ignore[no-untyped-call]
+        n = len(s.cell.states)
+        lead = [fold.row_dim, *[0] * n, *[0] * (len(found) - 1 - n)]
+        return tuple(torch.unflatten(t, d, (-1, samples)) for t, d in zip(found, lead, strict=True)), tuple(d + 1 for d in lead)
+
+
+def _apart(dims: Seq[Any]) -> bool:
+    """Whether each sample needs a call of its own: its weights are its own, or which units take part."""
+    weights = dims[_ROWS + 1 : _ROWS + 1 + _WEIGHTS]
+    return any(d is not None for d in (*weights, dims[0], dims[_ROWS - 1]))
+
+
+def _one(t: Tensor | None, dim: int | None) -> tuple[int, ...]:
+    """The shape of one sample."""
+    return () if t is None else tuple(n for i, n in enumerate(t.shape) if i != dim)
+
+
+def _select(flat: Seq[Any], dims: Seq[Any], i: int) -> list[Any]:
+    return [t if d is None else t.select(d, i) for t, d in zip(flat, dims, strict=True)]
+
+
+class _Fold:
+    """A call for so many samples as one call, the samples side by side within the rows."""
+
+    def __init__(self, s: Sizes, samples: int, leaves: _Leaves, dims: Any) -> None:  # of the leaves, as they lie
+        self.samples, self.ragged = samples, leaves.rows.sizes is not None
+        self.row_dim = 0 if self.ragged else 1  # of a token's tensor, where its rows are
+        self.sizes = s._replace(batch=s.batch * samples)
+        self.tokens, self.batch = _one(leaves.input, dims.input)[:-1], s.batch
+        r, d = leaves.rows, dims.rows
+        rows = Rows(
+            None if r.sizes is None else r.sizes * samples,
+            self.of(r.lengths, d.lengths, 0),
+            self.of(r.resets, d.resets, 1),
+            r.units,
+        )
+        self.leaves = _Leaves(
+            rows,
+            self.of(leaves.input, dims.input, self.row_dim),
+            leaves.weights,
+            [self.of(t, d, 0) for t, d in zip(leaves.states, dims.states, strict=True)],
+            [self.numbers(t, d) for t, d in zip(leaves.given, dims.given, strict=True)],
+            [self.numbers(t, d) for t, d in zip(leaves.resets, dims.resets, strict=True)],
+        )
+
+    def of(self, t: Any, dim: int | None, at: int) -> Any:
+        """The tensor, if there is one, with each row's samples in dimension ``at``, which counts rows."""
+        if t is None:
+            return None
+        if dim is None:
+            shape = (*t.shape[: at + 1], self.samples, *t.shape[at + 1 :])
+            return t.unsqueeze(at + 1).expand(shape).flatten(at, at + 1)
+        return t.movedim(dim, at + 1).flatten(at, at + 1)
+
+    def numbers(self, t: Tensor, dim: int | None) -> Tensor:
+        """What is given for each token, each row, or all rows; the latter becomes each row's."""
+        shape = _one(t, dim)
+        if shape[:-1] == self.tokens:
+            return self.of(t, dim, self.row_dim)  # type: ignore[no-any-return]
+        if len(shape) == 1:
+            t = t.expand(self.batch, -1) if dim is None else t.movedim(dim, 0).expand(self.batch, -1, -1)
+            return self.of(t, None if dim is None else 1, 0)  # type: ignore[no-any-return]
+        return self.of(t, dim, 0)  # type: ignore[no-any-return]
+
+    def back(self, grad: Tensor, like: tuple[int, ...]) -> tuple[Tensor, int]:
+        """A gradient of what was folded, of each sample, and the dimension where these are; ``like``: the shape of one sample's."""
+        if len(like) == 1 and grad.dim() == 2:  # it was the same for all rows
+            return torch.unflatten(grad, 0, (-1, self.samples)).sum(0), 0
+        at = self.row_dim if tuple(like[:-1]) == self.tokens else 0
+        return torch.unflatten(grad, at, (-1, self.samples)), at + 1
+
+
+def gradients(
+    s: Sizes,
+    needs: Seq[bool],
+    flat: Seq[Any],
+    made: Seq[Any],
+    grad_states: Seq[Tensor | None],
+    grad_final: Seq[Tensor | None],
+) -> list[Tensor | None]:
+    """Gradients that can be differentiated and transformed, in the order of ``needs``: of input, weights, states, given, resets, as far as
+    they are wanted. ``flat``: the call's leaves; ``made``: output, kept, histories and moments.
+    """
+    wanted = tuple(bool(need and t is not None) for need, t in zip(needs, flat[_ROWS:], strict=True))
+
+    def back(*upstream: Any) -> tuple[Tensor, ...]:
+        found: tuple[Tensor, ...] = Backward.apply(s, wanted, len(grad_states), *flat, *made, *upstream)  # type: ignore[no-untyped-call]
+        return found
+
+    found = iter(_in_plain_sight(back, (*grad_states, *grad_final)) if any(wanted) else ())
+    return [next(found) if need else None for need in wanted]
+
+
+class Backward(torch.autograd.Function):
+    """``apply(sizes, needs, states with a gradient, *leaves, output, kept, *histories, *moments, *grad_states, *grad_final)`` -> the
+    gradients that are needed.
+    """
+
+    @staticmethod
+    def forward(s: Sizes, needs: tuple[bool, ...], count: int, *args: Any) -> tuple[Tensor, ...]:
+        grads, _ = _run_back(s, needs, *_parts(s, count, args))
+        return _present(needs, grads)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.sizes, ctx.needs, ctx.count = inputs[:3]
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs[3:])
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        leaves, _, grad_states, grad_final = _parts(ctx.sizes, ctx.count, ctx.saved_tensors)
+        upstream, asked = (*grad_states, *grad_final), ctx.needs_input_grad[3:]
+        return (None, None, None, *_second(ctx.sizes, ctx.needs, leaves, upstream, ctx.count, grads, asked))
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], s: Sizes, needs: tuple[bool, ...], count: int, *args: Any) -> Any:
+        samples, dims = info.batch_size, in_dims[3:]
+        of_weights = needs[1 : 1 + _WEIGHTS]
+        # Where rows are cut, what a matrix multiplied is not for torch to find again; and what is to be differentiated once more must be
+        # made of what can be.
+        again = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        if _apart(dims) or again or (s.cut and any(of_weights)):
+            calls = [Backward.apply(s, needs, count, *_select(args, dims, i)) for i in range(samples)]  # type: ignore[no-untyped-call]
+            results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+            return results, (0,) * len(results)
+        leaves, made, grad_states, grad_final = _parts(s, count, args)
+        leaf_dims, made_dims, state_dims, final_dims = _parts(s, count, dims)
+        fold = _Fold(s, samples, leaves, leaf_dims)
+        at = [fold.row_dim, *[0] * (len(made) - 1)]
+        folded = [fold.of(t, d, a) for t, d, a in zip(made, made_dims, at, strict=True)]
+        # The gradients of histories, like these, have their tokens in a row.
+        upstream = [fold.of(t, d, a) for t, d, a in zip(grad_states, state_dims, [fold.row_dim, *[0] * count], strict=False)]
+        finals = [fold.of(t, d, 0) for t, d in zip(grad_final, final_dims, strict=True)]
+        found = _Samples.apply(fold.sizes, needs, count, samples, *fold.leaves.flat, *folded, *upstream, *finals)  # type: ignore[no-untyped-call]
+        shapes = [_one(t, d) for t, d in zip(leaves.flat[_ROWS:], leaf_dims.flat[_ROWS:], strict=True)]
+        at_need = [i for i, need in enumerate(needs) if need]
+        each = [(grad, 0) if 1 <= i <= _WEIGHTS else fold.back(grad, shapes[i]) for i, grad in zip(at_need, found, strict=True)]
+        return tuple(grad for grad, _ in each), tuple(dim for _, dim in each)
+
+
+class _Samples(torch.autograd.Function):
+    """As :class:`Backward`, of a call of so many samples: gradients of the weights for each of them."""
+
+    @staticmethod
+    def forward(s: Sizes, needs: tuple[bool, ...], count: int, samples: int, *args: Any) -> tuple[Tensor, ...]:
+        leaves, made, grad_states, grad_final = _parts(s, count, args)
+        others = (needs[0], *[False] * _WEIGHTS, *needs[1 + _WEIGHTS :])
+        grads, gates = _run_back(s, others, leaves, made, grad_states, grad_final)
+        N = gates.shape[0]
+        output, kept, *history = made
+        y, sizes = output.reshape(N, s.output), leaves.rows.sizes
+        of_weights: list[Tensor | None] = [None] * _WEIGHTS
+        if needs[1]:
+            of_weights[0] = products.grad_ih(s, gates, leaves.input.reshape(N, -1), samples)
+        if needs[2]:
+            before = before_each_token(s, y, leaves.states[0] if leaves.states else None, sizes)
+            of_weights[1] = products.grad_hh(s, gates, kept, before, samples)
+        if needs[3] or needs[4]:
+            of_weights[2:4] = products.bias_grads(s, gates, samples)
+        if needs[5]:
+            of_weights[4] = products.grad_hr(s, gates, kept, samples)
+        if needs[6]:
+            of_weights[5] = products.grad_vectors(s, gates, kept, leaves.states, [y, *history], sizes, samples)
+        return _present(needs, [grads[0], *of_weights, *grads[1 + _WEIGHTS :]])
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing to keep: what is to be differentiated does not come here."""
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        calls = [_Samples.apply(*args[:4], *_select(args[4:], in_dims[4:], i)) for i in range(info.batch_size)]  # type: ignore[no-untyped-call]
+        results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+        return results, (0,) * len(results)
+
+
+def _parts(s: Sizes, count: int, args: Seq[Any]) -> tuple[_Leaves, list[Any], list[Any], list[Any]]:
+    """Leaves, what forward made, gradients of the states after each token, and of the final ones."""
+    rest, grad_final = parted(args, len(s.cell.states))
+    rest, grad_states = parted(rest, count)
+    flat, made = parted(rest, _made(s))
+    return _Leaves.of(s, flat), made, grad_states, grad_final
+
+
+def _made(s: Sizes) -> int:
+    """How many tensors forward leaves for backward: output, kept, histories, moments."""
+    return 2 + _histories(s) + (s.cell.moments > 0)
+
+
+def _run_back(
+    s: Sizes, needs: Seq[bool], leaves: _Leaves, made: Seq[Any], grad_states: Seq[Tensor | None], grad_final: Seq[Tensor | None]
+) -> tuple[list[Tensor | None], Tensor]:
+    own = leaves.dense()
+    output, kept, *history = (None if t is None else t.contiguous() for t in made)
+    found: tuple[list[Tensor | None], Tensor] = RUNS[s.engine].backward(
+        s,
+        needs,
+        grad_states,
+        grad_final,
+        own.input,
+        own.states,
+        own.weights,
+        own.rows,
+        output,
+        kept,
+        history,
+        own.given,
+        own.resets,
+        False,
+    )
+    return found
+
+
+def _present(needs: Seq[bool], grads: Seq[Tensor | None]) -> tuple[Tensor, ...]:
+    """Those that are needed, in memory of their own."""
+    found = (grad for grad, need in zip(grads, needs, strict=True) if need)
+    return tuple(grad.clone() if grad._is_view() else grad for grad in found if grad is not None)
+
+
+def _vjp(f: Callable[..., Seq[Tensor]], primals: Seq[Tensor], cotangents: Seq[Tensor]) -> Seq[Tensor]:
+    """The cotangents of ``primals``, themselves to be differentiated."""
+    if is_transformed():
+        pull = torch.func.vjp(lambda *args: tuple(f(*args)), *primals)[1]
+        found: tuple[Tensor, ...] = pull(tuple(cotangents))
+        return found
+    # As torch.func has it, but where hooks for saved tensors are set, which that forbids.
+    again = torch.is_grad_enabled()
+    with torch.enable_grad():
+        own = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in primals]
+        pairs = [(t, grad) for t, grad in zip(f(*own), cotangents, strict=True) if t.requires_grad]
+    return torch.autograd.grad(
+        [t for t, _ in pairs], own, [grad for _, grad in pairs], create_graph=again, allow_unused=True, materialize_grads=True
+    )
+
+
+def _second(
+    s: Sizes,
+    needs: Seq[bool],
+    leaves: _Leaves,
+    upstream: Seq[Tensor | None],
+    count: int,
+    grads: Seq[Tensor | None],
+    asked: Seq[bool],
+) -> list[Tensor | None]:
+    """From gradients of the gradients that ``needs`` names, those of the call's leaves and of the gradients that came back to it."""
+    rows, flat = leaves.flat[:_ROWS], [*leaves.flat[_ROWS:], *upstream]
+    made = _made(s)
+    wanted = [*asked[_ROWS : _ROWS + len(needs)], *asked[_ROWS + len(needs) + made :]]
+    chosen = [i for i, ask in enumerate(wanted) if ask]
+    back_at = [i for i, grad in enumerate(upstream) if grad is not None]
+    first_of = [i for i, need in enumerate(needs) if need]
+
+    def outputs(values: Seq[Any], args: Seq[Tensor]) -> list[Tensor]:
+        full = list(values[: len(needs)])
+        for i, t in zip(first_of, args, strict=True):
+            full[i] = t
+        own = _Leaves.of(s, [*rows, *full])
+        output, *rest = traced.run(s, own.input, own.states, own.weights, own.rows, own.given, own.resets)
+        finals, histories = rest[: len(s.cell.states)], rest[len(s.cell.states) :]
+        every = [output, *histories[: count - 1], *finals]
+        return [every[i] for i in back_at]
+
+    def first(*args: Tensor) -> Seq[Tensor]:
+        values = list(flat)
+        for i, t in zip(chosen, args, strict=True):
+            values[i] = t
+        cotangents = [values[len(needs) + i] for i in back_at]
+        return _vjp(lambda *own: outputs(values, own), [values[i] for i in first_of], cotangents)
+
+    like = [flat[i] for i in first_of]
+    cotangents = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(like, grads, strict=True)]
+    found = dict(zip(chosen, _vjp(first, [flat[i] for i in chosen], cotangents), strict=True))
+    second = [found.get(i) for i in range(len(flat))]
+    return [*[None] * _ROWS, *second[: len(needs)], *[None] * made, *second[len(needs) :]]
