@@ -4,9 +4,10 @@ What torch.nn defines for all its recurrent modules (constructor checks, initial
 classes, so it cannot drift. They subclass those bases and not ``torch.nn.LSTM`` itself, because torch.compile refuses every instance of it.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,22 @@ def _checked_engine(engine: str) -> str:
     if engine not in ops.ENGINES:
         raise ValueError(f"engine must be one of {', '.join(map(repr, ops.ENGINES))}, got {engine!r}")
     return engine
+
+
+_Forward = TypeVar("_Forward", bound=Callable[..., Any])
+
+
+def whole(forward: _Forward) -> _Forward:
+    """Let torch.fx take the module as one, as it takes torch.nn's by their name."""
+
+    @functools.wraps(forward)
+    def called(self: Any, input: Any, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(input, torch.fx.Proxy):
+            tracer: Any = input.tracer
+            return tracer.create_proxy("call_module", tracer.path_of_module(self), (input, *args), kwargs)
+        return forward(self, input, *args, **kwargs)
+
+    return called  # type: ignore[return-value]
 
 
 def _named(module: nn.Module, names: Sequence[str]) -> list[Any]:
@@ -337,6 +354,7 @@ class _Layer(nn.RNNBase):
         modifiers = {name: getattr(self, name) for name in masked + bounded}
         return super().extra_repr() + engine + "".join(f", {name}={value}" for name, value in modifiers.items() if value)
 
+    @whole
     def forward(
         self,
         input: Any,
@@ -835,6 +853,7 @@ class RNNCell(_Cell):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"srn_{self.nonlinearity}"
 
+    @whole
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h'; see the class for shapes and errors."""
         return self._step(input, hx)[0]
@@ -871,6 +890,7 @@ class GRUCell(_Cell):
     def _cell(self) -> str:
         return "gru"
 
+    @whole
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h'; see the class for shapes and errors."""
         return self._step(input, hx)[0]
@@ -888,6 +908,7 @@ class _PairCell(_Cell):
     def _split(self, hx: Any) -> Sequence[Tensor]:
         return _pair(hx, "lstm_cell")
 
+    @whole
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return (h', c'); see the class for shapes and errors."""
         h, c = self._step(input, hx)

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from . import ops
-from .modules import _Cell
+from .modules import _Cell, whole
 from .variants import _Variant, _VariantCell
 
 __all__ = ["load_cell"]
@@ -88,6 +88,7 @@ class _OwnTupleStep(_OwnStep):
     def _split(self, hx: Any) -> Sequence[Tensor]:
         return _states(hx, self)
 
+    @whole
     def forward(self, input: Tensor, hx: Any = None) -> Any:
         """Return the states after the step; shapes and errors as :class:`rnnkernels.LSTMCell`."""
         return tuple(self._step(input, hx))

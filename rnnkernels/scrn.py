@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops
 from .cuts import Cut
-from .modules import _checked_engine, _Layer, _pair
+from .modules import _checked_engine, _Layer, _pair, whole
 from .variants import _with_nonlinearity
 
 __all__ = ["SCRN", "SCRNCell"]
@@ -179,6 +179,7 @@ class SCRN(_Scrn):
             states.append(state if order is None else state.index_select(1, order))
         return x, states, batch_sizes
 
+    @whole
     def forward(
         self,
         input: Any,
@@ -280,6 +281,7 @@ class SCRNCell(_Scrn):
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, context_size={self.context_size}, nonlinearity={self.nonlinearity}"
 
+    @whole
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:
         """Return (h', s'); see the class for shapes and errors."""
         if input.dim() not in (1, 2):

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from . import ops
 from .cuts import Clock, clock
-from .modules import WEIGHT_NAMES, _Cell, _Layer, _PairCell, _PairLayer, reset_norms, reshape
+from .modules import WEIGHT_NAMES, _Cell, _Layer, _PairCell, _PairLayer, reset_norms, reshape, whole
 
 __all__ = [
     "ClockworkRNN",
@@ -93,6 +93,7 @@ class _VariantCell(_Cell):
     def _name(self) -> str:  # type: ignore[override]
         return type(self).__name__
 
+    @whole
     def forward(self, input: Tensor, hx: Tensor | None = None) -> Tensor:
         """Return h'; shapes and errors as :class:`rnnkernels.GRUCell`."""
         return self._step(input, hx)[0]
@@ -290,6 +291,7 @@ class ClockworkRNN(_Variant):
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, periods={self.periods}"
 
+    @whole
     def forward(
         self,
         input: Any,

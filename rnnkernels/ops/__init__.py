@@ -250,14 +250,15 @@ def sequence(
         call = Call(cell, input, states, *weights, *rows, given, resets, module, reverse, engine, False, return_states, True)
         return _by_rules(call) if transformed and not is_forward_mode() and engine != "traced" else _traced(call)
     tensors: list[Any] = [input, *weights, *(states or ()), *given, *resets]
-    plain, needs_grad = not (torch.compiler.is_compiling() or input.is_meta), False
+    plain, needs_grad = not (torch.compiler.is_compiling() or torch._C._is_tracing() or input.is_meta), False
     for i, t in enumerate(tensors):
         if t is not None:
             plain = plain and (type(t) is Tensor or type(t) is torch.nn.Parameter)
             needs_grad = needs_grad or t.requires_grad
             if i and not t.is_contiguous():
                 tensors[i] = t.contiguous()
-    needs_grad = needs_grad and torch.is_grad_enabled()
+    # A traced graph is run with and without gradients.
+    needs_grad = needs_grad and (torch.is_grad_enabled() or torch._C._is_tracing())
     call = Call(
         cell,
         input,

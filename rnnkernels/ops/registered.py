@@ -11,28 +11,34 @@ from torch import Tensor
 from .cells import CELLS, Rows, Sizes, Weights, grad_shapes, number, parted
 from .checks import Call, checked, expect, hidden_size
 from .engines import RUNS
+from .transforms import Fold, Leaves, apart, one_sample
 
 _COUNT = len(Weights._fields)
 
 _library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
     "sequence(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[] given,"
-    " Tensor[] reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training) -> Tensor[]"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[]? given,"
+    " Tensor[]? reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training) -> Tensor[]"
 )
 _library.define(
     "sequence_backward(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
-    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[] given,"
-    " Tensor[] reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training, bool[] needs,"
+    " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[]? given,"
+    " Tensor[]? reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training, bool[] needs,"
     " Tensor?[] grad_states, Tensor?[] grad_final, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
 )
+
+
+def _call(args: Seq[Any]) -> Call:
+    call = Call(*args[: len(Call._fields)])
+    return call._replace(given=call.given or (), reset_states=call.reset_states or ())  # AOTInductor has None for an empty list
 
 
 def _op_forward(*args: Any) -> list[Tensor]:
     """output, final states, for training the kept values, if not to be recomputed, and, if asked for too, the other states' histories; for
     training moments, of a cell that has them
     """
-    call = Call(*args)
+    call = _call(args)
     s = checked(call, True)
     states, given, resets = ([t.contiguous() for t in tensors] for tensors in (call.states or (), call.given, call.reset_states))
     run = RUNS[s.engine].forward(s, call.training, call.input, states, call.weights.dense(), call.rows, given, resets)
@@ -52,7 +58,7 @@ def _op_forward(*args: Any) -> list[Tensor]:
 
 
 def _op_forward_fake(*args: Any) -> list[Tensor]:
-    call = Call(*args)
+    call = _call(args)
     spec, input, states = CELLS[call.cell], call.input, call.states or ()
     H = hidden_size(spec, call.weights)
     P = H if call.weight_hr is None else call.weight_hr.shape[0]
@@ -80,7 +86,7 @@ class Back(NamedTuple):
 
 def _op_backward(*args: Any) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
-    call, back = Call(*args[: len(Call._fields)]), Back(*args[len(Call._fields) :])
+    call, back = _call(args), Back(*args[len(Call._fields) :])
     input, states, output, kept, history = call.input, call.states or (), back.output, back.kept, back.history
     s = checked(call, True)
     N = s.steps * s.batch if call.batch_sizes is None else input.shape[0]
@@ -126,7 +132,7 @@ def _op_backward(*args: Any) -> list[Tensor]:
 
 
 def _op_backward_fake(*args: Any) -> list[Tensor]:
-    call, needs = Call(*args[: len(Call._fields)]), args[len(Call._fields)]
+    call, needs = _call(args), args[len(Call._fields)]
     s = Sizes(CELLS[call.cell], call.reverse, 0, 0, hidden_size(CELLS[call.cell], call.weights), 0)
     shapes = grad_shapes(s, call.input, call.weights)
     shapes += [t.shape for t in (*(call.states or ()), *call.given, *call.reset_states)]
@@ -134,7 +140,7 @@ def _op_backward_fake(*args: Any) -> list[Tensor]:
 
 
 def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    call = Call(*inputs)
+    call = _call(inputs)
     states = call.states or ()
     n = len(states)
     if call.training:
@@ -179,9 +185,55 @@ def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
     raise NotImplementedError("second derivatives through torch.compile or a tensor subclass are not supported: run eagerly")
 
 
+def _samples_of(t: Any, dim: Any, i: int) -> Any:
+    """Sample i of an argument, a tensor or a list of them."""
+    if isinstance(t, list | tuple) and isinstance(dim, list | tuple):
+        return [_samples_of(one, d, i) for one, d in zip(t, dim, strict=True)]
+    return t if dim is None else t.select(dim, i)
+
+
+def _in_a_loop(op: Any) -> Any:
+    def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+        calls = [op(*(_samples_of(t, d, i) for t, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
+        results = [torch.stack(column) for column in zip(*calls, strict=True)]
+        return results, [0] * len(results)
+
+    return rule
+
+
+def _op_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
+    """As :meth:`Forward.vmap`: one call with a larger batch, where the weights are the same."""
+    call, dims = _call(args), Call(*in_dims[: len(Call._fields)])
+    leaves = _leaves(call)
+    lists: dict[str, Any] = {name: _each(getattr(call, name), getattr(dims, name)) for name in ("states", "given", "reset_states")}
+    at: Any = _leaves(dims._replace(**lists))
+    if apart(at.flat):
+        return _in_a_loop(torch.ops.rnnkernels.sequence)(info, in_dims, *args)
+    samples = info.batch_size
+    fold = Fold(samples, one_sample(leaves.states[0], at.states[0])[0], leaves, at)
+    own = fold.leaves
+    folded = call._replace(input=own.input, states=own.states, given=own.given, reset_states=own.resets)
+    found = torch.ops.rnnkernels.sequence(
+        *folded._replace(batch_sizes=own.rows.sizes, lengths=own.rows.lengths, reset_mask=own.rows.resets)
+    )
+    lead = [fold.row_dim, *[0] * (len(found) - 1)]
+    return [torch.unflatten(t, d, (-1, samples)) for t, d in zip(found, lead, strict=True)], [d + 1 for d in lead]
+
+
+def _each(tensors: Any, dims: Any) -> list[Any]:
+    return list(dims) if isinstance(dims, list | tuple) else [None] * len(tensors or ())
+
+
+def _leaves(call: Call) -> Leaves:
+    rows = Rows(call.batch_sizes, call.lengths, call.reset_mask, call.units)
+    return Leaves(rows, call.input, call.weights, list(call.states or ()), list(call.given), list(call.reset_states))
+
+
 for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):
     for _key in ("CPU", "CUDA"):
         _library.impl(_name, _run, _key)
     torch.library.register_fake(f"rnnkernels::{_name}", _fake, lib=_library)
 torch.library.register_autograd("rnnkernels::sequence", _op_autograd, setup_context=_op_setup, lib=_library)
 torch.library.register_autograd("rnnkernels::sequence_backward", _refuse_second_derivative, lib=_library)
+torch.library.register_vmap("rnnkernels::sequence", _op_vmap, lib=_library)
+torch.library.register_vmap("rnnkernels::sequence_backward", _in_a_loop(torch.ops.rnnkernels.sequence_backward), lib=_library)

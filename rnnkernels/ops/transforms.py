@@ -22,7 +22,18 @@ from .cells import Rows, Sizes, Weights, before_each_token, parted
 from .checks import check_lengths
 from .engines import RUNS
 
-__all__ = ["Forward", "gradients", "is_batched", "is_forward_mode", "is_legacy_batched", "is_transformed"]
+__all__ = [
+    "Fold",
+    "Forward",
+    "Leaves",
+    "apart",
+    "gradients",
+    "is_batched",
+    "is_forward_mode",
+    "is_legacy_batched",
+    "is_transformed",
+    "one_sample",
+]
 
 _ROWS, _WEIGHTS = len(Rows._fields), len(Weights._fields)
 
@@ -36,7 +47,7 @@ def is_forward_mode() -> bool:
     """Whether tangents may have to be carried along."""
     if forward_ad._current_level >= 0:
         return True
-    stack = torch._C._functorch.get_interpreter_stack() or ()
+    stack = torch._C._functorch.get_interpreter_stack() or ()  # here torch.compile breaks its graph, and what follows runs as it is
     return any(layer.key() == torch._C._functorch.TransformType.Jvp for layer in stack)
 
 
@@ -66,7 +77,7 @@ def _in_plain_sight(f: Callable[..., tuple[Tensor, ...]], tensors: Seq[Any]) -> 
     return tuple(torch._add_batch_dim(t, 0, level) for t in made)
 
 
-class _Leaves(NamedTuple):
+class Leaves(NamedTuple):
     """What a call depends on; flat, in this order, without the lists' own brackets."""
 
     rows: Rows
@@ -77,19 +88,19 @@ class _Leaves(NamedTuple):
     resets: list[Tensor]
 
     @staticmethod
-    def of(s: Sizes, flat: Seq[Any]) -> _Leaves:
+    def of(s: Sizes, flat: Seq[Any]) -> Leaves:
         rest, resets = parted(flat[_ROWS + 1 + _WEIGHTS :], s.resets)
         states, given = parted(rest, s.given)
-        return _Leaves(Rows(*flat[:_ROWS]), flat[_ROWS], Weights(*flat[_ROWS + 1 : _ROWS + 1 + _WEIGHTS]), states, given, resets)
+        return Leaves(Rows(*flat[:_ROWS]), flat[_ROWS], Weights(*flat[_ROWS + 1 : _ROWS + 1 + _WEIGHTS]), states, given, resets)
 
     @property
     def flat(self) -> tuple[Any, ...]:
         return (*self.rows, self.input, *self.weights, *self.states, *self.given, *self.resets)
 
-    def dense(self) -> _Leaves:
+    def dense(self) -> Leaves:
         lists = ([t.contiguous() for t in tensors] for tensors in (self.states, self.given, self.resets))
         rows = Rows(*(None if t is None else t.contiguous() for t in self.rows))
-        return _Leaves(rows, self.input.contiguous(), self.weights.dense(), *lists)
+        return Leaves(rows, self.input.contiguous(), self.weights.dense(), *lists)
 
 
 def _histories(s: Sizes) -> int:
@@ -101,7 +112,7 @@ class Forward(torch.autograd.Function):
 
     @staticmethod
     def forward(s: Sizes, *flat: Any) -> tuple[Tensor, ...]:
-        leaves = _Leaves.of(s, flat).dense()
+        leaves = Leaves.of(s, flat).dense()
         if leaves.rows.lengths is not None:  # what vmap hid from the caller
             check_lengths(leaves.rows.lengths, s.steps, s.batch)
         run = RUNS[s.engine].forward
@@ -129,24 +140,24 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], s: Sizes, *flat: Any) -> Any:
         samples, dims = info.batch_size, in_dims[1:]
-        if _apart(dims):
+        if apart(dims):
             calls = [Forward.apply(s, *_select(flat, dims, i)) for i in range(samples)]  # type: ignore[no-untyped-call]
             results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
             return results, (0,) * len(results)
-        fold = _Fold(s, samples, _Leaves.of(s, flat), _Leaves.of(s, dims))
-        found = Forward.apply(fold.sizes, *fold.leaves.flat)  # type: ignore[no-untyped-call]
+        fold = Fold(samples, s.batch, Leaves.of(s, flat), Leaves.of(s, dims))
+        found = Forward.apply(s._replace(batch=s.batch * samples), *fold.leaves.flat)  # type: ignore[no-untyped-call]
         n = len(s.cell.states)
         lead = [fold.row_dim, *[0] * n, *[0] * (len(found) - 1 - n)]
         return tuple(torch.unflatten(t, d, (-1, samples)) for t, d in zip(found, lead, strict=True)), tuple(d + 1 for d in lead)
 
 
-def _apart(dims: Seq[Any]) -> bool:
+def apart(dims: Seq[Any]) -> bool:
     """Whether each sample needs a call of its own: its weights are its own, or which units take part."""
     weights = dims[_ROWS + 1 : _ROWS + 1 + _WEIGHTS]
     return any(d is not None for d in (*weights, dims[0], dims[_ROWS - 1]))
 
 
-def _one(t: Tensor | None, dim: int | None) -> tuple[int, ...]:
+def one_sample(t: Tensor | None, dim: int | None) -> tuple[int, ...]:
     """The shape of one sample."""
     return () if t is None else tuple(n for i, n in enumerate(t.shape) if i != dim)
 
@@ -155,14 +166,13 @@ def _select(flat: Seq[Any], dims: Seq[Any], i: int) -> list[Any]:
     return [t if d is None else t.select(d, i) for t, d in zip(flat, dims, strict=True)]
 
 
-class _Fold:
+class Fold:
     """A call for so many samples as one call, the samples side by side within the rows."""
 
-    def __init__(self, s: Sizes, samples: int, leaves: _Leaves, dims: Any) -> None:  # of the leaves, as they lie
+    def __init__(self, samples: int, batch: int, leaves: Leaves, dims: Any) -> None:  # of the leaves, as they lie
         self.samples, self.ragged = samples, leaves.rows.sizes is not None
         self.row_dim = 0 if self.ragged else 1  # of a token's tensor, where its rows are
-        self.sizes = s._replace(batch=s.batch * samples)
-        self.tokens, self.batch = _one(leaves.input, dims.input)[:-1], s.batch
+        self.tokens, self.batch = one_sample(leaves.input, dims.input)[:-1], batch
         r, d = leaves.rows, dims.rows
         rows = Rows(
             None if r.sizes is None else r.sizes * samples,
@@ -170,7 +180,7 @@ class _Fold:
             self.of(r.resets, d.resets, 1),
             r.units,
         )
-        self.leaves = _Leaves(
+        self.leaves = Leaves(
             rows,
             self.of(leaves.input, dims.input, self.row_dim),
             leaves.weights,
@@ -190,7 +200,7 @@ class _Fold:
 
     def numbers(self, t: Tensor, dim: int | None) -> Tensor:
         """What is given for each token, each row, or all rows; the latter becomes each row's."""
-        shape = _one(t, dim)
+        shape = one_sample(t, dim)
         if shape[:-1] == self.tokens:
             return self.of(t, dim, self.row_dim)  # type: ignore[no-any-return]
         if len(shape) == 1:
@@ -256,20 +266,20 @@ class Backward(torch.autograd.Function):
         # Where rows are cut, what a matrix multiplied is not for torch to find again; and what is to be differentiated once more must be
         # made of what can be.
         again = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
-        if _apart(dims) or again or (s.cut and any(of_weights)):
+        if apart(dims) or again or (s.cut and any(of_weights)):
             calls = [Backward.apply(s, needs, count, *_select(args, dims, i)) for i in range(samples)]  # type: ignore[no-untyped-call]
             results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
             return results, (0,) * len(results)
         leaves, made, grad_states, grad_final = _parts(s, count, args)
         leaf_dims, made_dims, state_dims, final_dims = _parts(s, count, dims)
-        fold = _Fold(s, samples, leaves, leaf_dims)
+        fold, of_all = Fold(samples, s.batch, leaves, leaf_dims), s._replace(batch=s.batch * samples)
         at = [fold.row_dim, *[0] * (len(made) - 1)]
         folded = [fold.of(t, d, a) for t, d, a in zip(made, made_dims, at, strict=True)]
         # The gradients of histories, like these, have their tokens in a row.
         upstream = [fold.of(t, d, a) for t, d, a in zip(grad_states, state_dims, [fold.row_dim, *[0] * count], strict=False)]
         finals = [fold.of(t, d, 0) for t, d in zip(grad_final, final_dims, strict=True)]
-        found = _Samples.apply(fold.sizes, needs, count, samples, *fold.leaves.flat, *folded, *upstream, *finals)  # type: ignore[no-untyped-call]
-        shapes = [_one(t, d) for t, d in zip(leaves.flat[_ROWS:], leaf_dims.flat[_ROWS:], strict=True)]
+        found = _Samples.apply(of_all, needs, count, samples, *fold.leaves.flat, *folded, *upstream, *finals)  # type: ignore[no-untyped-call]
+        shapes = [one_sample(t, d) for t, d in zip(leaves.flat[_ROWS:], leaf_dims.flat[_ROWS:], strict=True)]
         at_need = [i for i, need in enumerate(needs) if need]
         each = [(grad, 0) if 1 <= i <= _WEIGHTS else fold.back(grad, shapes[i]) for i, grad in zip(at_need, found, strict=True)]
         return tuple(grad for grad, _ in each), tuple(dim for _, dim in each)
@@ -311,12 +321,12 @@ class _Samples(torch.autograd.Function):
         return results, (0,) * len(results)
 
 
-def _parts(s: Sizes, count: int, args: Seq[Any]) -> tuple[_Leaves, list[Any], list[Any], list[Any]]:
+def _parts(s: Sizes, count: int, args: Seq[Any]) -> tuple[Leaves, list[Any], list[Any], list[Any]]:
     """Leaves, what forward made, gradients of the states after each token, and of the final ones."""
     rest, grad_final = parted(args, len(s.cell.states))
     rest, grad_states = parted(rest, count)
     flat, made = parted(rest, _made(s))
-    return _Leaves.of(s, flat), made, grad_states, grad_final
+    return Leaves.of(s, flat), made, grad_states, grad_final
 
 
 def _made(s: Sizes) -> int:
@@ -325,7 +335,7 @@ def _made(s: Sizes) -> int:
 
 
 def _run_back(
-    s: Sizes, needs: Seq[bool], leaves: _Leaves, made: Seq[Any], grad_states: Seq[Tensor | None], grad_final: Seq[Tensor | None]
+    s: Sizes, needs: Seq[bool], leaves: Leaves, made: Seq[Any], grad_states: Seq[Tensor | None], grad_final: Seq[Tensor | None]
 ) -> tuple[list[Tensor | None], Tensor]:
     own = leaves.dense()
     output, kept, *history = (None if t is None else t.contiguous() for t in made)
@@ -373,7 +383,7 @@ def _vjp(f: Callable[..., Seq[Tensor]], primals: Seq[Tensor], cotangents: Seq[Te
 def _second(
     s: Sizes,
     needs: Seq[bool],
-    leaves: _Leaves,
+    leaves: Leaves,
     upstream: Seq[Tensor | None],
     count: int,
     grads: Seq[Tensor | None],
@@ -391,7 +401,7 @@ def _second(
         full = list(values[: len(needs)])
         for i, t in zip(first_of, args, strict=True):
             full[i] = t
-        own = _Leaves.of(s, [*rows, *full])
+        own = Leaves.of(s, [*rows, *full])
         output, *rest = traced.run(s, own.input, own.states, own.weights, own.rows, own.given, own.resets)
         finals, histories = rest[: len(s.cell.states)], rest[len(s.cell.states) :]
         every = [output, *histories[: count - 1], *finals]
