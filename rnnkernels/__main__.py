@@ -36,11 +36,25 @@ def version_of(package: str) -> str | None:
         return None
 
 
+def gpu(cuda: dict[str, Any] | None) -> str:
+    """In one line, whether layers run on a GPU here, and if not, what is missing."""
+    if cuda is None:
+        return "no: this build has no CUDA part; install it where nvcc is on PATH (RNNKERNELS_CUDA=1 insists)"
+    if not cuda["driver"]:
+        return f"no: built for {cuda['architectures']}, but there is no NVIDIA driver here"
+    if not cuda["devices"]:
+        return f"no: built for {cuda['architectures']}, but the driver shows no device"
+    if not torch.cuda.is_available():
+        return f"no: this torch ({torch.__version__}) computes on no GPU; install a CUDA build of it, ours serves any"
+    return f"yes: {', '.join(f'{name} (compute capability {major}.{minor})' for name, major, minor in cuda['devices'])}"
+
+
 def describe() -> dict[str, Any]:
     """What is built, what would run, and where."""
     build = ops.build_info()
     return {
         **build,
+        "gpu": gpu(build["cuda"]),
         "RNNKERNELS_ISA": os.environ.get("RNNKERNELS_ISA"),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

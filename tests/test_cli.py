@@ -2,6 +2,7 @@
 
 import json
 from importlib.util import find_spec
+from typing import Any
 
 import pytest
 import torch
@@ -104,3 +105,18 @@ def test_a_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr("rnnkernels.__main__.find_spec", lambda name: None)
     with pytest.raises(SystemExit, match=r"pip install 'rnnkernels\[cli\]'"):
         main(ONE_CELL)
+
+
+@pytest.mark.parametrize(
+    ("cuda", "says"),
+    [
+        (None, "no: this build has no CUDA part; install it where nvcc is on PATH"),
+        ({"driver": 0, "architectures": "80-real", "devices": []}, "no: built for 80-real, but there is no NVIDIA driver here"),
+        ({"driver": 13000, "architectures": "80-real", "devices": []}, "no: built for 80-real, but the driver shows no device"),
+    ],
+    ids=["not built", "no driver", "no device"],
+)
+def test_info_says_what_a_gpu_lacks(cuda: Any, says: str) -> None:
+    from rnnkernels.__main__ import gpu
+
+    assert gpu(cuda).startswith(says)

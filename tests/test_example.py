@@ -1,5 +1,6 @@
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -47,3 +48,45 @@ def test_leaky() -> None:
     errors = [float(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("iteration")]
     assert len(errors) == 4
     assert errors[-1] < errors[0] / 2
+
+
+def printed(*command: object) -> str:
+    """What an example prints."""
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def numbers(pattern: str, text: str) -> list[float]:
+    return [float(found) for found in re.findall(pattern, text)]
+
+
+def test_recurrent_ppo() -> None:
+    text = printed(sys.executable, EXAMPLE.with_name("recurrent_ppo.py"), "--rounds", 30)
+    assert "acting and learning: 0.0e+00 apart" in text, "a stream's steps and a sequence's are the same bits"
+    assert numbers(r": (\S+) of the turns right", text)[-1] > 0.9
+
+
+def test_tagging() -> None:
+    text = printed(sys.executable, EXAMPLE.with_name("tagging.py"), "--steps", 60, "--files", 20)
+    right = numbers(r", (\S+)% of the characters", text)
+    assert right[-1] > right[0]
+    assert right[-1] > 70
+
+
+def test_dates() -> None:
+    text = printed(sys.executable, EXAMPLE.with_name("dates.py"), "--steps", 60, "--hidden", 64)
+    losses = numbers(r"loss (\S+),", text)
+    assert losses[-1] < losses[0] / 1.5
+
+
+def test_streaming_audio() -> None:
+    text = printed(sys.executable, EXAMPLE.with_name("streaming_audio.py"), "--steps", 20)
+    assert "the same bits as the whole recording" in text
+
+
+def test_ddp() -> None:
+    text = printed(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", 2, EXAMPLE.with_name("ddp.py"), "--steps", 50)
+    errors = numbers(r"error (\S+) on 2 processes", text)
+    assert len(errors) == 5
+    assert errors[-1] < errors[0]
