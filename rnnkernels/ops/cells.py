@@ -159,8 +159,12 @@ class Sizes(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """One step on the CPU: torch forms both products, since packing weights costs more than using them once."""
-        return self.steps == 1 and len(self.cell.stages) == 1 and self.engine == "cpu" and not self.cut
+        """One step on the CPU: torch forms both products, since packing weights costs more than using them once. But then a row's bits may
+        depend on its batch, which deterministic mode is not to allow.
+        """
+        if self.steps != 1 or len(self.cell.stages) != 1 or self.engine != "cpu" or self.cut:
+            return False
+        return not torch.are_deterministic_algorithms_enabled()
 
 
 def parted(tensors: Seq[Any], last: int) -> tuple[list[Any], list[Any]]:

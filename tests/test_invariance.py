@@ -1,0 +1,119 @@
+"""The promise: on a CPU a row's bits depend on nothing but the row: not on threads, reruns, batch, its place in it, padding, or packing."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+import rnnkernels
+
+LAYERS: dict[str, Callable[..., Any]] = {
+    "RNN": rnnkernels.RNN,
+    "GRU": rnnkernels.GRU,
+    "LSTM": rnnkernels.LSTM,
+    "LSTM projected": lambda *a, **o: rnnkernels.LSTM(*a, proj_size=7, **o),
+    "PeepholeLSTM": rnnkernels.PeepholeLSTM,
+    "GRUResetBefore": rnnkernels.GRUResetBefore,
+    # Not layer_norm, whose input's part is a product of torch's.
+    "cell norm": lambda *a, **o: rnnkernels.LSTM(*a, cell_norm=True, **o),
+    "DreamerGRU": rnnkernels.DreamerGRU,
+}
+T, B, SIZE, H = 9, 13, 6, 40
+
+
+@pytest.fixture(params=LAYERS)
+def make(request: Any) -> Callable[..., Any]:
+    def layer(**options: Any) -> Any:
+        torch.manual_seed(0)
+        return LAYERS[request.param](SIZE, H, num_layers=2, bidirectional=True, **options)
+
+    return layer
+
+
+@pytest.fixture
+def exact() -> Iterator[None]:
+    """Deterministic mode, in which a single step too is the engine's own."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def results(layer: Any, x: Tensor, cotangent: Tensor, weights: bool = True, **inside: Any) -> list[Tensor]:
+    """Output, final states, and the gradients of the input and, with ``weights``, of all parameters."""
+    x = x.detach().requires_grad_()
+    output, final = layer(x, **inside)
+    leaves = [x, *layer.parameters()] if weights else [x]
+    return [output, *(final if isinstance(final, tuple) else (final,)), *torch.autograd.grad(output, leaves, cotangent)]
+
+
+def same(found: list[Tensor], expected: list[Tensor]) -> None:
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        assert torch.equal(a, b), f"result {i}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("restore")
+def test_threads_and_reruns(make: Any, dtype: torch.dtype) -> None:
+    layer, x = make(dtype=dtype), torch.randn(T, B, SIZE, dtype=dtype)
+    found = []
+    for threads in (1, 2, 3, 5, 1):
+        torch.set_num_threads(threads)
+        output, _ = layer(x)
+        found.append(results(layer, x, torch.ones_like(output)))
+    for other in found[1:]:
+        same(other, found[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_batch_and_place_in_it(make: Any, dtype: torch.dtype) -> None:
+    layer, x = make(dtype=dtype), torch.randn(T, B, SIZE, dtype=dtype)
+    cotangent = torch.randn_like(layer(x)[0])
+    together = results(layer, x, cotangent, weights=False)
+    order = torch.randperm(B)
+    same([t[:, order] for t in together], results(layer, x[:, order], cotangent[:, order], weights=False))
+    for rows in (slice(0, 1), slice(4, 6), slice(B - 1, B)):
+        same([t[:, rows] for t in together], results(layer, x[:, rows], cotangent[:, rows], weights=False))
+
+
+def test_padding_and_packing(make: Any) -> None:
+    layer, x = make(), torch.randn(T, B, SIZE)
+    lengths = torch.randint(1, T - 1, (B,))
+    lengths[0] = T - 2
+    cotangent = torch.randn_like(layer(x)[0]) * (torch.arange(T).unsqueeze(1) < lengths).unsqueeze(2)
+    padded = results(layer, x, cotangent, weights=False, lengths=lengths)
+    shorter = results(layer, x[: T - 2], cotangent[: T - 2], weights=False, lengths=lengths)
+    cut = [t[: T - 2] if t.shape[0] == T else t for t in padded]
+    same(shorter, cut)
+    leaf = x.detach().requires_grad_()
+    output, final = layer(pack_padded_sequence(leaf, lengths, enforce_sorted=False))
+    spread, _ = pad_packed_sequence(output, total_length=T)
+    (grad,) = torch.autograd.grad(spread, leaf, cotangent)
+    same([spread, *(final if isinstance(final, tuple) else (final,)), grad], padded)
+    for b in range(0, B, 5):
+        n = int(lengths[b])
+        alone = results(layer, x[:n, b : b + 1], cotangent[:n, b : b + 1], weights=False)
+        same([t[:n, b : b + 1] if t.shape[0] == T else t[:, b : b + 1] for t in padded], alone)
+
+
+@pytest.mark.usefixtures("exact", "restore")
+def test_a_single_step_in_deterministic_mode(make: Any) -> None:
+    layer, x = make(), torch.randn(1, B, SIZE)
+    cotangent = torch.randn_like(layer(x)[0])
+    together = results(layer, x, cotangent, weights=False)
+    for rows in (slice(0, 1), slice(5, 9)):
+        same([t[:, rows] for t in together], results(layer, x[:, rows], cotangent[:, rows], weights=False))
+    longer, _ = layer(torch.cat([x, torch.zeros_like(x)]), lengths=torch.ones(B, dtype=torch.int64))
+    assert torch.equal(longer[:1], together[0])
+    torch.set_num_threads(1)
+    same(results(layer, x, cotangent), results(layer, x, cotangent))
+    same(results(layer, x, cotangent, weights=False), together)
+
+
+def test_steps_of_a_stream(make: Any) -> None:
+    layer = type(make())(SIZE, H, num_layers=2)
+    x = torch.randn(T, B, SIZE)
+    stream = layer.stream(B)
+    assert torch.equal(torch.stack([stream.step(step) for step in x]), layer(x)[0])
