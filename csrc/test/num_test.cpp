@@ -303,7 +303,7 @@ void slopes(const Isa& isa) {
 
 std::vector<const Isa*> available() {
   std::vector<const Isa*> isas = {scalar()};
-#ifdef __x86_64__
+#if RNNKERNELS_X86
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) isas.push_back(avx2());
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl")) {

@@ -22,7 +22,7 @@ from .autograd import Sequence
 from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, parted, problem
 from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, hidden_size
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
-from .load import compile_for, heats, is_modified, load_page, modified, source_of
+from .load import heats, is_modified, load_page, modified, source_of
 from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 
 __all__ = [
@@ -62,10 +62,7 @@ def set_isa(name: str | None) -> None:
 
     Raises ``ValueError`` for one that this processor or build does not have. The variable ``RNNKERNELS_ISA`` does the same at start.
     """
-    supported = _C.supported_isas()
-    if (chosen := name or supported[0]) in supported:
-        compile_for(chosen)
-    _C.set_isa(chosen)
+    _C.set_isa(name or "")
 
 
 def plan(

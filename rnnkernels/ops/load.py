@@ -15,7 +15,6 @@ import subprocess
 import tempfile
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +91,14 @@ def _for_isa(text: str, shown: str, isa: str) -> Path:
     return _compiled(text, shown, _CPU.replace("ISA", isa), _cpu_command(_C.build()["flags"], isa), ".cpp")
 
 
-def compile_for(isa: str, cell: str | None = None) -> None:
-    """A cell that was loaded, or all of them, for an instruction set that is about to be needed."""
-    names = _isas if cell is None else [cell] if cell in _isas else []
-    if all(isa in _isas[name] for name in names):
+def compile_for(isa: str, cell: str) -> None:
+    """A cell that was loaded, for an instruction set that is needed now; others are there for all."""
+    if cell not in _isas or isa in _isas[cell]:
         return
     with _lock:
-        missing = [name for name in names if isa not in _isas[name]]
-        with ThreadPoolExecutor() as pool:
-            for name, path in zip(missing, pool.map(lambda name: _for_isa(_sources[name], name, isa), missing), strict=True):
-                _C.add_page(CELLS[name].index, isa, _address(path, "rnnkernels_page"))
-                _isas[name].add(isa)
+        if isa not in _isas[cell]:
+            _C.add_page(CELLS[cell].index, isa, _address(_for_isa(_sources[cell], cell, isa), "rnnkernels_page"))
+            _isas[cell].add(isa)
 
 
 _WRAPPERS = {
