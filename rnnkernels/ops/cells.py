@@ -13,6 +13,7 @@ from torch import Tensor
 from .. import _C
 
 PERSISTENT = ("persistent", "persistent_3xtf32")
+deterministic = torch.are_deterministic_algorithms_enabled
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -164,7 +165,7 @@ class Sizes(NamedTuple):
         """
         if self.steps != 1 or len(self.cell.stages) != 1 or self.engine != "cpu" or self.cut:
             return False
-        return not torch.are_deterministic_algorithms_enabled()
+        return not deterministic()
 
 
 def parted(tensors: Seq[Any], last: int) -> tuple[list[Any], list[Any]]:
