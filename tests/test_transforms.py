@@ -253,6 +253,21 @@ def test_lengths_and_resets(cell: str) -> None:
         close(*found)
 
 
+def test_no_rows_start_anew_in_the_traced_engine() -> None:
+    weights = torch.randn(4, 3), torch.randn(4, 4)
+    output, h = ops.sequence(
+        "srn_tanh", torch.zeros(5, 0, 3), None, *weights, reset_mask=torch.zeros(5, 0, dtype=torch.bool), engine="traced"
+    )
+    assert (output.shape, h.shape) == ((5, 0, 4), (0, 4))
+
+
+def test_the_traced_engine_is_what_runs_where_it_is_asked_for() -> None:
+    layer, x = rnnkernels.LSTM(3, 4, engine="traced"), torch.randn(5, 2, 3)
+    assert rnnkernels.explain(layer, x).plans[0].engine == "traced"
+    stream = layer.stream(2)
+    assert torch.equal(torch.stack([stream.step(step) for step in x]), layer(x)[0])
+
+
 def test_batched_lengths_are_checked_too() -> None:
     tensors, _, _ = case("gru")
     f, (x, w, resets, lengths, mask) = cut(ours, "gru", tensors)

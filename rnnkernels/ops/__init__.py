@@ -288,7 +288,7 @@ def sequence(
 
 
 def _traced(call: Call) -> tuple[Tensor, ...]:
-    s = checked(call._replace(engine="traced"), not torch.compiler.is_compiling(), not any(map(is_batched, call[9:13])))
+    s = checked(call._replace(engine="traced"), not torch.compiler.is_compiling(), not any(map(is_batched, call.rows)))
     results = traced.run(s, call.input, call.states, call.weights, call.rows, call.given, call.reset_states)
     n = len(s.cell.states)
     return _shaped(results if s.returns else results[: 1 + n], n, call.input)
@@ -296,7 +296,7 @@ def _traced(call: Call) -> tuple[Tensor, ...]:
 
 def _by_rules(call: Call) -> tuple[Tensor, ...]:
     """Under a transform of torch.func, by the kernels."""
-    s = checked(call, True, not any(map(is_batched, call[9:13])))
+    s = checked(call, True, not any(map(is_batched, call.rows)))
     leaves = (*call.rows, call.input, *call.weights, *(call.states or ()), *call.given, *call.reset_states)
     output, *rest = Forward.apply(s, *leaves)  # type: ignore[no-untyped-call]
     n = len(s.cell.states)

@@ -34,7 +34,9 @@ def choose(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: t
             raise RuntimeError("engine: 'torch' takes no lengths, reset_mask or units")
         return engine, asked
     if s.cut and not cuts_natively(engine, device):
-        raise RuntimeError(f"engine: lengths, reset_mask and units are for the engine 'cpu' on CPU tensors, got {engine!r} on {device}")
+        raise RuntimeError(
+            f"engine: lengths, reset_mask and units are for the engine 'cpu' on CPU tensors and for 'traced', got {engine!r} on {device}"
+        )
     if engine == "traced":
         return engine, asked
     if device.type == "cpu":

@@ -11,7 +11,7 @@ from torch import Tensor
 from .cells import CELLS, Rows, Sizes, Weights, grad_shapes, number, parted
 from .checks import Call, checked, expect, hidden_size
 from .engines import RUNS
-from .transforms import Fold, Leaves, apart, one_sample
+from .transforms import Fold, Leaves, apart, one_sample, stacked
 
 _COUNT = len(Weights._fields)
 
@@ -194,9 +194,8 @@ def _samples_of(t: Any, dim: Any, i: int) -> Any:
 
 def _in_a_loop(op: Any) -> Any:
     def rule(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
-        calls = [op(*(_samples_of(t, d, i) for t, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)]
-        results = [torch.stack(column) for column in zip(*calls, strict=True)]
-        return results, [0] * len(results)
+        results, dims = stacked([op(*(_samples_of(t, d, i) for t, d in zip(args, in_dims, strict=True))) for i in range(info.batch_size)])
+        return list(results), list(dims)
 
     return rule
 

@@ -46,7 +46,7 @@ def stack(cell: str, lead: tuple[int, ...], weights: Seq[Seq[Any]], engine: str,
     layers = _layers(cell, lead, weights, engine, constants)
     if layers[0][0].engine == "cpu":
         return _Packed(cell, lead, layers, "cpu", constants)
-    return _Stepped(cell, lead, layers, "torch" if engine == "torch" else "stepwise", constants)
+    return _Stepped(cell, lead, layers, engine if engine in ("torch", "traced") else "stepwise", constants)
 
 
 def _layers(cell: str, lead: tuple[int, ...], weights: Seq[Seq[Any]], engine: str, constants: Seq[Tensor]) -> list[tuple[Sizes, Weights]]:

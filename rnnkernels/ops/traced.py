@@ -114,7 +114,7 @@ class _Step:
 
     def __call__(self, x: Value, given: Seq[Tensor], states: Seq[Tensor]) -> list[Tensor]:
         """The states after the step; ``x``: W x + b, all input gates."""
-        cell, current = self.cell, list(states)
+        current = list(states)
         values: list[Value] = [None] * self.program.length
         moments: list[Value] = []
         for n, stage in enumerate(self.program.stages):
@@ -139,7 +139,6 @@ class _Step:
                 moments += [mean, variance]
         if self.clip is not None:
             current[0] = _ClipGradient.apply(current[0], self.clip[: current[0].shape[-1]])  # type: ignore[no-untyped-call]
-        assert len(current) == len(cell.states)
         return current
 
     def _slots(self, n: int, x: Value, given: Seq[Tensor], states: Seq[Tensor], values: Seq[Value]) -> dict[int, Value]:
@@ -249,5 +248,5 @@ def _replaced(boundary: int, states: Seq[Tensor], rows: Rows, resets: Seq[Tensor
     assert rows.resets is not None
     mark = rows.resets[boundary] if rows.lengths is None else rows.resets[boundary] & (rows.lengths > boundary)
     mark = mark.unsqueeze(-1).to(states[0].device)
-    by = [r[boundary] if r.dim() == 3 else r for r in resets] or [torch.zeros_like(state[0]) for state in states]
+    by = [r[boundary] if r.dim() == 3 else r for r in resets] or [state.new_zeros(state.shape[-1]) for state in states]
     return [torch.where(mark, new, state) for new, state in zip(by, states, strict=True)]

@@ -33,6 +33,7 @@ __all__ = [
     "is_legacy_batched",
     "is_transformed",
     "one_sample",
+    "stacked",
 ]
 
 _ROWS, _WEIGHTS = len(Rows._fields), len(Weights._fields)
@@ -142,8 +143,7 @@ class Forward(torch.autograd.Function):
         samples, dims = info.batch_size, in_dims[1:]
         if apart(dims):
             calls = [Forward.apply(s, *_select(flat, dims, i)) for i in range(samples)]  # type: ignore[no-untyped-call]
-            results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
-            return results, (0,) * len(results)
+            return stacked(calls)
         fold = Fold(samples, s.batch, Leaves.of(s, flat), Leaves.of(s, dims))
         found = Forward.apply(s._replace(batch=s.batch * samples), *fold.leaves.flat)  # type: ignore[no-untyped-call]
         n = len(s.cell.states)
@@ -155,6 +155,12 @@ def apart(dims: Seq[Any]) -> bool:
     """Whether each sample needs a call of its own: its weights are its own, or which units take part."""
     weights = dims[_ROWS + 1 : _ROWS + 1 + _WEIGHTS]
     return any(d is not None for d in (*weights, dims[0], dims[_ROWS - 1]))
+
+
+def stacked(calls: Seq[Seq[Tensor]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
+    """The results of a call for each sample, as a rule of vmap gives them."""
+    results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
+    return results, (0,) * len(results)
 
 
 def one_sample(t: Tensor | None, dim: int | None) -> tuple[int, ...]:
@@ -268,8 +274,7 @@ class Backward(torch.autograd.Function):
         again = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
         if apart(dims) or again or (s.cut and any(of_weights)):
             calls = [Backward.apply(s, needs, count, *_select(args, dims, i)) for i in range(samples)]  # type: ignore[no-untyped-call]
-            results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
-            return results, (0,) * len(results)
+            return stacked(calls)
         leaves, made, grad_states, grad_final = _parts(s, count, args)
         leaf_dims, made_dims, state_dims, final_dims = _parts(s, count, dims)
         fold, of_all = Fold(samples, s.batch, leaves, leaf_dims), s._replace(batch=s.batch * samples)
@@ -317,8 +322,7 @@ class _Samples(torch.autograd.Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         calls = [_Samples.apply(*args[:4], *_select(args[4:], in_dims[4:], i)) for i in range(info.batch_size)]  # type: ignore[no-untyped-call]
-        results = tuple(torch.stack(column) for column in zip(*calls, strict=True))
-        return results, (0,) * len(results)
+        return stacked(calls)
 
 
 def _parts(s: Sizes, count: int, args: Seq[Any]) -> tuple[Leaves, list[Any], list[Any], list[Any]]:
