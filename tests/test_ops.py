@@ -12,6 +12,7 @@ from test_kernels import PLAIN, arguments, oracle, ours, run
 from torch import Tensor
 
 from rnnkernels import ops
+from rnnkernels.ops import engines
 
 
 def good(cell: str = "lstm") -> dict[str, Any]:
@@ -232,8 +233,8 @@ def test_an_engine_that_cannot_run_it_is_refused() -> None:
 
 @pytest.mark.skipif(ops.build_info()["cuda"] is None, reason="this build has no CUDA part")
 def test_a_device_older_than_the_build_is_told_so() -> None:
-    assert ops._too_old(8, 0) == ops._too_old(12, 0) == ""
-    assert ops._too_old(7, 5).startswith("it has compute capability 7.5, and this build is for 8.0 and later")
+    assert engines._too_old(8, 0) == engines._too_old(12, 0) == ""
+    assert engines._too_old(7, 5).startswith("it has compute capability 7.5, and this build is for 8.0 and later")
 
 
 def test_meta_tensors_have_shapes() -> None:
