@@ -293,7 +293,8 @@ def test_gradcheck_on_the_double_kernels(cell: str, isa: str, ragged: bool, reve
     def function(x: Tensor, *rest: Tensor) -> Any:
         return ours(cell, x, rest[6:], *rest[:6], batch_sizes=sizes, reverse=reverse)
 
-    assert torch.autograd.gradcheck(function, (x, *rest), atol=1e-8)
+    # Number by number; for the other ways through the same cell in one direction, at random.
+    assert torch.autograd.gradcheck(function, (x, *rest), atol=1e-8, fast_mode=ragged != reverse)
 
 
 def exact(tensors: list[Tensor | None]) -> list[Tensor | None]:

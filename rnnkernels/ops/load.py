@@ -194,13 +194,13 @@ def load_kernels(name: str) -> None:
 
 
 def _compile_cuda(text: str, shown: str) -> Path:
-    """The kernels, for the devices at hand; where there is none, for those that the module was built for."""
+    """The kernels, for the devices at hand; where there is none, for the newest that the module was built for."""
     compiler = shlex.split(os.environ.get("CUDACXX", "")) or [shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"]
     if torch.cuda.is_available():
         found = {torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())}
         numbers = sorted(f"{major}{minor}{'a' if major == 9 else ''}" for major, minor in found)
     else:
-        numbers = [number.split("-")[0] for number in _C.build()["cuda"]["architectures"].split() if number.endswith("-real")]
+        numbers = [number.split("-")[0] for number in _C.build()["cuda"]["architectures"].split() if number.endswith("-real")][-1:]
     archs = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
     plain = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-shared", "--cudart=static"]
     command = [*compiler, *plain, *shlex.split(_C.build()["flags"]["cuda"]), *archs]

@@ -39,9 +39,15 @@ def check(cell: Cell) -> None:
         raise RuntimeError(f"engine: 'torch' cannot run this: torch.nn has no cell {cell.name}")
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]
 def run(s: Sizes, input: Tensor, states: Seq[Tensor] | None, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
     """-> output, final states, with torch's own derivatives. torch.compile breaks its graph here, as at torch.nn's layers."""
+    # No decorator: that would import all of the compiler with this package, which takes longer than torch itself.
+    whole = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run  # type: ignore[no-untyped-call]
+    found: tuple[Tensor, ...] = whole(s, input, states, weights, batch_sizes)
+    return found
+
+
+def _run(s: Sizes, input: Tensor, states: Seq[Tensor] | None, weights: Weights, batch_sizes: Tensor | None) -> tuple[Tensor, ...]:
     check(s.cell)
     turned = None
     if s.reverse:
