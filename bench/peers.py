@@ -241,6 +241,26 @@ class Ours(Layers):
         return run
 
 
+class Kept(Ours):
+    """Ours with weights that stay packed from call to call, the recurrent ones perhaps narrower: other numbers than the case's."""
+
+    yardstick = True
+
+    def __init__(self, name: str, weight_dtype: torch.dtype) -> None:
+        super().__init__(name, "rnnkernels")
+        self.weight_dtype = weight_dtype
+
+    def why_not(self, case: Case) -> str | None:
+        if case.training or case.cell not in IN_TORCH or case.layout != PADDED or case.dtype != "float32" or case.B > 8:
+            return "is for inference of padded batches up to 8 in float32"
+        return None
+
+    def layer(self, case: Case, problem: Problem) -> torch.nn.Module:
+        layer = super().layer(case, problem)
+        layer.weight_dtype = self.weight_dtype  # type: ignore[assignment]
+        return layer
+
+
 # By how many row blocks U has: the cells that variants are variants of.
 BY_PRODUCTS = {ops.CELLS[page].hidden_gates: name for name, page in IN_TORCH.items()}
 
@@ -345,8 +365,9 @@ OURS = Ours("rnnkernels", "rnnkernels")
 TORCH = Torch("torch", "torch.nn")
 LOOP = Loop("loop", reference.sequence)
 PLAIN = Plain()
+KEPT = [Kept("kept", torch.float32), Kept("bfloat16 weights", torch.bfloat16), Kept("int8 weights", torch.int8)]
 # The first that can run a case says what its results are.
-PEERS: dict[str, Peer] = {peer.name: peer for peer in (TORCH, LOOP, CompiledLoop(), OnnxRuntime(), PLAIN, OURS)}
+PEERS: dict[str, Peer] = {peer.name: peer for peer in (TORCH, LOOP, CompiledLoop(), OnnxRuntime(), PLAIN, *KEPT, OURS)}
 
 # Largest difference over largest value: two computations in one dtype, each with rounding of its own. `verify` holds the strict rule.
 TOLERANCE = {"float32": 1e-4, "float64": 1e-10, "bfloat16": 0.1, "float16": 0.02}

@@ -43,9 +43,10 @@ void fill(Given (&to)[n], const GivenSlots& from) {
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
                 bool reverse, bool training, bool complete, int threads, int products, Address lengths, Address resets, Address units,
-                int64_t module) {
-  if (!registry.find(cell) || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32))
-    throw std::invalid_argument("no such cell, storage type or way to multiply");
+                int64_t module, int weight_type, bool keeps_packed) {
+  if (!registry.find(cell) || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32) || weight_type < 0 ||
+      weight_type >= kWeightTypes)
+    throw std::invalid_argument("no such cell, storage type, way to multiply or type of weights");
   const Problem p{cell,
                   Storage(storage),
                   steps,
@@ -62,7 +63,9 @@ Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t inp
                   pointer<const int64_t>(lengths),
                   pointer<const uint8_t>(resets),
                   pointer<const int64_t>(units),
-                  module};
+                  module,
+                  WeightType(weight_type),
+                  keeps_packed};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -205,6 +208,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("isa", cpu::isa);
   m.def("set_isa", cpu::set_isa);
   m.def("workspace_bytes", [](const Problem& p, bool backward) { return cpu::workspace_bytes(p, cpu::page_of(p), backward); });
+  m.def("packing", [](const Problem& p) {
+    const cpu::Packing found = cpu::packing(p, cpu::page_of(p));
+    return py::make_tuple(found.bytes, py::tuple(py::cast(found.shape)));
+  });
   m.def("schedule", [](const Problem& p, bool backward) {
     const Schedule s = cpu::schedule(p, cpu::page_of(p), backward);
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
@@ -220,22 +227,24 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
-  m.def("forward",
-        [](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates, int64_t gates_row,
-           const Addresses& weights, const Addresses& vectors, const Addresses& initial, const Addresses& final, Address output,
-           const Addresses& history, Address workspace, int64_t bytes, const GivenSlots& given, Address moments, const GivenSlots& resets) {
-          need(p, false, bytes);
-          Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
-          f.input = pointer(input);
-          f.weight_ih = pointer(weight_ih);
-          f.bias_ih = pointer(bias_ih);
-          f.bias_hh = pointer(bias_hh);
-          fill(f.given, given);
-          f.moments = pointer(moments);
-          fill(f.reset, resets);
-          py::gil_scoped_release release;
-          cpu::forward(f, cpu::page_of(p));
-        });
+  m.def("forward", [](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates,
+                      int64_t gates_row, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
+                      const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes,
+                      const GivenSlots& given, Address moments, const GivenSlots& resets, Address packed, bool packs) {
+    need(p, false, bytes);
+    Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
+    f.input = pointer(input);
+    f.weight_ih = pointer(weight_ih);
+    f.bias_ih = pointer(bias_ih);
+    f.bias_hh = pointer(bias_hh);
+    fill(f.given, given);
+    f.moments = pointer(moments);
+    fill(f.reset, resets);
+    f.packed = pointer(packed);
+    f.packs = packs;
+    py::gil_scoped_release release;
+    cpu::forward(f, cpu::page_of(p));
+  });
 
   // Layers kept ready to take one step at a time.
   py::class_<cpu::Stream>(m, "Stream")

@@ -40,7 +40,7 @@ CELL_OPTIONS: dict[str, tuple[Any, ...]] = {
 # A value to try where neither the default nor the annotation suggests one.
 VALUES: dict[str, Any] = {"recurrent_init": "identity", **{name: values[-1] for name, values in CELL_OPTIONS.items()}}
 # Said of every layer elsewhere.
-EVERYWHERE = ("engine", "recompute", "bias", "batch_first", "device", "dtype")
+EVERYWHERE = ("engine", "recompute", "weight_dtype", "bias", "batch_first", "device", "dtype")
 
 
 class NotBuiltError(Exception):

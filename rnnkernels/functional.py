@@ -35,6 +35,7 @@ def stack(
     layer_norm: str | None = None,
     cut: Cut | None = None,
     clock: Clock | None = None,
+    packed: Sequence[ops.Packed] | None = None,
 ) -> tuple[Tensor, ...]:
     """Run layers × directions of ``cell`` and return ``(output, *final_states)``.
 
@@ -49,6 +50,7 @@ def stack(
     * ``given``: K lists of what the cell is given, as ``ops.sequence`` has it, or None.
     * ``cut``: how long the rows of a padded batch are and where they start anew. ``clock``: which units take part in which steps, for a
       simple recurrent network that is given nothing.
+    * ``packed``: K places for weights that stay packed from call to call, as ``ops.sequence`` has it.
     * output ``[T, B, D · P]`` or ``[N, D · P]``; final states as ``states``.
 
     * with ``return_states``, after the final states: every state after each step, ``[K, T, B, ·]`` or ``[K, N, ·]``, in the cell's order;
@@ -59,6 +61,8 @@ def stack(
     """
     directions = 2 if bidirectional else 1
     inside: dict[str, Any] = {}
+    if packed is not None and clock is not None:
+        raise ValueError(f"weight_dtype: expected None for a layer whose units take turns, got {packed[0].weight_dtype}")
     if clock is not None:
         if clock.nested and batch_sizes is None and ops.cuts_natively(engine, input.device):
             inside = {"units": clock.units, "module": clock.module}
@@ -100,6 +104,7 @@ def stack(
                 recompute=recompute,
                 return_states=bool(return_states),
                 reset_states=None if cut is None else cut.resets_of(k),
+                packed=None if packed is None else packed[k],
                 **inside,
             )
             outputs.append(output)

@@ -150,6 +150,8 @@ class _Layer(nn.RNNBase):
     grad_clip: float | None = None
     candidate_dropout: float = 0.0
     learn_initial: bool = False
+    weight_dtype: torch.dtype | None = None
+    _packed: list[ops.Packed] | None = None
     _reshaped = False
     _lstm = False  # whether it has a cell state to clip and an output that can be projected
     _candidate = False  # whether it has a candidate that can be dropped: g of an LSTM, n of a GRU
@@ -174,6 +176,7 @@ class _Layer(nn.RNNBase):
         grad_clip: float | None = None,
         candidate_dropout: float = 0.0,
         learn_initial: bool = False,
+        weight_dtype: torch.dtype | None = None,
         **kwargs: Any,
     ) -> None:
         _checked_engine(engine)
@@ -187,7 +190,9 @@ class _Layer(nn.RNNBase):
         self.mode, self.layer_norm = mode, layer_norm
         del self._constructed
         self._reshape_weights()
-        self.engine, self.recompute, self.learn_initial = engine, recompute, learn_initial
+        self.engine, self.recompute, self.learn_initial, self.weight_dtype = engine, recompute, learn_initial, weight_dtype
+        if weight_dtype is not None:
+            ops.weight_type(weight_dtype, getattr(self, self._flat_weights_names[0]).dtype)
         for name, width in self._initial_names().items():
             like: Tensor = getattr(self, self._flat_weights_names[0])
             self.register_parameter(name, nn.Parameter(like.new_empty(self.num_layers * (2 if self.bidirectional else 1), width)))
@@ -342,14 +347,23 @@ class _Layer(nn.RNNBase):
         """The base class stores the list in several places; there is nothing to store."""
 
     def flatten_parameters(self) -> None:
-        """Do nothing: the kernels take the weights where they lie. Here because callers of torch.nn call it."""
+        """Forget weights that ``weight_dtype`` keeps packed. The kernels take the others where they lie, so there is nothing else to do."""
+        self._packed = None
+
+    def _kept(self) -> list[ops.Packed] | None:
+        """Where each layer's and direction's packed weights stay."""
+        if self.weight_dtype is None:
+            return None
+        if self._packed is None or self._packed[0].weight_dtype != self.weight_dtype:
+            self._packed = [ops.Packed(self.weight_dtype) for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
+        return self._packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({name: value for name, value in state.items() if name != "_flat_weights"})  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         engine = f", engine={self.engine}" if self.engine != "auto" else ""
-        masked = ("recompute", "learn_initial", "zoneout", "recurrent_dropout", "candidate_dropout")
+        masked = ("recompute", "weight_dtype", "learn_initial", "zoneout", "recurrent_dropout", "candidate_dropout")
         bounded = ("layer_norm", "cell_norm", "cell_clip", "proj_clip", "grad_clip")
         modifiers = {name: getattr(self, name) for name in masked + bounded}
         return super().extra_repr() + engine + "".join(f", {name}={value}" for name, value in modifiers.items() if value)
@@ -418,6 +432,7 @@ class _Layer(nn.RNNBase):
             layer_norm=self.layer_norm,
             cut=cut,
             clock=None if clock is None else clock(data.size(0) if batch_sizes is None else len(batch_sizes)),
+            packed=self._kept(),
         )
         count = len(self._widths)
         finals, histories = finals[:count], finals[count:]
@@ -461,7 +476,7 @@ class _Layer(nn.RNNBase):
             initial = self._learned_initial(batch_size or 1)
             hx = self._join([state.squeeze(1) for state in initial] if batch_size is None else initial)
         ours = self._weights, batch_size, hx, self.engine, self._split, self._join
-        return Stream(cell, *ours, constants, self.layer_norm, self._own_weights)
+        return Stream(cell, *ours, constants, self.layer_norm, self._own_weights, self.weight_dtype)
 
     def _cut(self, input: Any, data: Tensor, lengths: Tensor | None, reset_mask: Tensor | None, reset_state: Any) -> Cut | None:
         """What was asked for inside the sequence, checked and time-major; None: nothing that makes a difference."""
@@ -573,6 +588,10 @@ class RNN(_Layer):
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN, in
             this order. ``nonlinearity`` is also "sigmoid" or "identity", besides "tanh" and "relu".
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
+            ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
+            row's largest), or the layer's own (nothing is rounded). Calls that need gradients raise. A change that torch counts is noticed;
+            after writes through ``.data`` call ``flatten_parameters()``.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -633,6 +652,10 @@ class GRU(_Layer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
+            ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
+            row's largest), or the layer's own (nothing is rounded). Calls that need gradients raise. A change that torch counts is noticed;
+            after writes through ``.data`` call ``flatten_parameters()``.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -700,6 +723,10 @@ class LSTM(_PairLayer):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
             this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
+        weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
+            ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
+            row's largest), or the layer's own (nothing is rounded). Calls that need gradients raise. A change that torch counts is noticed;
+            after writes through ``.data`` call ``flatten_parameters()``.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U

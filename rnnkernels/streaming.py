@@ -98,10 +98,11 @@ class Stream:
         constants: Sequence[Tensor] = (),
         layer_norm: str | None = None,
         parameters: Callable[[], Sequence[Sequence[Any]]] | None = None,
+        weight_dtype: torch.dtype | None = None,
     ) -> None:
         """``weights`` gives those of each layer as they are now; ``split`` and ``join`` take hx apart and make it; ``constants`` are what
         the cell is given at every step; ``layer_norm`` as :func:`rnnkernels.functional.stack` has it; ``parameters`` gives what ``weights``
-        are made of, where they are made.
+        are made of, where they are made; ``weight_dtype`` as the layers have it.
         """
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"batch_size: expected a positive int, or None for unbatched steps, got {batch_size!r}")
@@ -112,7 +113,9 @@ class Stream:
         self._parameters = parameters or weights
         self._stack: Stack
         if layer_norm is None:
-            self._stack = stack(cell, lead, now, engine, constants)
+            self._stack = stack(cell, lead, now, engine, constants, weight_dtype)
+        elif weight_dtype is not None:
+            raise ValueError(f"weight_dtype: expected None for a stream of layers with a layer norm, got {weight_dtype}")
         else:
             self._stack = _Normed(cell, lead, now, engine, constants, layer_norm)
         self._run = self._stack.run

@@ -49,7 +49,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "compiled", "inside", "clockwork", "figures"}
+    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "compiled", "inside", "clockwork", "packed", "figures"}
 
 
 def test_work_is_counted():

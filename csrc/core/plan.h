@@ -19,6 +19,7 @@ struct Product {
   int64_t units;  // how many units it gives
   int64_t depth;  // length of the operand, 0: no matrix
   int columns;    // H slots a unit
+  WeightType type = WeightType::Numbers;
 };
 
 inline int64_t width_of(const Problem& p, Width w) { return w == Width::Output ? p.output : p.hidden; }
@@ -30,7 +31,7 @@ inline int64_t operand_width(const CellInfo& cell, const Problem& p, int s) {
 }
 
 inline Product forward_product(const CellInfo& cell, const Problem& p, int s) {
-  return {width_of(p, cell.stage[s].width), operand_width(cell, p, s), cell.hidden_slots(s)};
+  return {width_of(p, cell.stage[s].width), operand_width(cell, p, s), cell.hidden_slots(s), p.weight_type};
 }
 
 // The product that gives a stage's slots their x̂, taken for a chunk of steps at a time.
@@ -82,6 +83,15 @@ struct Schedule {
 
 RNN_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+// A packed panel: [depth][blocks][columns][lanes]; of int8 after the factors [blocks][columns][lanes].
+inline int64_t panel_count(const Machine& m, const Product& p, int blocks) { return ceil_div(p.units, int64_t(blocks) * m.lanes); }
+inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) { return p.depth * blocks * p.columns * m.lanes; }
+inline int64_t panel_bytes(const Machine& m, const Product& p, int blocks) {
+  const int64_t elements = panel_elements(m, p, blocks);
+  if (p.type == WeightType::Numbers) return elements * m.number_bytes;
+  return p.type == WeightType::BF16 ? elements * 2 : elements + int64_t(blocks) * p.columns * m.lanes * m.number_bytes;
+}
+
 inline int tile_rows(const Machine& m, int vectors) {
   const int r = m.registers / vectors;
   return r < 1 ? 1 : r > kMaxTileRows ? kMaxTileRows : r;
@@ -99,7 +109,7 @@ inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t
   const double loads = vectors + 0.5 * rows / passes;
   const double cycle = (tile > m.latency ? tile > loads ? tile : loads : m.latency > loads ? m.latency : loads) + 1;
   const double arithmetic = double(panels) * passes * p.depth * cycle * m.fma_ns;
-  const double bytes = double(panels) * vectors * m.lanes * p.depth * m.number_bytes;
+  const double bytes = double(panels) * double(panel_bytes(m, p, blocks));
   const double rate = bytes <= m.l1_bytes                 ? 4 * m.l2_gbs
                       : bytes <= m.l2_bytes               ? m.l2_gbs
                       : bytes * unit_groups <= m.l3_bytes ? m.l3_gbs
@@ -196,10 +206,6 @@ RNN_FN int64_t padded(int64_t width, int64_t number_bytes) {
 // The even split of n things over g groups: group i has [begin(i), begin(i + 1)).
 inline int64_t split(int64_t n, int64_t groups, int64_t i) { return n / groups * i + (n % groups < i ? n % groups : i); }
 
-// A packed panel: [depth][blocks][columns][lanes].
-inline int64_t panel_count(const Machine& m, const Product& p, int blocks) { return ceil_div(p.units, int64_t(blocks) * m.lanes); }
-inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) { return p.depth * blocks * p.columns * m.lanes; }
-
 // Doubles of a row's parts of sums: for each vector of units, each value's sum and that of its squares.
 inline int64_t partial_row(const Machine& m, const CellInfo& cell, const Problem& p) {
   int most = 0;
@@ -212,7 +218,9 @@ inline int64_t partial_row(const Machine& m, const CellInfo& cell, const Problem
 
 // Where everything lies in the workspace, in bytes, each part on its own cache line. Rows of numbers are padded().
 struct Layout {
-  int64_t packed[kMaxStages], packed_input[kMaxStages];
+  int64_t packed[kMaxStages], packed_input[kMaxStages];  // from the caller's memory on, where the problem keeps them
+  int64_t packed_bytes;
+  int64_t wide, wide_bytes;     // where weights are narrower than numbers, a panel of numbers for each thread, so many bytes apart
   int64_t state[kMaxStates];    // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
   int64_t between;              // forward, several stages: this step's kept values, [B][kept·H]
   int64_t operand[kMaxStages];  // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
@@ -238,12 +246,21 @@ struct Layout {
 inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, const Schedule& s, bool backward) {
   Layout l;
   const auto panels = [&](const Product& product, int blocks) {
-    return p.complete ? 0 : panel_count(m, product, blocks) * panel_elements(m, product, blocks) * m.number_bytes;
+    return p.complete ? 0 : panel_count(m, product, blocks) * panel_bytes(m, product, blocks);
   };
   const auto rows = [&](int64_t width) { return p.batch * padded(width, m.number_bytes) * m.number_bytes; };
   for (int stage = 0; stage < cell.stages; ++stage) {
     l.packed[stage] = l.take(panels(backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage), s.blocks[stage]));
     l.packed_input[stage] = l.take(backward ? 0 : panels(input_product(cell, p, stage), s.input_blocks[stage]));
+  }
+  l.packed_bytes = l.bytes;
+  if (p.keeps_packed) l.bytes = 0;
+  int64_t widest = 0;
+  for (int stage = 0; stage < cell.stages && p.weight_type != WeightType::Numbers; ++stage)
+    if (const int64_t n = panel_elements(m, forward_product(cell, p, stage), s.blocks[stage]); n > widest) widest = n;
+  l.wide_bytes = widest * m.number_bytes;
+  l.wide = l.take(s.threads() * l.wide_bytes);
+  for (int stage = 0; stage < cell.stages; ++stage) {
     const int64_t width = width_of(p, cell.stage[stage].width) * cell.hidden_slots(stage);
     l.operand[stage] = l.take(backward ? (stage == 0 ? 2 : 1) * rows(width) : 0);
   }

@@ -15,6 +15,11 @@ constexpr int64_t kNumberBytes[] = {4, 8, 4, 4};  // half types are computed wit
 // How a CUDA engine multiplies float32: exactly, with tensor cores by three products of halved numbers, or by one (10 bits of each).
 enum class Products { Exact, ThreeTf32, Tf32 };
 
+// How a CPU engine holds the matrices of the recurrence while it walks: as the numbers it computes with or, for inference, as bfloat16, or
+// as int8 with a factor for each result.
+enum class WeightType { Numbers, BF16, Int8 };
+constexpr int kWeightTypes = 3;
+
 // T steps of up to B rows. Tokens lie step by step: row b of step t is token offset(t) + b.
 struct Problem {
   int cell;  // index into cells.def
@@ -35,6 +40,8 @@ struct Problem {
   // units. For cells with one slot.
   const int64_t* units = nullptr;  // [T]
   int64_t module = 0;
+  WeightType weight_type = WeightType::Numbers;
+  bool keeps_packed = false;  // packed weights lie in memory of the caller's, who may have them from call to call
 };
 
 // Where a slot's given numbers lie: [H] each, so many elements from a token and from a row to the next; 0: the same for all of them.
@@ -62,6 +69,8 @@ struct Forward {
   void* history[kMaxStates];  // [N, H]: the other states after each step, or null for inference
   void* moments;              // numbers, [N, moments()]: of the sums over a row's units, or null for inference
   void* workspace;            // workspace_bytes() of it
+  void* packed;               // where the problem keeps packed weights, packed_bytes() for them
+  bool packs;                 // whether they are yet to be packed
 };
 
 struct Backward {

@@ -56,6 +56,9 @@ struct F32 {
   RNN_FN explicit F32(__m256 x) : v(x) {}
 
   RNN_FN static F32 load(const float* p) { return F32(_mm256_loadu_ps(p)); }
+  RNN_FN static F32 load(const int8_t* p) {
+    return F32(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
+  }
   RNN_FN static F32 load(const float* p, int n) { return n >= lanes ? load(p) : F32(_mm256_maskload_ps(p, first(n))); }
   template <class S>
   RNN_FN static F32 load(const S* p) {

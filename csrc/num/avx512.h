@@ -42,6 +42,9 @@ struct F32 {
   RNN_FN explicit F32(__m512 x) : v(x) {}
 
   RNN_FN static F32 load(const float* p) { return F32(_mm512_loadu_ps(p)); }
+  RNN_FN static F32 load(const int8_t* p) {
+    return F32(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
+  }
   // Full vectors go unmasked: a masked store cannot be forwarded to the load that follows it.
   RNN_FN static F32 load(const float* p, int n) { return n >= lanes ? load(p) : F32(_mm512_maskz_loadu_ps(first16(n), p)); }
   template <class S>

@@ -27,6 +27,7 @@ RNN_FN float float_of_bits(uint32_t u) {
 
 RNN_FN double widen(double x) { return x; }
 RNN_FN float widen(float x) { return x; }
+RNN_FN float widen(int8_t x) { return x; }
 RNN_FN float widen(bf16 x) { return float_of_bits(uint32_t(x.bits) << 16); }
 RNN_FN float widen(f16 x) {
   const uint32_t sign = uint32_t(x.bits & 0x8000) << 16, magnitude = x.bits & 0x7fff;

@@ -46,10 +46,9 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
   for (int i = 0; i < cell.stages; ++i) {
     const Product product = backward ? backward_product(cell, p, i) : forward_product(cell, p, i), input = input_product(cell, p, i);
     if (!p.complete) {
-      parts.push_back({l.packed[i], panel_count(m, product, s.blocks[i]) * panel_elements(m, product, s.blocks[i]) * m.number_bytes});
+      parts.push_back({l.packed[i], panel_count(m, product, s.blocks[i]) * panel_bytes(m, product, s.blocks[i])});
       if (!backward)
-        parts.push_back(
-            {l.packed_input[i], panel_count(m, input, s.input_blocks[i]) * panel_elements(m, input, s.input_blocks[i]) * m.number_bytes});
+        parts.push_back({l.packed_input[i], panel_count(m, input, s.input_blocks[i]) * panel_bytes(m, input, s.input_blocks[i])});
     }
     if (s.blocks[i] % s.input_blocks[i] || s.input_blocks[i] * input.columns > kMaxVectorsPerPanel)
       where("input panels that do not divide the panels");

@@ -23,6 +23,7 @@ from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, parted, problem
 from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, hidden_size
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
 from .load import heats, is_modified, load_page, modified, source_of
+from .packed import Packed, weight_type
 from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 
 __all__ = [
@@ -30,6 +31,7 @@ __all__ = [
     "ENGINES",
     "Call",
     "Cell",
+    "Packed",
     "Sequence",
     "Weights",
     "before_each_token",
@@ -45,6 +47,7 @@ __all__ = [
     "sequence",
     "set_isa",
     "source_of",
+    "weight_type",
     "widths",
 ]
 
@@ -171,6 +174,7 @@ def sequence(
     engine: str = "auto",
     recompute: bool = False,
     return_states: bool = False,
+    packed: Packed | None = None,
 ) -> tuple[Tensor, ...]:
     """Run ``cell`` over a sequence in one direction.
 
@@ -205,6 +209,7 @@ def sequence(
             on any device. Forward-mode derivatives and second ones are the traced engine's, whichever engine runs the rest.
         recompute: save the states alone for backward, which then makes the rest anew: less memory, more work.
         return_states: return the states beyond the first after each step too.
+        packed: where the CPU engine keeps this cell's weights packed from call to call, and how narrow; for eager calls without gradients.
 
     Returns:
         ``(output, *final_states)``, the output ``[T, B, P]`` or ``[N, P]``; with ``return_states`` also ``c`` and the like after each step,
@@ -220,6 +225,9 @@ def sequence(
     (torch.Size([5, 2, 4]), True)
     """
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
+    if packed is not None and (engine not in ("auto", "cpu") or input.device.type != "cpu" or is_transformed()):
+        got = f"{packed.weight_dtype} with engine {engine!r} on {input.device}"
+        raise RuntimeError(f"weight_dtype: expected None but for plain calls of the CPU engine, got {got}")
     place = input.device.type
     if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
         # As torch.nn, whose GRU keeps the input's dtype on a CPU.
@@ -274,30 +282,38 @@ def sequence(
         return_states,
         needs_grad,
     )
+    if packed is not None and (needs_grad or not plain):
+        how = "a call that needs no gradients: use torch.no_grad()" if needs_grad else "an eager call on plain tensors"
+        raise RuntimeError(f"weight_dtype: {packed.weight_dtype} is for inference, expected {how}, or None")
     if not plain:
         return _traceable(call)
     s = checked(call, True)
     if needs_grad:
-        result: tuple[Tensor, ...] = Sequence.apply(s, call.rows, *tensors)  # type: ignore[no-untyped-call]
+        result: tuple[Tensor, ...] = Sequence.apply(s, call.rows(), *tensors)  # type: ignore[no-untyped-call]
         return _shaped(result, len(s.cell.states), input) if return_states else result
     dense = Weights(*tensors[1 : 1 + _COUNT])
     dense_states, dense_resets = parted(tensors[1 + _COUNT :], s.resets)
     dense_states, dense_given = parted(dense_states, s.given)
-    output, final, _, history = RUNS[s.engine].forward(s, False, input, dense_states, dense, call.rows, dense_given, dense_resets)
+    arguments = (False, input, dense_states, dense, call.rows(), dense_given, dense_resets)
+    if packed is None:
+        output, final, _, history = RUNS[s.engine].forward(s, *arguments)
+    else:
+        s = s._replace(weight_type=weight_type(packed.weight_dtype, input.dtype), keeps=True)
+        output, final, _, history = cpu.forward(s, *arguments, packed)
     return _shaped((output, *final, *history), len(final), input)
 
 
 def _traced(call: Call) -> tuple[Tensor, ...]:
-    s = checked(call._replace(engine="traced"), not torch.compiler.is_compiling(), not any(map(is_batched, call.rows)))
-    results = traced.run(s, call.input, call.states, call.weights, call.rows, call.given, call.reset_states)
+    s = checked(call._replace(engine="traced"), not torch.compiler.is_compiling(), not any(map(is_batched, call.rows())))
+    results = traced.run(s, call.input, call.states, call.weights(), call.rows(), call.given, call.reset_states)
     n = len(s.cell.states)
     return _shaped(results if s.returns else results[: 1 + n], n, call.input)
 
 
 def _by_rules(call: Call) -> tuple[Tensor, ...]:
     """Under a transform of torch.func, by the kernels."""
-    s = checked(call, True, not any(map(is_batched, call.rows)))
-    leaves = (*call.rows, call.input, *call.weights, *(call.states or ()), *call.given, *call.reset_states)
+    s = checked(call, True, not any(map(is_batched, call.rows())))
+    leaves = (*call.rows(), call.input, *call.weights(), *(call.states or ()), *call.given, *call.reset_states)
     output, *rest = Forward.apply(s, *leaves)  # type: ignore[no-untyped-call]
     n = len(s.cell.states)
     return _shaped([output, *rest[:n], *(rest[n + 1 : 2 * n] if s.returns else ())], n, call.input)
@@ -356,7 +372,7 @@ def _torch_is_faster(cell: str, input: Tensor, weights: Weights, batch_sizes: Te
 def _traceable(call: Call) -> tuple[Tensor, ...]:
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
     if call.states is None:
-        call = call._replace(states=_zeros(call.cell, call.input, call.batch_sizes, call.weights))
+        call = Call(call.cell, call.input, _zeros(call.cell, call.input, call.batch_sizes, call.weights()), *call[3:])
     s = checked(call, False)
     results: list[Tensor] = torch.ops.rnnkernels.sequence(*call)
     n = len(s.cell.states)

@@ -131,7 +131,6 @@ class Rows(NamedTuple):
     resets: Tensor | None = None
     units: Tensor | None = None
 
-    @property
     def cut(self) -> bool:
         return self.lengths is not None or self.resets is not None or self.units is not None
 
@@ -152,6 +151,8 @@ class Sizes(NamedTuple):
     resets: int = 0  # how many tensors of states that replace others
     cut: bool = False  # not all rows and units take part in all steps of a padded batch, or states are replaced
     module: int = 0  # units of a block of the matrix, where steps end at a unit
+    weight_type: int = 0  # how the CPU engine holds the recurrent matrices: as numbers, as bfloat16, as int8
+    keeps: bool = False  # packed weights are the caller's
 
     @property
     def widths(self) -> list[int]:
@@ -163,7 +164,7 @@ class Sizes(NamedTuple):
         """One step on the CPU: torch forms both products, since packing weights costs more than using them once. But then a row's bits may
         depend on its batch, which deterministic mode is not to allow.
         """
-        if self.steps != 1 or len(self.cell.stages) != 1 or self.engine != "cpu" or self.cut:
+        if self.steps != 1 or len(self.cell.stages) != 1 or self.engine != "cpu" or self.cut or self.keeps:
             return False
         return not deterministic()
 
@@ -212,6 +213,8 @@ def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training:
         address(rows.resets),
         address(rows.units),
         s.module,
+        s.weight_type,
+        s.keeps,
     )
 
 

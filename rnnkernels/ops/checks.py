@@ -65,11 +65,10 @@ class Call(NamedTuple):
     return_states: bool = False
     training: bool = False
 
-    @property
+    # No properties: torch.compile of torch 2.5 does not see into those of named tuples, nor into _replace.
     def weights(self) -> Weights:
         return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, self.weight_v)
 
-    @property
     def rows(self) -> Rows:
         found = (self.batch_sizes, self.lengths, self.reset_mask, self.units)
         return Rows(*(None if t is None else t.contiguous() for t in found))
@@ -78,7 +77,7 @@ class Call(NamedTuple):
 def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
     """The sizes of a call that is as it must be. ``concrete``: that its sizes are numbers; ``values``: that what rows hold can be read."""
     cell, input, states, batch_sizes = call.cell, call.input, call.states, call.batch_sizes
-    weights, given = call.weights, call.given
+    weights, given = call.weights(), call.given
     weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v = weights
     spec = CELLS.get(cell)
     if spec is None:
@@ -131,13 +130,23 @@ def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
     if bias_hh is not None:
         expect("bias_hh", bias_hh, (spec.biased * H,), input)
     _check_given(spec, given, H, B, input)
-    rows = call.rows
-    if rows.cut:
+    rows = call.rows()
+    if rows.cut():
         _check_cuts(spec, call, T, B, H, P, concrete and values)
     sizes = Sizes(
-        spec, call.reverse, T, B, H, P, recompute=call.recompute, given=len(given), resets=len(call.reset_states), module=call.module
+        spec,
+        call.reverse,
+        T,
+        B,
+        H,
+        P,
+        recompute=call.recompute,
+        returns=call.return_states,
+        given=len(given),
+        resets=len(call.reset_states),
+        cut=rows.cut(),
+        module=call.module,
     )
-    sizes = sizes._replace(returns=call.return_states, cut=rows.cut)
     return sizes._replace(engine=engines.choose(call.engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
 
 

@@ -31,6 +31,7 @@ from .cells import (
     summed_bias,
     vectors,
 )
+from .packed import Packed
 
 
 class Memory(threading.local):
@@ -62,6 +63,7 @@ def forward(
     rows: Rows,
     given: Seq[Tensor],
     resets: Seq[Tensor],
+    packed: Packed | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for) and,
     for training, moments of a cell that has them.
@@ -76,7 +78,7 @@ def forward(
     if training:
         history += new_moments(s, input, tokens.shape[0])
     places = place_given(s, given, input.shape[:-1])
-    _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, places, place_resets(s, resets))
+    _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, places, place_resets(s, resets), packed)
     return output, final, kept if keeps else None, history
 
 
@@ -93,6 +95,7 @@ def _run(
     history: Seq[Tensor],
     given: list[tuple[int, int, int]],
     resets: list[tuple[int, int, int]],
+    packed: Packed | None = None,
 ) -> None:
     cell, H = s.cell, s.hidden
     if s.complete:
@@ -102,6 +105,7 @@ def _run(
     bytes = _C.workspace_bytes(task, False)
     workspace = memory.take(bytes)
     count = len(cell.states) - 1
+    own, packs, shape = (None, True, ()) if packed is None else packed.memory(task, weights)
     _C.forward(
         task,
         tokens.data_ptr(),
@@ -121,7 +125,11 @@ def _run(
         given,
         history[count].data_ptr() if len(history) > count else 0,
         resets,
+        address(own),
+        packs,
     )
+    if packed is not None and own is not None and packs:
+        packed.keep(shape, own, weights)
 
 
 def recompute(

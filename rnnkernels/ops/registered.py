@@ -41,7 +41,7 @@ def _op_forward(*args: Any) -> list[Tensor]:
     call = _call(args)
     s = checked(call, True)
     states, given, resets = ([t.contiguous() for t in tensors] for tensors in (call.states or (), call.given, call.reset_states))
-    run = RUNS[s.engine].forward(s, call.training, call.input, states, call.weights.dense(), call.rows, given, resets)
+    run = RUNS[s.engine].forward(s, call.training, call.input, states, call.weights().dense(), call.rows(), given, resets)
     output, final, kept, history = run
     # Places that forward does not fill: an op's results are the same each time.
     if kept is not None and s.cell.kept < s.cell.room:
@@ -60,7 +60,7 @@ def _op_forward(*args: Any) -> list[Tensor]:
 def _op_forward_fake(*args: Any) -> list[Tensor]:
     call = _call(args)
     spec, input, states = CELLS[call.cell], call.input, call.states or ()
-    H = hidden_size(spec, call.weights)
+    H = hidden_size(spec, call.weights())
     P = H if call.weight_hr is None else call.weight_hr.shape[0]
     N = input.shape[0] if call.batch_sizes is not None else input.shape[0] * input.shape[1]
     results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
@@ -117,8 +117,8 @@ def _op_backward(*args: Any) -> list[Tensor]:
         back.grad_final,
         input,
         [state.contiguous() for state in states],
-        call.weights.dense(),
-        call.rows,
+        call.weights().dense(),
+        call.rows(),
         output.contiguous(),
         None if kept is None else kept.contiguous(),
         [h.contiguous() for h in history],
@@ -133,8 +133,8 @@ def _op_backward(*args: Any) -> list[Tensor]:
 
 def _op_backward_fake(*args: Any) -> list[Tensor]:
     call, needs = _call(args), args[len(Call._fields)]
-    s = Sizes(CELLS[call.cell], call.reverse, 0, 0, hidden_size(CELLS[call.cell], call.weights), 0)
-    shapes = grad_shapes(s, call.input, call.weights)
+    s = Sizes(CELLS[call.cell], call.reverse, 0, 0, hidden_size(CELLS[call.cell], call.weights()), 0)
+    shapes = grad_shapes(s, call.input, call.weights())
     shapes += [t.shape for t in (*(call.states or ()), *call.given, *call.reset_states)]
     return [call.input.new_empty(shape if need else (0,)) for shape, need in zip(shapes, needs, strict=True)]
 
@@ -225,7 +225,7 @@ def _each(tensors: Any, dims: Any) -> list[Any]:
 
 def _leaves(call: Call) -> Leaves:
     rows = Rows(call.batch_sizes, call.lengths, call.reset_mask, call.units)
-    return Leaves(rows, call.input, call.weights, list(call.states or ()), list(call.given), list(call.reset_states))
+    return Leaves(rows, call.input, call.weights(), list(call.states or ()), list(call.given), list(call.reset_states))
 
 
 for _name, _run, _fake in (("sequence", _op_forward, _op_forward_fake), ("sequence_backward", _op_backward, _op_backward_fake)):

@@ -16,6 +16,7 @@ from .. import _C
 from . import sequence
 from .cells import Rows, Sizes, Weights, address, empty, place_given, problem, stage_blocks, vectors
 from .checks import Call, checked
+from .packed import weight_type
 
 __all__ = ["Stack", "stack"]
 
@@ -38,14 +39,24 @@ class Stack(Protocol):
         """One step of all layers, ``[B, I]`` to ``[B, P]``."""
 
 
-def stack(cell: str, lead: tuple[int, ...], weights: Seq[Seq[Any]], engine: str, constants: Seq[Tensor] = ()) -> Stack:
+def stack(
+    cell: str,
+    lead: tuple[int, ...],
+    weights: Seq[Seq[Any]],
+    engine: str,
+    constants: Seq[Tensor] = (),
+    weight_dtype: torch.dtype | None = None,
+) -> Stack:
     """Its states are yet to be loaded. ``lead``: the dimensions of a step before its numbers, ``(B,)`` or, unbatched, none.
 
-    ``constants``: what a cell that is given numbers has at every step, ``[k·H]`` for k slots.
+    ``constants``: what a cell that is given numbers has at every step, ``[k·H]`` for k slots. ``weight_dtype``: how the CPU engine holds
+    the recurrent matrices.
     """
     layers = _layers(cell, lead, weights, engine, constants)
     if layers[0][0].engine == "cpu":
-        return _Packed(cell, lead, layers, "cpu", constants)
+        return _Packed(cell, lead, layers, "cpu", constants, weight_dtype)
+    if weight_dtype is not None:
+        raise RuntimeError(f"weight_dtype: expected None for an engine other than the CPU's, got {weight_dtype}")
     return _Stepped(cell, lead, layers, engine if engine in ("torch", "traced") else "stepwise", constants)
 
 
@@ -93,10 +104,20 @@ class _Stack:
 class _Packed(_Stack):
     """By the CPU engine: weights packed once, states kept as numbers, so that half types lose nothing from step to step."""
 
-    def __init__(self, cell: str, lead: tuple[int, ...], layers: Seq[tuple[Sizes, Weights]], engine: str, constants: Seq[Tensor]) -> None:
+    def __init__(
+        self,
+        cell: str,
+        lead: tuple[int, ...],
+        layers: Seq[tuple[Sizes, Weights]],
+        engine: str,
+        constants: Seq[Tensor],
+        weight_dtype: torch.dtype | None,
+    ) -> None:
         super().__init__(cell, lead, layers, engine, constants)
         # Not by the engine's name: its single steps leave their products to torch.
-        tasks = [problem(s._replace(engine="stream"), self._like.dtype, _input_weight(w).shape[1], Rows(), False) for s, w in layers]
+        kind = weight_type(weight_dtype, self._like.dtype)
+        own = [s._replace(engine="stream", weight_type=kind) for s, _ in layers]
+        tasks = [problem(s, self._like.dtype, _input_weight(w).shape[1], Rows(), False) for s, (_, w) in zip(own, layers, strict=True)]
         self._native = _C.Stream(tasks)
         self._workspace = empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (self._native.bytes,))
         self._native.place(self._workspace.data_ptr())

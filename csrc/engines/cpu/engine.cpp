@@ -13,12 +13,26 @@ std::string fits(const Problem& p, const Page& page) {
   if (p.resets && p.steps * p.batch >= INT32_MAX) return "resets are for up to 2^31 tokens";
   if (p.units && (page.cell.slots != 1 || !page.cell.has_matrix() || p.module < 1))
     return "units that take no part are for cells of one slot with a matrix";
+  if (p.weight_type != WeightType::Numbers && (p.training || p.storage == Storage::F64 || p.units))
+    return "narrower weights are for inference in float32 and half types where all units take part";
+  if (p.keeps_packed && (p.training || p.complete)) return "packed weights are kept for inference that is not complete";
   return "";
 }
 
 int lanes(const Problem& p) { return machine(current(), p).lanes; }
 
 Schedule schedule(const Problem& p, const Page& page, bool backward) { return plan(machine(current(), p), page.cell, p, backward); }
+
+Packing packing(const Problem& p, const Page& page) {
+  const Machine m = machine(current(), p);
+  const Schedule s = plan(m, page.cell, p, false);
+  Packing found{layout(m, page.cell, p, s, false).packed_bytes, {m.lanes}};
+  for (int stage = 0; stage < page.cell.stages; ++stage) {
+    found.shape.push_back(s.blocks[stage]);
+    found.shape.push_back(s.input_blocks[stage]);
+  }
+  return found;
+}
 
 int64_t workspace_bytes(const Problem& p, const Page& page, bool backward) {
   const Machine m = machine(current(), p);

@@ -29,6 +29,12 @@ std::string fits(const Problem&, const Page&);
 int lanes(const Problem&);  // of the chosen instruction set's numbers
 Schedule schedule(const Problem&, const Page&, bool backward);
 int64_t workspace_bytes(const Problem&, const Page&, bool backward);
+// How many bytes packed weights take, and what tells whether those of one problem serve another with the same weights.
+struct Packing {
+  int64_t bytes;
+  std::vector<int64_t> shape;
+};
+Packing packing(const Problem&, const Page&);
 
 void forward(const Forward&, const Page&);
 void backward(const Backward&, const Page&);

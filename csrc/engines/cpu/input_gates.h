@@ -5,6 +5,9 @@
 
 namespace rnnkernels::cpu {
 
+// Where the packed weights lie.
+inline void* packed_in(const Forward& f) { return f.problem.keeps_packed ? f.packed : f.workspace; }
+
 // The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody.
 class InputGates {
  public:
@@ -28,9 +31,11 @@ class InputGates {
         h += u;
       }
     });
+  }
+  void pack(const Walk::Member& me) const {
     for (int s = 0; s < w.cell.stages; ++s) {
       const void* weights = at(f.weight_ih, w.first_input_slot(s) * w.p.hidden * w.p.input * w.storage_bytes);
-      w.pack(me, w.inputs[s], w.plan_.input_blocks[s], weights, at(f.workspace, w.memory.packed_input[s]));
+      w.pack(me, w.inputs[s], w.plan_.input_blocks[s], weights, at(packed_in(f), w.memory.packed_input[s]));
     }
   }
 
@@ -108,7 +113,7 @@ class InputGates {
     const int64_t first_slot = w.first_input_slot(s);
     const auto panels = [&](int64_t begin, int64_t end, int64_t count) {
       w.multiply(
-          product, blocks, at(f.workspace, w.memory.packed_input[s]), begin, std::min(end, all), 0, count,
+          product, blocks, at(packed_in(f), w.memory.packed_input[s]), begin, std::min(end, all), 0, count,
           [&](int64_t row) { return chunk.operands[size_t(row)]; },
           [&](int64_t first, int n, int64_t unit, const void* sums) {
             w.storage.put(sums, &chunk.places[size_t(first)], n, unit, blocks, product.columns, w.p.hidden,

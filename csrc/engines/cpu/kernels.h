@@ -6,13 +6,15 @@
 
 namespace rnnkernels::cpu {
 
-// All columns of a unit lie in one lane; the tile's sums stay in registers while the panel streams by once.
-template <class V, int vectors, int rows>
+// All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once.
+template <class V, class W, int vectors, int rows>
 void product(const void* const* operand, const void* panel, int64_t depth, void* sums) {
   using T = typename V::element;
   const T* a[rows];
   for (int r = 0; r < rows; ++r) a[r] = static_cast<const T*>(operand[r]);
-  const T* w = static_cast<const T*>(panel);
+  constexpr bool scaled = sizeof(W) == 1;
+  const T* const factors = static_cast<const T*>(panel);
+  const W* w = scaled ? reinterpret_cast<const W*>(factors + vectors * V::lanes) : static_cast<const W*>(panel);
   V sum[rows][vectors];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
@@ -34,7 +36,36 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[r][v].store(out + (r * vectors + v) * V::lanes);
+    for (int v = 0; v < vectors; ++v)
+      (scaled ? sum[r][v] * V::load(factors + v * V::lanes) : sum[r][v]).store(out + (r * vectors + v) * V::lanes);
+}
+
+template <class V>
+void narrow_bf16(const void* numbers, int64_t depth, int64_t width, void* packed) {
+  const auto* from = static_cast<const typename V::element*>(numbers);
+  for (int64_t i = 0; i < depth * width; i += V::lanes) V::load(from + i).store(static_cast<bf16*>(packed) + i);
+}
+
+// A column's largest magnitude becomes 127. What is not finite makes all of its column's results NaN.
+template <class V>
+void narrow_int8(const void* numbers, int64_t depth, int64_t width, void* packed) {
+  using T = typename V::element;
+  const T* const from = static_cast<const T*>(numbers);
+  T* const factors = static_cast<T*>(packed);
+  int8_t* const to = reinterpret_cast<int8_t*>(factors + width);
+  for (int64_t c = 0; c < width; ++c) {
+    T most = 0;
+    for (int64_t k = 0; k < depth; ++k) {
+      const T x = from[k * width + c], magnitude = x < 0 ? -x : x;
+      if (magnitude > most || x != x) most = magnitude;
+    }
+    const bool finite = most <= T(3.4e38);
+    factors[c] = finite ? most / 127 : most - most;
+    for (int64_t k = 0; k < depth; ++k) {
+      const T steps = finite && most > 0 ? from[k * width + c] * (127 / most) : T(0);
+      to[k * width + c] = int8_t(steps < 0 ? steps - T(0.5) : steps + T(0.5));
+    }
+  }
 }
 
 template <class V>
@@ -229,20 +260,27 @@ void backward(const BackwardStep& step, RowSet rows, int64_t unit, int64_t end, 
 }
 
 // Every tile that fits the registers, from `vectors` × `rows` on.
-template <class V, int registers, int vectors = 1, int rows = 1>
-constexpr void add_products(NumberOps& ops) {
-  if constexpr (rows == 1 || vectors * rows <= registers) ops.product[vectors - 1][rows - 1] = product<V, vectors, rows>;
+template <class V, class W, int registers, int vectors = 1, int rows = 1>
+constexpr void add_products(NumberOps& ops, WeightType type) {
+  if constexpr (rows == 1 || vectors * rows <= registers) ops.product[int(type)][vectors - 1][rows - 1] = product<V, W, vectors, rows>;
   if constexpr (rows < kMaxTileRows) {
-    add_products<V, registers, vectors, rows + 1>(ops);
+    add_products<V, W, registers, vectors, rows + 1>(ops, type);
   } else if constexpr (vectors < kMaxVectorsPerPanel) {
-    add_products<V, registers, vectors + 1>(ops);
+    add_products<V, W, registers, vectors + 1>(ops, type);
   }
 }
 
 template <class V, int registers>
 constexpr NumberOps number_ops() {
-  NumberOps ops{V::lanes, registers, {}, add<V, typename V::element>, multiply_add<V>, merge<V>};
-  add_products<V, registers>(ops);
+  using T = typename V::element;
+  NumberOps ops{V::lanes, registers, {}, {}, add<V, T>, multiply_add<V>, merge<V>};
+  add_products<V, T, registers>(ops, WeightType::Numbers);
+  if constexpr (sizeof(T) == 4) {
+    add_products<V, bf16, registers>(ops, WeightType::BF16);
+    add_products<V, int8_t, registers>(ops, WeightType::Int8);
+    ops.narrow[int(WeightType::BF16)] = narrow_bf16<V>;
+    ops.narrow[int(WeightType::Int8)] = narrow_int8<V>;
+  }
   return ops;
 }
 

@@ -14,7 +14,10 @@ class Prepared {
   Prepared& operator=(const Prepared&) = delete;
 
   void pack(const Walk::Member& me) const {
-    for (int s = 0; s < w.cell.stages; ++s) w.pack_matrix(me, s, f.weights[s], at(f.workspace, w.memory.packed[s]));
+    if (!w.p.keeps_packed || f.packs) {
+      for (int s = 0; s < w.cell.stages; ++s) w.pack_matrix(me, s, f.weights[s], at(packed_in(f), w.memory.packed[s]), f.workspace);
+      if (!w.p.complete) input.pack(me);
+    }
     if (!w.p.complete) input.start(me);
   }
 
@@ -74,7 +77,7 @@ class Prepared {
       const int operand = w.cell.stage[s].operand;
       const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden), units = w.units(t, s);
       w.tiles(
-          me, s, active, units, !p.complete, side, f.workspace,
+          me, s, active, units, !p.complete, side, packed_in(f),
           [&](int64_t row) -> const void* {
             if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
             return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);

@@ -25,7 +25,9 @@ struct NumberOps {
   int lanes, registers;
   // sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order
   using Product = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums);
-  Product product[kMaxVectorsPerPanel][kMaxTileRows];
+  Product product[kWeightTypes][kMaxVectorsPerPanel][kMaxTileRows];  // by what the panel is made of
+  // A panel of numbers [depth][width] made narrower.
+  void (*narrow[kWeightTypes])(const void* numbers, int64_t depth, int64_t width, void* packed);
   void (*add)(const void* from, int64_t n, void* to);
   void (*multiply_add)(const void* a, const void* b, int64_t n, void* to);  // to += a b
   // A tile's sums into rows of numbers, or onto what is there.

@@ -194,13 +194,27 @@ class Walk {
   }
 
   // A stage's matrix: with modules, of each panel what its product reads.
-  void pack_matrix(const Member& me, int s, const void* weights, void* packed) const {
+  void pack_matrix(const Member& me, int s, const void* weights, void* packed, void* workspace) const {
     const int blocks = plan_.blocks[s];
+    if (products[s].type != WeightType::Numbers) return pack_narrow(me, s, weights, packed, workspace);
     if (!p.units) return pack(me, products[s], blocks, weights, packed);
     const int64_t panels = panel_count(m, products[s], blocks);
     for (int64_t panel = split(panels, me.members, me.id); panel < split(panels, me.members, me.id + 1); ++panel)
       storage.pack(weights, products[s], blocks, panel, panel + 1, panel * blocks * m.lanes / p.module * p.module, packed);
     clear_below_blocks(me, s, false, packed);
+  }
+  void pack_narrow(const Member& me, int s, const void* weights, void* packed, void* workspace) const {
+    Product wide = products[s];
+    const int blocks = plan_.blocks[s];
+    const int64_t panels = wide.depth ? panel_count(m, wide, blocks) : 0, bytes = panel_bytes(m, wide, blocks);
+    wide.type = WeightType::Numbers;
+    const int64_t elements = panel_elements(m, wide, blocks);
+    void* const numbers = at(workspace, memory.wide + me.id * memory.wide_bytes);
+    for (int64_t panel = split(panels, me.members, me.id); panel < split(panels, me.members, me.id + 1); ++panel) {
+      // The kernel finds a panel's place by its number, and this one is to lie first.
+      storage.pack(weights, wide, blocks, panel, panel + 1, 0, at(numbers, -panel * elements * number_bytes));
+      ops.narrow[int(products[s].type)](numbers, wide.depth, int64_t(blocks) * wide.columns * m.lanes, at(packed, panel * bytes));
+    }
   }
   // Zeros for what lies below the blocks of the matrix in this member's panels of it, as far as a product reads them.
   void clear_below_blocks(const Member& me, int s, bool transposed, void* packed) const {
@@ -228,7 +242,7 @@ class Walk {
                 const Operand& operand, const Take& take, const Depth& depth) const {
     const int vectors = blocks * product.columns;
     const int64_t count = last - first, tiles = ceil_div(count, tile_rows(m, vectors));
-    const int64_t panel_bytes = panel_elements(m, product, blocks) * number_bytes;
+    const int64_t bytes = panel_bytes(m, product, blocks);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
     for (int64_t panel = begin; panel < end; ++panel)
       for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -236,7 +250,7 @@ class Walk {
         const int n = int(first + split(count, tiles, tile + 1) - row);
         const void* operands[kMaxTileRows];
         for (int r = 0; r < n; ++r) operands[r] = operand(row + r);
-        ops.product[vectors - 1][n - 1](operands, at(packed, panel * panel_bytes), depth(row), sums);
+        ops.product[int(product.type)][vectors - 1][n - 1](operands, at(packed, panel * bytes), depth(row), sums);
         take(row, n, panel * blocks * m.lanes, sums);
       }
   }
@@ -263,7 +277,7 @@ class Walk {
     const Panels own = panels_of(me, s);
     const Rows mine = rows_of(me, active);
     const int64_t tile_count = ceil_div(mine.count, tile_rows(m, vectors));
-    const int64_t panel_bytes = panel_elements(m, product, blocks) * number_bytes;
+    const int64_t bytes = panel_bytes(m, product, blocks);
     multiply = multiply && product.depth;
     bool fetched = me.unit_groups == 1;
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
@@ -271,14 +285,14 @@ class Walk {
       const int64_t panel = own[backwards ? own.count - 1 - i : i], unit = panel * blocks * m.lanes;
       if (unit >= units) continue;
       const Depth reads = multiply ? depth(unit) : Depth{0, 0};
-      const void* const packed = at(workspace, memory.packed[s] + panel * panel_bytes + reads.begin * vectors * m.lanes * number_bytes);
+      const void* const packed = at(workspace, memory.packed[s] + panel * bytes + reads.begin * vectors * m.lanes * number_bytes);
       for (int64_t tile = 0; tile < tile_count; ++tile) {
         const RowSet set = mine.some(split(mine.count, tile_count, tile), split(mine.count, tile_count, tile + 1));
         if (reads.begin < reads.end) {
           const void* operands[kMaxTileRows];
           for (int r = 0; r < set.count; ++r) operands[r] = at(operand(set[r]), reads.begin * number_bytes);
           if (!fetched) fetch(operands, set.count, reads.end - reads.begin);
-          ops.product[vectors - 1][set.count - 1](operands, packed, reads.end - reads.begin, sums);
+          ops.product[int(product.type)][vectors - 1][set.count - 1](operands, packed, reads.end - reads.begin, sums);
         }
         pointwise(set, unit, reads.begin < reads.end ? sums : nullptr);
       }
