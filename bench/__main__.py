@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,10 @@ from typing import Any
 import torch
 
 from bench.cases import DTYPES, IN_TORCH, PRESETS, Case, select
+from bench.memory import peak_of_step, saved_for_backward
 from bench.peers import OURS, PEERS, TORCH
 from bench.roofs import Roofs
-from bench.run import report, run_case
-from bench.saved import saved_for_backward
+from bench.run import facts, report, run_case
 from rnnkernels.__main__ import console, progress_bar, require, write_json
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     require("rich", "bench")
     if arguments.saved:
-        return saved([case for case in cases if case.training and case.cell in IN_TORCH])
+        return saved([case for case in cases if case.training and case.cell in IN_TORCH], arguments.json)
     from bench.show import show
 
     roofs, found = Roofs(), []
@@ -60,16 +61,23 @@ def run(arguments: argparse.Namespace) -> int:
     return 1 if any(case["wrong"] for case in found) else 0
 
 
-def saved(cases: Sequence[Case]) -> int:
+def saved(cases: Sequence[Case], destination: str | None) -> int:
     """The report on memory."""
     from rich.table import Table
 
-    table = Table("case", "peer", "saved, H a token", "with the output", title="saved for backward")
+    table = Table("case", "peer", "saved, H a token", "with the output", "peak, MB", "of torch's", title="memory of a training step")
+    found = []
     for case in cases:
-        for peer in (TORCH, OURS):
-            memory = saved_for_backward(peer, case)
-            table.add_row(case.id, peer.name, f"{memory.alone:.2f}", f"{memory.with_output:.2f}")
+        peaks = {"torch": peak_of_step("torch", case), "rnnkernels": peak_of_step("rnnkernels", case)}
+        peaks["recompute"] = peak_of_step("rnnkernels", case, recompute=True)
+        kept = {peer.name: saved_for_backward(peer, case) for peer in (TORCH, OURS)}
+        for name, peak in peaks.items():
+            numbers = (f"{kept[name].alone:.2f}", f"{kept[name].with_output:.2f}") if name in kept else ("", "")
+            table.add_row(case.id, name, *numbers, f"{peak / 1e6:.1f}", f"{peak / peaks['torch']:.2f}")
+        found.append({**case.facts(), "peak_bytes": peaks, "saved": {name: asdict(numbers) for name, numbers in kept.items()}})
     console().print(table)
+    if destination:
+        write_json(facts("memory") | {"cases": found}, destination)
     return 0
 
 
@@ -109,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--budget", type=float, default=1.0, help="seconds a case (default 1); nine samples are taken in any case")
     command.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="beside torch and rnnkernels")
     command.add_argument("--json", metavar="FILE", help="the report, - for standard output (default: bench/results/<preset>-<date>.json)")
-    command.add_argument("--saved", action="store_true", help="instead of time, the memory that training cases save for backward")
+    command.add_argument("--saved", action="store_true", help="instead of time, the memory that training cases take")
     command.add_argument("--list", action="store_true", help="the ids of the cases, and no more")
 
     for name, text in (("plots", "PNG files from a report"), ("tables", "a markdown table from a report")):

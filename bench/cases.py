@@ -167,6 +167,7 @@ PRESETS = {
     "inside": (Preset(tuple(IN_TORCH), PASSES, (100,), (16, 64), (128, 256), LAYOUTS[1:]),),
     "clockwork": (Preset(("srn_tanh",), PASSES, (100, 1000), (1, 16), (512,), (CLOCKWORK,)),),
     "packed": (Preset(tuple(IN_TORCH), ("inference", "streaming"), (100,), (1, 8), (256, 512, 1024)),),
+    "memory": (Preset(("lstm", "gru"), ("training",), (100, 400), (1, 64), (256,)),),
     "figures": (
         Preset(("lstm",), ("inference",), (100,), (1,), (64, 128, 256, 512, 1024)),
         Preset(("gru", "srn"), ("training",), (100,), (1,), (128, 256)),

@@ -81,14 +81,16 @@ def run_case(case: Case, peers: Sequence[str], budget: float, roofs: Roofs) -> d
     }
 
 
-def report(preset: str, cases: list[dict[str, Any]], roofs: Roofs, threads: Sequence[int]) -> dict[str, Any]:
+def facts(preset: str) -> dict[str, Any]:
+    """What, when, of which commit, on which machine."""
     return {
         "schema": SCHEMA,
         "preset": preset,
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
         "commit": commit(),
         "machine": describe() | {"onnxruntime": version_of("onnxruntime")},
-        "threads": list(threads),
-        "roofs": roofs.facts(),
-        "cases": cases,
     }
+
+
+def report(preset: str, cases: list[dict[str, Any]], roofs: Roofs, threads: Sequence[int]) -> dict[str, Any]:
+    return {**facts(preset), "threads": list(threads), "roofs": roofs.facts(), "cases": cases}

@@ -12,8 +12,8 @@ pytest.importorskip("rich")
 from bench import peers, roofs, tables, timing
 from bench.__main__ import main
 from bench.cases import COMPILED_STEPS, LAYOUTS, OTHERS, PADDED, PRESETS, Case, select
+from bench.memory import peak_of_step, saved_for_backward
 from bench.run import report, run_case
-from bench.saved import saved_for_backward
 from bench.timing import MIN_SAMPLES, Timing, measure
 
 
@@ -49,7 +49,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "compiled", "inside", "clockwork", "packed", "figures"}
+    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "compiled", "inside", "clockwork", "packed", "memory", "figures"}
 
 
 def test_work_is_counted():
@@ -254,6 +254,14 @@ def test_saved_memory_counts_each_storage_once():
     found = saved_for_backward(peers.TORCH, replace(SMALL, cell="srn"))
     assert found.with_output >= found.alone + 1
     assert found.alone > 0
+
+
+@pytest.mark.slow
+def test_the_peak_of_a_step_is_at_least_what_it_saves():
+    case = replace(SMALL, T=200, B=16, I=64, H=64)
+    peak, unit = peak_of_step("rnnkernels", case), case.tokens * case.H * 4
+    assert 5 * unit <= peak
+    assert peak_of_step("rnnkernels", case, recompute=True) < peak
 
 
 @pytest.fixture

@@ -182,6 +182,24 @@ def test_recompute(cell: str, dtype: torch.dtype, engine: str) -> None:
         assert mine <= 2 * theirs + ulps * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=} {bias=}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [4, 9, 60])
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if len(ops.CELLS[c].stages) == 1])
+@pytest.mark.usefixtures("poison")
+def test_recompute_in_stretches(cell: str, tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one step, of a few with a shorter one at the end, and none but the whole."""
+    monkeypatch.setattr(ops.parts, "TOKENS", tokens)
+    sequence = functools.partial(ours, recompute=True)
+    for reverse, bias in itertools.product((False, True), (False, True)):
+        mine, theirs = errors(sequence, cell, (7, 4, 3, 17), False, reverse, dtype, bias)
+        assert mine <= 2 * theirs + (64 if dtype is torch.float64 else 8) * torch.finfo(dtype).eps, f"{reverse=} {bias=}"
+    tensors, sizes, upstream = arguments(cell, 7, 4, 3, 17)
+    if len(ops.CELLS[cell].states) > 1 and dtype is torch.float64:
+        upstream.append(torch.randn(7, 4, 17, dtype=torch.float64))
+        found = run(functools.partial(sequence, return_states=True), cell, tensors, sizes, upstream, True)
+        assert error(found, run(functools.partial(oracle, return_states=True), cell, tensors, sizes, upstream, True)) < 1e-12
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recompute"])
 @pytest.mark.parametrize(
     ("cell", "engine"),

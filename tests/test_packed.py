@@ -129,6 +129,10 @@ def test_changes_are_noticed(weight_dtype: torch.dtype) -> None:
     check()
     kept.weight_ih_l0.data = torch.randn(4 * H, I)
     check()
+    for _ in range(3):  # each where the one before the last lay, were that free
+        kept.weight_ih_l0.data = torch.randn(4 * H, I)
+        kept.weight_ih_l0.data = torch.randn(4 * H, I)
+        check()
     kept.weight_hh_l0.data.mul_(2)  # which torch does not count
     kept.flatten_parameters()
     check()

@@ -17,6 +17,7 @@ from torch import Tensor
 from .. import _C
 from . import cells, peer, traced
 from . import cpu as cpu
+from . import parts as parts
 from . import registered as registered
 from .autograd import Sequence
 from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, parted, problem

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from . import parts
 from .cells import Rows, Sizes, Weights, parted
 from .engines import RUNS
 from .transforms import gradients, is_legacy_batched, is_transformed
@@ -68,6 +69,9 @@ class Sequence(torch.autograd.Function):
             own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
             return (None, None, *gradients(s, ctx.needs_input_grad[2:], own, (output, kept, *rest[n:]), grad_states, grad_final))
         with torch.no_grad():
+            if kept is None and parts.fits(s, rows):
+                needs = ctx.needs_input_grad[2:]
+                return (None, None, *parts.backward(s, needs, grad_states, grad_final, input, rest[:n], weights, output, rest[n:], given))
             grads, _ = RUNS[s.engine].backward(
                 s,
                 ctx.needs_input_grad[2:],

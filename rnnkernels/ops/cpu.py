@@ -105,7 +105,7 @@ def _run(
     bytes = _C.workspace_bytes(task, False)
     workspace = memory.take(bytes)
     count = len(cell.states) - 1
-    own, packs, shape = (None, True, ()) if packed is None else packed.memory(task, weights)
+    own, done = (None, None) if packed is None else packed.memory(task, weights)
     _C.forward(
         task,
         tokens.data_ptr(),
@@ -126,10 +126,10 @@ def _run(
         history[count].data_ptr() if len(history) > count else 0,
         resets,
         address(own),
-        packs,
+        done is not None,
     )
-    if packed is not None and own is not None and packs:
-        packed.keep(shape, own, weights)
+    if done is not None:
+        done()
 
 
 def recompute(

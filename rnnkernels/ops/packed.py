@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -34,27 +35,25 @@ class Packed:
 
     def __init__(self, weight_dtype: torch.dtype) -> None:
         self.weight_dtype = weight_dtype
-        self._of: tuple[Tensor, ...] = ()  # held, so that nothing else comes to lie where they lie
+        self._of: tuple[Tensor, ...] = ()
         self._marks: list[tuple[int, int]] = []
+        self._storages: list[torch.UntypedStorage] = []  # held, so that nothing else comes to lie where the weights lay
         self._found: dict[tuple[int, ...], Tensor] = {}
 
-    def memory(self, task: _C.Problem, weights: Weights) -> tuple[Tensor, bool, tuple[int, ...]]:
-        """Where they lie, whether they are yet to be packed, and, to be given to ``keep`` then, by what to know them."""
+    def memory(self, task: _C.Problem, weights: Weights) -> tuple[Tensor, Callable[[], None] | None]:
+        """Where they lie and, where they are yet to be packed, what to call once they are, so that no other thread finds them before."""
         matrices = tuple(w for w in (weights.ih, weights.hh, weights.hr) if w is not None)
         marks = [(w.data_ptr(), -1 if w.is_inference() else w._version) for w in matrices]
         same = len(matrices) == len(self._of) and all(a is b for a, b in zip(matrices, self._of, strict=True)) and marks == self._marks
         if not same or any(version < 0 for _, version in marks):  # inference tensors count no versions
             self._of, self._marks, self._found = matrices, marks, {}
-        bytes, shape = _C.packing(task)
-        if (found := self._found.get(shape)) is not None:
-            return found, False, shape
-        return empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (bytes,)), True, shape
-
-    def keep(self, shape: tuple[int, ...], memory: Tensor, weights: Weights) -> None:
-        """Once they are packed, so that no other thread finds them before."""
-        matrices = [w for w in (weights.ih, weights.hh, weights.hr) if w is not None]
-        if len(matrices) == len(self._of) and all(a is b for a, b in zip(matrices, self._of, strict=True)):
-            self._found[shape] = memory
+            self._storages = [w.untyped_storage() for w in matrices]
+        found, (bytes, shape) = self._found, _C.packing(task)
+        if (memory := found.get(shape)) is not None:
+            return memory, None
+        memory = empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (bytes,))
+        # Should the weights have changed by then, this dictionary is nobody's any more.
+        return memory, lambda: found.update({shape: memory})
 
     def __reduce__(self) -> Any:
         return type(self), (self.weight_dtype,)
