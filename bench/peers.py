@@ -242,13 +242,12 @@ class Ours(Layers):
 
 
 class Kept(Ours):
-    """Ours with weights that stay packed from call to call, the recurrent ones perhaps narrower: other numbers than the case's."""
-
-    yardstick = True
+    """Ours with weights that stay packed from call to call, the recurrent ones perhaps narrower, which is other numbers than the case's."""
 
     def __init__(self, name: str, weight_dtype: torch.dtype) -> None:
         super().__init__(name, "rnnkernels")
         self.weight_dtype = weight_dtype
+        self.yardstick = weight_dtype != torch.float32
 
     def why_not(self, case: Case) -> str | None:
         if case.training or case.cell not in IN_TORCH or case.layout != PADDED or case.dtype != "float32" or case.B > 8:

@@ -72,8 +72,9 @@ def stack(
             weights = [(ih, hh * clock.connected(hh), *biases) for ih, hh, *biases in weights]
     if cut is not None:
         if not ops.cuts_natively(engine, input.device):
-            options = {"dropout": dropout, "training": training, "engine": engine, "recompute": recompute, "layer_norm": layer_norm}
-            return _in_segments(cell, input, states, weights, given, cut, directions, {**options, "return_states": return_states})
+            options: dict[str, Any] = {"dropout": dropout, "training": training, "engine": engine, "recompute": recompute}
+            options |= {"layer_norm": layer_norm, "packed": packed, "return_states": return_states}
+            return _in_segments(cell, input, states, weights, given, cut, directions, options)
         lengths = None if cut.lengths is None else cut.lengths.to("cpu", torch.int64)
         inside |= {"lengths": lengths, "reset_mask": None if cut.reset_mask is None else cut.reset_mask.cpu()}
     slots = None if states is None else [state.unbind() for state in states]

@@ -350,6 +350,10 @@ class _Layer(nn.RNNBase):
         """Forget weights that ``weight_dtype`` keeps packed. The kernels take the others where they lie, so there is nothing else to do."""
         self._packed = None
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._packed = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
     def _kept(self) -> list[ops.Packed] | None:
         """Where each layer's and direction's packed weights stay."""
         if self.weight_dtype is None:
@@ -590,8 +594,10 @@ class RNN(_Layer):
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
         weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
             ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
-            row's largest), or the layer's own (nothing is rounded). Calls that need gradients raise. A change that torch counts is noticed;
-            after writes through ``.data`` call ``flatten_parameters()``.
+            row's largest), or the layer's own (nothing is rounded). Calls that need gradients, and autocast, raise. A change of the weights
+            that torch counts is noticed. Not noticed, until ``flatten_parameters()``: writes through ``.data``, through numpy, another
+            tensor or another process that shares their memory. Weights that are computed, not contiguous, or inference tensors are packed
+            at each call. Up to two packings are kept, for batches that are cut differently.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -654,8 +660,10 @@ class GRU(_Layer):
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
         weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
             ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
-            row's largest), or the layer's own (nothing is rounded). Calls that need gradients raise. A change that torch counts is noticed;
-            after writes through ``.data`` call ``flatten_parameters()``.
+            row's largest), or the layer's own (nothing is rounded). Calls that need gradients, and autocast, raise. A change of the weights
+            that torch counts is noticed. Not noticed, until ``flatten_parameters()``: writes through ``.data``, through numpy, another
+            tensor or another process that shares their memory. Weights that are computed, not contiguous, or inference tensors are packed
+            at each call. Up to two packings are kept, for batches that are cut differently.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -725,8 +733,10 @@ class LSTM(_PairLayer):
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
         weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
             ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
-            row's largest), or the layer's own (nothing is rounded). Calls that need gradients raise. A change that torch counts is noticed;
-            after writes through ``.data`` call ``flatten_parameters()``.
+            row's largest), or the layer's own (nothing is rounded). Calls that need gradients, and autocast, raise. A change of the weights
+            that torch counts is noticed. Not noticed, until ``flatten_parameters()``: writes through ``.data``, through numpy, another
+            tensor or another process that shares their memory. Weights that are computed, not contiguous, or inference tensors are packed
+            at each call. Up to two packings are kept, for batches that are cut differently.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -1049,6 +1059,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
             data.device,
             name.endswith("reverse"),
             ragged,
+            getattr(module, "weight_dtype", None),
         )
         plans.append(Plan(name, facts["engine"], facts["isa"], facts["threads"], facts["schedule"], facts["reason"]))
     return Explanation(tuple(plans))

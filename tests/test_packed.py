@@ -1,6 +1,7 @@
 """Weights that stay packed between calls, and narrower ones: against the same layer with weights that were rounded beforehand."""
 
 import copy
+import itertools
 import pickle
 from typing import Any
 
@@ -202,6 +203,41 @@ def test_what_is_not_finite_stays_so(weight_dtype: torch.dtype, bad: float) -> N
     assert bool(output[0, 0, [0, 1, 2, 4]].isfinite().all())
 
 
+@pytest.mark.parametrize("size", [1e-39, 1e-37, 3.402e38], ids=str)
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("restore")
+def test_int8_of_the_smallest_and_largest(size: float, isa: str) -> None:
+    ops.set_isa(isa)
+    kept = rnnkernels.RNN(1, 3, nonlinearity="identity", bias=False, weight_dtype=torch.int8)
+    with torch.no_grad():
+        kept.weight_hh_l0.copy_(torch.eye(3) * size)
+    start = torch.full((1, 1, 3), 1e30 if size < 1 else 1e-3)
+    output, _ = run(kept, torch.zeros(1, 1, 1), start)
+    torch.testing.assert_close(output, start * size, rtol=1e-2, atol=0)
+
+
+def test_another_thread_that_replaces_the_weights() -> None:
+    """Between a call's first look at what is packed and its own packing, at every point where Python could switch."""
+    kept, x = layer_of("GRU", weight_dtype=torch.float32), torch.randn(T, B, I)
+    first, second = kept.weight_hh_l0, nn.Parameter(torch.randn(3 * H, H))
+    own = kept._kept()[0]
+
+    class Switching(type(own)):  # type: ignore[misc]
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_kept" and kept.weight_hh_l0 is first:
+                kept.weight_hh_l0 = second
+                run(kept, x)
+
+    own.__class__ = Switching
+    run(kept, x)
+    expected = rnnkernels.GRU(I, H, bias=False)
+    expected.load_state_dict(kept.state_dict())
+    assert kept.weight_hh_l0 is second
+    for a, b in zip(run(kept, x), run(expected, x), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_refusals() -> None:
     x = torch.randn(T, B, I)
     kept = layer_of("LSTM", weight_dtype=torch.bfloat16)
@@ -215,11 +251,18 @@ def test_refusals() -> None:
         layer_of("LSTM", weight_dtype=torch.float16)
     with pytest.raises(ValueError, match=r"weight_dtype: expected torch.float64, got torch.int8"):
         layer_of("LSTM", dtype=torch.float64, weight_dtype=torch.int8)
-    for engine in ("stepwise", "torch", "traced"):
-        with pytest.raises(RuntimeError, match=f"weight_dtype: expected None but for plain calls of the CPU engine, .*{engine}"):
-            run(layer_of("LSTM", weight_dtype=torch.int8, engine=engine), x)
-    with pytest.raises(RuntimeError, match="weight_dtype: expected None but for plain calls"):
+    for engine, lengths in itertools.product(("stepwise", "torch", "traced"), (None, torch.tensor([7, 2, 3]))):
+        with pytest.raises(RuntimeError, match=f"weight_dtype: expected None but for the CPU engine, .*{engine}"):
+            run(layer_of("LSTM", weight_dtype=torch.int8, engine=engine), x, lengths=lengths)
+    with pytest.raises(RuntimeError, match="weight_dtype: expected None under a transform"):
         torch.func.vmap(lambda x: run(kept, x)[0])(x.unsqueeze(0))
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(RuntimeError, match="weight_dtype: expected None where autocast makes"):
+        run(layer_of("LSTM", weight_dtype=torch.float32), x)
+    with pytest.raises(RuntimeError, match=r"weight_dtype: torch.int8 is for inference"):
+        rnnkernels.explain(layer_of("GRU", weight_dtype=torch.int8), x)
+    with torch.no_grad():
+        plans = rnnkernels.explain(layer_of("GRU", weight_dtype=torch.int8), x[:1]).plans
+    assert "by torch" not in str(plans[0])
     clockwork = rnnkernels.ClockworkRNN(I, 8, periods=(1, 2), weight_dtype=torch.int8)
     with pytest.raises(ValueError, match="weight_dtype: expected None for a layer whose units take turns"):
         run(clockwork, x)

@@ -89,7 +89,8 @@ inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) { 
 inline int64_t panel_bytes(const Machine& m, const Product& p, int blocks) {
   const int64_t elements = panel_elements(m, p, blocks);
   if (p.type == WeightType::Numbers) return elements * m.number_bytes;
-  return p.type == WeightType::BF16 ? elements * 2 : elements + int64_t(blocks) * p.columns * m.lanes * m.number_bytes;
+  const int64_t factors = int64_t(blocks) * p.columns * m.lanes * m.number_bytes;
+  return p.type == WeightType::BF16 ? elements * 2 : factors + ceil_div(elements, m.number_bytes) * m.number_bytes;
 }
 
 inline int tile_rows(const Machine& m, int vectors) {

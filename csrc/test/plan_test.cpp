@@ -55,6 +55,7 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     if (backward) parts.push_back({l.operand[i], (i ? 1 : 2) * rows(cell.hidden_slots(i) * width_of(p, cell.stage[i].width))});
   }
   for (int i = 0; i < cell.states; ++i) parts.push_back({l.state[i], (i || backward ? 1 : 2) * rows(width_of(p, cell.state_width(i)))});
+  if (p.weight_type != WeightType::Numbers) parts.push_back({l.wide, s.threads() * l.wide_bytes});
   if (!backward && cell.stages > 1) parts.push_back({l.between, rows(cell.kept * p.hidden)});
   if (s.chunk < 1 || s.chunk > std::max<int64_t>(p.steps, 1)) where("a chunk of no steps or more than all");
   if (!backward && !p.complete) {
@@ -167,7 +168,8 @@ int main() {
                 const int64_t output = cell.projected() ? (hidden + 1) / 2 : hidden;
                 const bool complete = steps == 1 && cell.stages == 1, training = backward || hidden % 2;
                 const Storage storage = bytes == 8 ? Storage::F64 : batch % 2 ? Storage::F32 : Storage::BF16;
-                const Problem p{0, storage, steps, batch, 40, hidden, output, nullptr, false, training, complete, threads};
+                Problem p{0, storage, steps, batch, 40, hidden, output, nullptr, false, training, complete, threads};
+                if (!training && !complete && bytes == 4) p.weight_type = WeightType(batch % kWeightTypes);
                 test(m, cell, p, backward);
                 ++count;
               }

@@ -25,6 +25,7 @@ from .checks import Call, check_lengths, check_reset_mask, check_reset_states, c
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
 from .load import heats, is_modified, load_page, modified, source_of
 from .packed import Packed, weight_type
+from .packed import check as check_packed
 from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 
 __all__ = [
@@ -82,6 +83,7 @@ def plan(
     device: torch.device | str = "cpu",
     reverse: bool = False,
     ragged: bool = False,
+    weight_dtype: torch.dtype | None = None,
 ) -> dict[str, Any]:
     """What would run, and why: engine, isa, threads, schedule, bytes_workspace, reason; of the cpu engine also row_groups, unit_groups,
     units_per_panel, estimated_us.
@@ -94,6 +96,9 @@ def plan(
             f"plan: no such cell, dtype or size: {cell!r}, {dtype}, {steps}, {batch}, {input_size}, {hidden_size}, {output_size}"
         )
     sizes = Sizes(CELLS[cell], reverse, steps, batch, hidden_size, output_size or hidden_size)
+    if weight_dtype is not None:
+        check_packed(weight_dtype, engine, torch.device(device), training=training)
+        sizes = sizes._replace(weight_type=weight_type(weight_dtype, dtype), keeps=True)
     if engine == "torch" or (engine == "auto" and not ragged and peer.is_faster(sizes, dtype, torch.device(device))):
         peer.check(sizes.cell)
         why = "engine='torch' was asked for" if engine == "torch" else peer.WHY
@@ -226,13 +231,14 @@ def sequence(
     (torch.Size([5, 2, 4]), True)
     """
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
-    if packed is not None and (engine not in ("auto", "cpu") or input.device.type != "cpu" or is_transformed()):
-        got = f"{packed.weight_dtype} with engine {engine!r} on {input.device}"
-        raise RuntimeError(f"weight_dtype: expected None but for plain calls of the CPU engine, got {got}")
+    if packed is not None:
+        check_packed(packed.weight_dtype, engine, input.device, is_transformed())
     place = input.device.type
     if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
         # As torch.nn, whose GRU keeps the input's dtype on a CPU.
         dtype = input.dtype if place == "cpu" and _GRU.fullmatch(cell) else torch.get_autocast_dtype(place)
+        if packed is not None and any(t is not None and t.dtype not in (dtype, torch.float64) for t in weights):
+            raise RuntimeError(f"weight_dtype: expected None where autocast makes the weights {dtype}, got {packed.weight_dtype}")
         input, *cast = (_autocast(t, dtype) for t in (input, *weights))
         given = [_autocast(t, dtype) for t in given]
         weights = Weights(*cast)
@@ -283,9 +289,8 @@ def sequence(
         return_states,
         needs_grad,
     )
-    if packed is not None and (needs_grad or not plain):
-        how = "a call that needs no gradients: use torch.no_grad()" if needs_grad else "an eager call on plain tensors"
-        raise RuntimeError(f"weight_dtype: {packed.weight_dtype} is for inference, expected {how}, or None")
+    if packed is not None:
+        check_packed(packed.weight_dtype, engine, input.device, training=needs_grad, plain=plain)
     if not plain:
         return _traceable(call)
     s = checked(call, True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _C
 from .cells import Weights, empty
 
-__all__ = ["Packed", "weight_type"]
+__all__ = ["Packed", "check", "weight_type"]
 
 _NARROW = {torch.bfloat16: 1, torch.int8: 2}
 
@@ -26,34 +26,61 @@ def weight_type(weight_dtype: torch.dtype | None, dtype: torch.dtype) -> int:
     return _NARROW[weight_dtype]
 
 
+def check(
+    weight_dtype: torch.dtype, engine: str, device: torch.device, transformed: bool = False, training: bool = False, plain: bool = True
+) -> None:
+    """Raise unless weights may stay packed in such a call."""
+    if engine not in ("auto", "cpu") or device.type != "cpu":
+        raise RuntimeError(f"weight_dtype: expected None but for the CPU engine, got {weight_dtype} with engine {engine!r} on {device}")
+    if transformed:
+        raise RuntimeError(f"weight_dtype: expected None under a transform of torch.func or forward-mode derivatives, got {weight_dtype}")
+    if training:
+        raise RuntimeError(
+            f"weight_dtype: {weight_dtype} is for inference, expected a call that needs no gradients: use torch.no_grad(), or None"
+        )
+    if not plain:
+        raise RuntimeError(f"weight_dtype: {weight_dtype} is for eager calls on plain tensors: expected one, or None")
+
+
+class _Kept(NamedTuple):
+    matrices: tuple[Tensor, ...]
+    marks: list[tuple[int, int]]
+    storages: list[torch.UntypedStorage]  # held, so that nothing else comes to lie where the weights lay
+    found: dict[tuple[int, ...], Tensor]
+
+
 class Packed:
-    """The packed weights of one layer and direction.
+    """The packed weights of one layer and direction, those of the last few shapes of calls that cut them differently.
 
     They are packed anew for other tensors, and after a change that torch counts; a write through ``.data`` it does not count. A copy starts
     with none.
     """
 
+    SHAPES = 2
+
     def __init__(self, weight_dtype: torch.dtype) -> None:
         self.weight_dtype = weight_dtype
-        self._of: tuple[Tensor, ...] = ()
-        self._marks: list[tuple[int, int]] = []
-        self._storages: list[torch.UntypedStorage] = []  # held, so that nothing else comes to lie where the weights lay
-        self._found: dict[tuple[int, ...], Tensor] = {}
+        self._kept = _Kept((), [], [], {})  # one record, read once and replaced at once, since calls may come from several threads
 
     def memory(self, task: _C.Problem, weights: Weights) -> tuple[Tensor, Callable[[], None] | None]:
         """Where they lie and, where they are yet to be packed, what to call once they are, so that no other thread finds them before."""
         matrices = tuple(w for w in (weights.ih, weights.hh, weights.hr) if w is not None)
         marks = [(w.data_ptr(), -1 if w.is_inference() else w._version) for w in matrices]
-        same = len(matrices) == len(self._of) and all(a is b for a, b in zip(matrices, self._of, strict=True)) and marks == self._marks
-        if not same or any(version < 0 for _, version in marks):  # inference tensors count no versions
-            self._of, self._marks, self._found = matrices, marks, {}
-            self._storages = [w.untyped_storage() for w in matrices]
-        found, (bytes, shape) = self._found, _C.packing(task)
+        kept = self._kept
+        same = len(matrices) == len(kept.matrices) and all(a is b for a, b in zip(matrices, kept.matrices, strict=True))
+        if not same or marks != kept.marks or any(version < 0 for _, version in marks):  # inference tensors count no versions
+            kept = self._kept = _Kept(matrices, marks, [w.untyped_storage() for w in matrices], {})
+        found, (bytes, shape) = kept.found, _C.packing(task)
         if (memory := found.get(shape)) is not None:
             return memory, None
         memory = empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (bytes,))
-        # Should the weights have changed by then, this dictionary is nobody's any more.
-        return memory, lambda: found.update({shape: memory})
+
+        def done() -> None:
+            for old in list(found)[: len(found) + 1 - self.SHAPES]:
+                found.pop(old, None)
+            found[shape] = memory
+
+        return memory, done
 
     def __reduce__(self) -> Any:
         return type(self), (self.weight_dtype,)

@@ -59,11 +59,14 @@ void narrow_int8(const void* numbers, int64_t depth, int64_t width, void* packed
       const T x = from[k * width + c], magnitude = x < 0 ? -x : x;
       if (magnitude > most || x != x) most = magnitude;
     }
-    const bool finite = most <= T(3.4e38);
-    factors[c] = finite ? most / 127 : most - most;
+    const bool finite = most - most == 0;
+    const T factor = finite ? most / 127 : most - most;
+    factors[c] = factor;
     for (int64_t k = 0; k < depth; ++k) {
-      const T steps = finite && most > 0 ? from[k * width + c] * (127 / most) : T(0);
-      to[k * width + c] = int8_t(steps < 0 ? steps - T(0.5) : steps + T(0.5));
+      const T steps = finite && factor > 0 ? from[k * width + c] / factor : T(0);
+      // The factor of the smallest numbers is rounded itself.
+      const T bounded = steps > 127 ? T(127) : steps < -127 ? T(-127) : steps;
+      to[k * width + c] = int8_t(bounded < 0 ? bounded - T(0.5) : bounded + T(0.5));
     }
   }
 }
