@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import products, traced
+from . import peer, products, traced
 from .cells import Rows, Sizes, Weights, before_each_token, parted
 from .checks import check_lengths
 from .engines import RUNS
@@ -384,6 +384,14 @@ def _vjp(f: Callable[..., Seq[Tensor]], primals: Seq[Tensor], cotangents: Seq[Te
     )
 
 
+def _is_for_torch(s: Sizes, leaves: Leaves) -> bool:
+    """Whether second derivatives are better left to torch.nn's own function, which takes fewer operations for a step: not where it would
+    round between them, and not under transforms, of which it knows only some.
+    """
+    exact = leaves.input.dtype in (torch.float32, torch.float64) and leaves.input.device.type == "cpu"
+    return s.cell.name in peer.CELLS and exact and not s.cut and s.steps > 0 and s.batch > 0 and not is_transformed()
+
+
 def _second(
     s: Sizes,
     needs: Seq[bool],
@@ -399,13 +407,20 @@ def _second(
     wanted = [*asked[_ROWS : _ROWS + len(needs)], *asked[_ROWS + len(needs) + made :]]
     chosen = [i for i, ask in enumerate(wanted) if ask]
     back_at = [i for i, grad in enumerate(upstream) if grad is not None]
-    first_of = [i for i, need in enumerate(needs) if need]
+    # Of the gradients, those that somebody made use of: autograd asks for all, though a penalty is often on the input's alone.
+    used = [(i, grad) for i, grad in zip((i for i, need in enumerate(needs) if need), grads, strict=True) if grad is not None]
+    first_of, cotangents = [i for i, _ in used], [grad for _, grad in used]
+    if not used:
+        return [None] * (_ROWS + len(flat) + made)
 
     def outputs(values: Seq[Any], args: Seq[Tensor]) -> list[Tensor]:
         full = list(values[: len(needs)])
         for i, t in zip(first_of, args, strict=True):
             full[i] = t
         own = Leaves.of(s, [*rows, *full])
+        if count == 1 and _is_for_torch(s, own):
+            every = list(peer.run(s, own.input, own.states or None, own.weights, own.rows.sizes))
+            return [every[i] for i in back_at]
         output, *rest = traced.run(s, own.input, own.states, own.weights, own.rows, own.given, own.resets)
         finals, histories = rest[: len(s.cell.states)], rest[len(s.cell.states) :]
         every = [output, *histories[: count - 1], *finals]
@@ -415,11 +430,9 @@ def _second(
         values = list(flat)
         for i, t in zip(chosen, args, strict=True):
             values[i] = t
-        cotangents = [values[len(needs) + i] for i in back_at]
-        return _vjp(lambda *own: outputs(values, own), [values[i] for i in first_of], cotangents)
+        of_outputs = [values[len(needs) + i] for i in back_at]
+        return _vjp(lambda *own: outputs(values, own), [values[i] for i in first_of], of_outputs)
 
-    like = [flat[i] for i in first_of]
-    cotangents = [torch.zeros_like(t) if grad is None else grad for t, grad in zip(like, grads, strict=True)]
     found = dict(zip(chosen, _vjp(first, [flat[i] for i in chosen], cotangents), strict=True))
     second = [found.get(i) for i in range(len(flat))]
     return [*[None] * _ROWS, *second[: len(needs)], *[None] * made, *second[len(needs) :]]
