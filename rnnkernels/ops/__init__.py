@@ -212,7 +212,7 @@ def sequence(
             ``torch.backends.cuda.matmul.allow_tf32`` says so; ``"persistent_3xtf32"``, the same with float32 by three TF32 products on
             tensor cores, nearly as exact; ``"torch"``, torch.nn's own function (cuDNN on a GPU), for the cells it has. "auto" never takes
             it but where a table in ``ops/peer.py`` says that it is faster; ``"traced"``, the cell's operations one by one by torch, slow,
-            on any device. Forward-mode derivatives and second ones are the traced engine's, whichever engine runs the rest.
+            on any device. Forward-mode derivatives are the traced engine's, second ones its or torch.nn's function's.
         recompute: save the states alone for backward, which then makes the rest anew: less memory, more work.
         return_states: return the states beyond the first after each step too.
         packed: where the CPU engine keeps this cell's weights packed from call to call, and how narrow; for eager calls without gradients.
