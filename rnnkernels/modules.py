@@ -592,12 +592,8 @@ class RNN(_Layer):
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN, in
             this order. ``nonlinearity`` is also "sigmoid" or "identity", besides "tanh" and "relu".
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
-        weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
-            ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
-            row's largest), or the layer's own (nothing is rounded). Calls that need gradients, and autocast, raise. A change of the weights
-            that torch counts is noticed. Not noticed, until ``flatten_parameters()``: writes through ``.data``, through numpy, another
-            tensor or another process that shares their memory. Weights that are computed, not contiguous, or inference tensors are packed
-            at each call. Up to two packings are kept, for batches that are cut differently.
+        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: weights stay packed from
+            call to call, the recurrent ones in it; see :class:`rnnkernels.ops.Packed`.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -658,12 +654,8 @@ class GRU(_Layer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
-        weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
-            ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
-            row's largest), or the layer's own (nothing is rounded). Calls that need gradients, and autocast, raise. A change of the weights
-            that torch counts is noticed. Not noticed, until ``flatten_parameters()``: writes through ``.data``, through numpy, another
-            tensor or another process that shares their memory. Weights that are computed, not contiguous, or inference tensors are packed
-            at each call. Up to two packings are kept, for batches that are cut differently.
+        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: weights stay packed from
+            call to call, the recurrent ones in it; see :class:`rnnkernels.ops.Packed`.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -731,12 +723,8 @@ class LSTM(_PairLayer):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
             this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
-        weight_dtype: keyword only, for inference on a CPU: weights stay packed from call to call, the recurrent ones in this dtype:
-            ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for each row of U, error up to 1/254 of the
-            row's largest), or the layer's own (nothing is rounded). Calls that need gradients, and autocast, raise. A change of the weights
-            that torch counts is noticed. Not noticed, until ``flatten_parameters()``: writes through ``.data``, through numpy, another
-            tensor or another process that shares their memory. Weights that are computed, not contiguous, or inference tensors are packed
-            at each call. Up to two packings are kept, for batches that are cut differently.
+        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: weights stay packed from
+            call to call, the recurrent ones in it; see :class:`rnnkernels.ops.Packed`.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U

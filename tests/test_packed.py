@@ -38,7 +38,7 @@ def rounded(layer: Any, weight_dtype: torch.dtype) -> Any:
     found = copy.deepcopy(layer)
     found.weight_dtype = None
     for name, weight in found.named_parameters():
-        if name.startswith(("weight_hh", "weight_hr")):
+        if name.startswith(("weight_hh", "weight_hr")) and weight_dtype != weight.dtype:
             factor = weight.detach().float().abs().amax(1, keepdim=True) / 127
             whole = (weight / factor).round() * factor
             weight.data = weight.data.bfloat16().to(weight.dtype) if weight_dtype == torch.bfloat16 else whole.to(weight.dtype).detach()
@@ -52,30 +52,18 @@ def run(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
 
 
 @layers
-@pytest.mark.parametrize("batch", [1, 3, 17])
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.usefixtures("restore", "poison")
-def test_own_dtype_gives_the_same_bits(kind: str, batch: int, isa: str) -> None:
+def test_the_bits_are_those_of_rounded_weights(kind: str, weight_dtype: torch.dtype, isa: str) -> None:
+    """Packed, found, and cut for other batches."""
     ops.set_isa(isa)
-    plain, kept = layer_of(kind), layer_of(kind, weight_dtype=torch.float32)
-    for steps in (T, 2, T):
+    kept = layer_of(kind, weight_dtype=weight_dtype)
+    plain = rounded(kept, weight_dtype)
+    for batch, steps in itertools.product((1, 3, 17), (T, 2, T)):
         x = torch.randn(steps, batch, I)
         for a, b in zip(run(kept, x), run(plain, x), strict=True):
             assert torch.equal(a, b)
-
-
-@layers
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.usefixtures("restore", "poison")
-def test_bfloat16_is_that_of_rounded_weights(kind: str, isa: str) -> None:
-    ops.set_isa(isa)
-    kept = layer_of(kind, weight_dtype=torch.bfloat16)
-    plain = rounded(kept, torch.bfloat16)
-    for batch in (1, 3, 17):
-        x = torch.randn(T, batch, I)
-        for _ in range(2):  # packed, and found
-            for a, b in zip(run(kept, x), run(plain, x), strict=True):
-                assert torch.equal(a, b)
 
 
 @layers
@@ -263,6 +251,8 @@ def test_refusals() -> None:
     with torch.no_grad():
         plans = rnnkernels.explain(layer_of("GRU", weight_dtype=torch.int8), x[:1]).plans
     assert "by torch" not in str(plans[0])
+    with pytest.raises(RuntimeError, match="weight_dtype: expected None but for the CPU engine, .*stepwise"):
+        layer_of("GRU", weight_dtype=torch.int8, engine="stepwise").stream(1)
     clockwork = rnnkernels.ClockworkRNN(I, 8, periods=(1, 2), weight_dtype=torch.int8)
     with pytest.raises(ValueError, match="weight_dtype: expected None for a layer whose units take turns"):
         run(clockwork, x)

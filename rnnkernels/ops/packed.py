@@ -50,10 +50,15 @@ class _Kept(NamedTuple):
 
 
 class Packed:
-    """The packed weights of one layer and direction, those of the last few shapes of calls that cut them differently.
+    """The packed weights of one layer and direction, for eager calls of the CPU engine without gradients and autocast; others raise.
 
-    They are packed anew for other tensors, and after a change that torch counts; a write through ``.data`` it does not count. A copy starts
-    with none.
+    ``weight_dtype`` holds the recurrent weights: ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for
+    each row of U, error up to 1/254 of the row's largest), or the layer's own (nothing is rounded). The input's weights are not rounded.
+
+    They are packed anew for other tensors, and after a change that torch counts. Not noticed, until the layer's ``flatten_parameters()``:
+    writes through ``.data``, through numpy, through another tensor or in another process that shares their memory. Weights that are
+    computed, not contiguous, or inference tensors are packed at each call. Up to two packings are kept, for batches that are cut
+    differently. A copy starts with none.
     """
 
     SHAPES = 2

@@ -16,7 +16,7 @@ from .. import _C
 from . import sequence
 from .cells import Rows, Sizes, Weights, address, empty, place_given, problem, stage_blocks, vectors
 from .checks import Call, checked
-from .packed import weight_type
+from .packed import check, weight_type
 
 __all__ = ["Stack", "stack"]
 
@@ -56,7 +56,7 @@ def stack(
     if layers[0][0].engine == "cpu":
         return _Packed(cell, lead, layers, "cpu", constants, weight_dtype)
     if weight_dtype is not None:
-        raise RuntimeError(f"weight_dtype: expected None for an engine other than the CPU's, got {weight_dtype}")
+        check(weight_dtype, layers[0][0].engine, weights[0][0].device)
     return _Stepped(cell, lead, layers, engine if engine in ("torch", "traced") else "stepwise", constants)
 
 

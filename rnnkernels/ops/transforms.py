@@ -1,8 +1,8 @@
 """A cell over a sequence as torch.func and higher derivatives see it.
 
 Forward and backward are functions of autograd in their own right, and their rules are made of themselves: under vmap calls with the same
-weights are one call with a larger batch, those with weights of their own a call for each. Forward-mode derivatives, and those of backward,
-are the traced engine's.
+weights are one call with a larger batch, those with weights of their own a call for each. Forward-mode derivatives are the traced
+engine's, those of backward too, or torch.nn's own function's.
 
 Samples lie side by side within each row: row b of sample n is row b · samples + n, in ragged batches too.
 """
@@ -384,14 +384,6 @@ def _vjp(f: Callable[..., Seq[Tensor]], primals: Seq[Tensor], cotangents: Seq[Te
     )
 
 
-def _is_for_torch(s: Sizes, leaves: Leaves) -> bool:
-    """Whether second derivatives are better left to torch.nn's own function, which takes fewer operations for a step: not where it would
-    round between them, and not under transforms, of which it knows only some.
-    """
-    exact = leaves.input.dtype in (torch.float32, torch.float64) and leaves.input.device.type == "cpu"
-    return s.cell.name in peer.CELLS and exact and not s.cut and s.steps > 0 and s.batch > 0 and not is_transformed()
-
-
 def _second(
     s: Sizes,
     needs: Seq[bool],
@@ -418,7 +410,7 @@ def _second(
         for i, t in zip(first_of, args, strict=True):
             full[i] = t
         own = Leaves.of(s, [*rows, *full])
-        if count == 1 and _is_for_torch(s, own):
+        if count == 1 and not is_transformed() and peer.differentiates_sooner(s, own.input.dtype, own.input.device):
             every = list(peer.run(s, own.input, own.states or None, own.weights, own.rows.sizes))
             return [every[i] for i in back_at]
         output, *rest = traced.run(s, own.input, own.states, own.weights, own.rows, own.given, own.resets)
