@@ -15,8 +15,14 @@ from rnnkernels import cuts, ops
 
 # The cells that torch.nn has, by the names that reports know them by; all others are those of cells.def.
 IN_TORCH = {"lstm": "lstm", "gru": "gru", "srn": "srn_tanh"}
-OTHERS = tuple(name for name, cell in ops.CELLS.items() if name not in IN_TORCH.values() and not cell.projected)
+OTHERS = tuple(
+    name
+    for name, cell in ops.CELLS.items()
+    if name not in IN_TORCH.values() and not cell.projected and not cell.page.startswith("Tangent")  # "derivatives" has those
+)
 PASSES = ("inference", "training")
+# Forward mode, along a direction of the input and of all weights; and a gradient penalty: gradients of the squared gradient of the input.
+DERIVATIVES = JVP, PENALTY = ("jvp", "penalty")
 # What a batch is to a layer: "padded", every row T steps; "lengths", every row another length, unsorted; "one_short", a single row ends
 # early, the least that can be said about lengths; "resets", episodes end within the rows; "packed", the lengths as a PackedSequence.
 PADDED, LENGTHS, ONE_SHORT, RESETS, PACKED = LAYOUTS = ("padded", "lengths", "one_short", "resets", "packed")
@@ -37,7 +43,7 @@ class Case:
     """
 
     cell: str
-    direction: str  # of PASSES; `pass` is a word of Python
+    direction: str  # of PASSES or DERIVATIVES, or "streaming"; `pass` is a word of Python
     dtype: str
     T: int
     B: int
@@ -167,6 +173,7 @@ PRESETS = {
     "inside": (Preset(tuple(IN_TORCH), PASSES, (100,), (16, 64), (128, 256), LAYOUTS[1:]),),
     "clockwork": (Preset(("srn_tanh",), PASSES, (100, 1000), (1, 16), (512,), (CLOCKWORK,)),),
     "packed": (Preset(tuple(IN_TORCH), ("inference", "streaming"), (100,), (1, 8), (256, 512, 1024)),),
+    "derivatives": (Preset(tuple(IN_TORCH), DERIVATIVES, (100,), (1, 16, 64), (128, 256)),),
     "memory": (Preset(("lstm", "gru"), ("training",), (100, 400), (1, 64), (256,)),),
     "figures": (
         Preset(("lstm",), ("inference",), (100,), (1,), (64, 128, 256, 512, 1024)),

@@ -16,9 +16,10 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from bench.cases import COMPILED_STEPS, DTYPES, IN_TORCH, PACKED, PADDED, RESETS, Case
+from bench.cases import COMPILED_STEPS, DERIVATIVES, DTYPES, IN_TORCH, JVP, PACKED, PADDED, PENALTY, RESETS, Case
 from rnnkernels import ops, reference
 
 Results = dict[str, Tensor]
@@ -105,7 +106,7 @@ class Layers:
     def prepare(self, case: Case, problem: Problem) -> Runner:
         layer = self.layer(case, problem)
         run = self.way(layer, case)
-        input = problem.input.clone().requires_grad_(case.training)
+        input = problem.input.clone().requires_grad_(case.training or case.direction == PENALTY)
 
         @torch.no_grad()
         def inference() -> Results:
@@ -116,7 +117,11 @@ class Layers:
             layer.zero_grad(set_to_none=True)
             input.grad = None
             output, final = run(input)
-            output.backward(problem.upstream)
+            if case.direction == PENALTY:
+                (slope,) = torch.autograd.grad(output, input, problem.upstream, create_graph=True)
+                slope.square().sum().backward()
+            else:
+                output.backward(problem.upstream)
             gradients = {f"gradient of {name}": p.grad for name, p in (("input", input), *layer.named_parameters())}
             return named(output, final) | {name: g for name, g in gradients.items() if g is not None}
 
@@ -129,7 +134,17 @@ class Layers:
             assert final is not None
             return named(torch.cat(outputs), final)
 
-        return training if case.training else streaming if case.direction == "streaming" else inference
+        def jvp() -> Results:
+            weights = {name: p.detach() for name, p in layer.named_parameters()}
+
+            def f(input: Tensor, weights: dict[str, Tensor]) -> Results:
+                return named(*functional_call(layer, weights, (input,)))
+
+            made, tangents = torch.func.jvp(f, (input, weights), (input.flip(0), weights))
+            return {**made, **{f"tangent of {name}": t for name, t in tangents.items()}}
+
+        ways = {"training": training, PENALTY: training, "streaming": streaming, JVP: jvp, "inference": inference}
+        return ways[case.direction]
 
 
 def packed(layer: torch.nn.Module, case: Case) -> Layer:
@@ -163,10 +178,35 @@ class Torch(Layers):
     """For lengths, the packed path; resets it has none of."""
 
     def why_not(self, case: Case) -> str | None:
+        if case.cell == "lstm" and case.direction == JVP:
+            return "torch.nn.LSTM has no forward-mode derivatives on a CPU"
         return None if case.cell in IN_TORCH else f"torch.nn has no cell {case.cell}"
 
     def way(self, layer: torch.nn.Module, case: Case) -> Layer:
         return masked_steps(layer, case) if case.layout == RESETS else super().way(layer, case)
+
+
+class LoopedLayer(torch.nn.Module):
+    """A layer of torch.nn's, as a loop in Python."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        self.cell = case.page.name
+        for name, p in make_layer(torch.nn, case).named_parameters():
+            self.register_parameter(name, p)
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+        weights = {name.removesuffix("_l0"): p for name, p in self.named_parameters()}
+        output, *finals = reference.sequence(self.cell, input, None, **weights)
+        final = tuple(state.unsqueeze(0) for state in finals)
+        return output, final if len(final) > 1 else final[0]
+
+
+class LoopedLayers(Layers):
+    def layer(self, case: Case, problem: Problem) -> torch.nn.Module:
+        layer = LoopedLayer(case)
+        layer.load_state_dict(problem.weights)
+        return layer
 
 
 class Loop:
@@ -178,9 +218,13 @@ class Loop:
         self.name, self.sequence = name, sequence
 
     def why_not(self, case: Case) -> str | None:
-        return "is for cells that torch.nn lacks" if case.cell in IN_TORCH else None
+        if case.cell in IN_TORCH and case.direction not in DERIVATIVES:
+            return "is for cells that torch.nn lacks, and for derivatives beyond the first"
+        return None
 
     def prepare(self, case: Case, problem: Problem) -> Runner:
+        if case.direction in DERIVATIVES:
+            return LoopedLayers(self.name, "").prepare(case, problem)
         leaves = {name: weight.clone().requires_grad_(case.training) for name, weight in problem.weights.items()}
         input = problem.input.clone().requires_grad_(case.training and case.page.input_gates > 0)
         options: dict[str, Any] = {"given": problem.given} if problem.given else {}
@@ -250,7 +294,8 @@ class Kept(Ours):
         self.yardstick = weight_dtype != torch.float32
 
     def why_not(self, case: Case) -> str | None:
-        if case.training or case.cell not in IN_TORCH or case.layout != PADDED or case.dtype != "float32" or case.B > 8:
+        runs = case.direction in ("inference", "streaming") and case.cell in IN_TORCH and case.layout == PADDED
+        if not runs or case.dtype != "float32" or case.B > 8:
             return "is for inference of padded batches up to 8 in float32"
         return None
 
@@ -309,7 +354,7 @@ class OnnxRuntime:
             return "its recurrent operators are LSTM, GRU and RNN"
         if case.layout != PADDED:
             return "its model is of a padded batch"
-        if case.training:
+        if case.training or case.direction in DERIVATIVES:
             return "runs inference only"
         if case.direction == "streaming":
             return "its model is of a whole sequence"

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, Case
+from bench.cases import DERIVATIVES, DTYPES, Case
 from bench.timing import elapsed, repeats_for
 
 # m, k, n of x W' for some T·B, I and gates·H: a roof is the best of them.
@@ -83,7 +83,9 @@ class Roofs:
         )
 
     def floor(self, case: Case) -> Floor | None:
-        """None where the compiled module measures no bandwidth or barrier."""
+        """None where the compiled module measures no bandwidth or barrier, and where the least that has to be done is not known."""
+        if case.direction in DERIVATIVES:
+            return None
         ways = [self.recurrent(case, threads) for threads in {1, case.threads}]
         known = [way for way in ways if way is not None]
         if len(known) < len(ways):

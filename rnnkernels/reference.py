@@ -204,6 +204,29 @@ def layer_norm(cell: Cell, names: str, by_gate: bool, shifted: bool = False) -> 
     return replace(cell, step=step, input_gates=0, vectors=n + shifted + cell.vectors, given=(*names, *cell.given))
 
 
+def tangent(cell: Cell, names: str) -> Cell:
+    """ds' = J (da, ds), J the derivative of the cell's step: tangents of its states from those of its pre-activations a. Given are, slot by
+    slot, da without U dh, and a, then the states before the step.
+    """
+    alone = len(names) // 2 - cell.input_gates  # the last so many slots are fed by U alone
+
+    def step(x: Tensor, u: Product, v: Vectors, *tangents: Tensor) -> tuple[Tensor, ...]:
+        H = tangents[0].size(-1)
+        blocks = [cell.input_gates * H, alone * H]
+        dx, du, x, ux, *states = torch.split(x, [*blocks, *blocks, *[H] * len(cell.states)], -1)
+
+        def rest(t: Tensor) -> Tensor:
+            return torch.cat([t.new_zeros(*t.shape[:-1], (cell.hidden_gates - alone) * H), t], -1)
+
+        def of(x: Tensor, product: Tensor, *states: Tensor) -> tuple[Tensor, ...]:
+            return cell.step(x, lambda h: product, v, *states)
+
+        made: tuple[Tensor, ...] = torch.func.jvp(of, (x, rest(ux), *states), (dx, u(tangents[0]) + rest(du), *tangents))[1]
+        return made
+
+    return replace(cell, step=step, input_gates=0, given=(*names, *cell.states))
+
+
 ACTIVATIONS: dict[str, Activation] = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda z: z}
 
 CELLS: dict[str, Cell] = {
@@ -238,6 +261,9 @@ CELLS["lstm_cell_clip"] = clipped(CELLS["lstm"], "cell_clip")
 for _name in ("srn_tanh", "lstm"):
     CELLS[f"{_name}_projected_proj_clip"] = clipped(projected(CELLS[_name]), "proj_clip")
     CELLS[f"{_name}_grad_clip"] = clipped(CELLS[_name], "grad_clip")
+
+for _name, _gates in {"lstm": "ifgoIFGO", "gru": "rznmRZNM", "srn_tanh": "zZ", "srn_relu": "zZ"}.items():
+    CELLS[f"{_name}_tangent"] = tangent(CELLS[_name], _gates)
 
 
 def sequence(

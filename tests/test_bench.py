@@ -49,7 +49,8 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    assert set(PRESETS) == {"quick", "grid", "stream", "cells", "compiled", "inside", "clockwork", "packed", "memory", "figures"}
+    names = "quick grid stream cells compiled inside clockwork packed derivatives memory figures"
+    assert set(PRESETS) == set(names.split())
 
 
 def test_work_is_counted():
@@ -73,7 +74,7 @@ def test_timing_takes_quartiles():
     assert (spread.low, spread.median, spread.high) == (2, 3, 4)
 
 
-@pytest.mark.parametrize("direction", ["inference", "training", "streaming"])
+@pytest.mark.parametrize("direction", ["inference", "training", "streaming", "penalty"])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "srn"])
 def test_a_case_is_checked_and_timed(cell, direction):
     found = run_case(replace(SMALL, cell=cell, direction=direction), ["torch", "rnnkernels"], 0, roofs.Roofs())
@@ -81,6 +82,15 @@ def test_a_case_is_checked_and_timed(cell, direction):
     assert found["peers"].keys() == {"torch", "rnnkernels"}
     assert found["speedup"]["torch"]["median"] > 0
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("direction", ["jvp", "penalty"])
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_derivatives_are_held_against_a_loop_too(cell, direction):
+    found = run_case(replace(SMALL, cell=cell, direction=direction), ["torch", "loop", "rnnkernels"], 0, roofs.Roofs())
+    assert not found["wrong"]
+    assert found["speedup"].keys() == ({"loop"} if (cell, direction) == ("lstm", "jvp") else {"torch", "loop"})
+    assert found["floor"] is None
 
 
 @pytest.mark.parametrize("direction", ["inference", "training"])

@@ -77,7 +77,7 @@ struct PerUnit {
   int state = 0;
 };
 
-constexpr int kMaxSlots = 20, kMaxStages = 4, kMaxStates = 4, kMaxVectors = 10, kMaxGiven = 8, kMaxSums = 8;
+constexpr int kMaxSlots = 20, kMaxStages = 4, kMaxStates = 4, kMaxVectors = 10, kMaxGiven = 12, kMaxSums = 8;
 
 // A page's shape with its defaults filled in: what engines, bindings and tests read.
 struct CellInfo {

@@ -12,6 +12,7 @@
 #include "cells/projected.h"
 #include "cells/residual.h"
 #include "cells/srn.h"
+#include "cells/tangent.h"
 #include "cells/variational.h"
 #include "cells/zoneout.h"
 

@@ -116,10 +116,9 @@ RNN_FN void forward_units(const ForwardStep& step, const V* w, int64_t row, int6
     constexpr int column = Info::value.hidden_slots(stage, i);
     if constexpr (Info::value.in_stage(stage, i)) {
       constexpr int j = Info::value.given_slots(i);
+      a[i] = (feeds & X) || (step.complete && (feeds & H)) ? gates.get(index) : V(0);
       if constexpr (feeds & G)
-        a[i] = step.given[j] ? V::load(static_cast<const S*>(step.given[j]) + row * step.given_row[j] + unit, n) : V(0);
-      else
-        a[i] = (feeds & X) || (step.complete && feeds) ? gates.get(index) : V(0);
+        if (step.given[j]) a[i] = a[i] + V::load(static_cast<const S*>(step.given[j]) + row * step.given_row[j] + unit, n);
       if ((feeds & H) && sum) a[i] = a[i] + V::load(sum + column * sum_slot);
     }
   });

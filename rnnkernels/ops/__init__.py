@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import cells, peer, traced
+from . import cells, peer, tangents, traced
 from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
@@ -260,7 +260,7 @@ def sequence(
     if engine == "traced" or transformed:
         rows = (batch_sizes, lengths, reset_mask, units)
         call = Call(cell, input, states, *weights, *rows, given, resets, module, reverse, engine, False, return_states, True)
-        return _by_rules(call) if transformed and not is_forward_mode() and engine != "traced" else _traced(call)
+        return _by_rules(call) if engine != "traced" and (not is_forward_mode() or _has_tangents(call)) else _traced(call)
     tensors: list[Any] = [input, *weights, *(states or ()), *given, *resets]
     plain, needs_grad = not (torch.compiler.is_compiling() or torch._C._is_tracing() or input.is_meta), False
     for i, t in enumerate(tensors):
@@ -314,6 +314,11 @@ def _traced(call: Call) -> tuple[Tensor, ...]:
     results = traced.run(s, call.input, call.states, call.weights(), call.rows(), call.given, call.reset_states)
     n = len(s.cell.states)
     return _shaped(results if s.returns else results[: 1 + n], n, call.input)
+
+
+def _has_tangents(call: Call) -> bool:
+    """Whether forward-mode derivatives are the kernels' too."""
+    return call.cell in CELLS and tangents.cell_of(Sizes(CELLS[call.cell], False, 0, 0, 0, 0, cut=call.rows().cut())) is not None
 
 
 def _by_rules(call: Call) -> tuple[Tensor, ...]:

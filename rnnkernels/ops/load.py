@@ -111,6 +111,7 @@ _WRAPPERS = {
     "zoneout": "Zoneout<{}>",
     "grad_clip": "GradClip<{}>",
     "dropout": "Variational<{}>",
+    "tangent": "Tangent<{}>",
 }
 
 

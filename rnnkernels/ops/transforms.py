@@ -1,8 +1,9 @@
 """A cell over a sequence as torch.func and higher derivatives see it.
 
 Forward and backward are functions of autograd in their own right, and their rules are made of themselves: under vmap calls with the same
-weights are one call with a larger batch, those with weights of their own a call for each. Forward-mode derivatives are the traced
-engine's, those of backward too, or torch.nn's own function's.
+weights are one call with a larger batch, those with weights of their own a call for each. Forward-mode derivatives are a call of the cell
+of the tangents (``tangents.py``), and those of backward are the gradients of that one; for cells that have no such cell both are the traced
+engine's, or torch.nn's own function's.
 
 Samples lie side by side within each row: row b of sample n is row b · samples + n, in ragged batches too.
 """
@@ -17,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from . import peer, products, traced
-from .cells import Rows, Sizes, Weights, before_each_token, parted
+from . import peer, products, tangents, traced
+from .cells import Rows, Sizes, Weights, before_each_token, number, parted
 from .checks import check_lengths
 from .engines import RUNS
 
@@ -126,17 +127,27 @@ class Forward(torch.autograd.Function):
         after = len(s.cell.states) + 1
         ctx.sizes = s
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(output[after], *output[after + 1 + (_histories(s) if s.returns else 0) :])
+        ctx.mark_non_differentiable(output[after], *output[after + 1 + _histories(s) :])
         ctx.save_for_backward(*inputs[1:], output[0], *output[after:])
+        ctx.save_for_forward(*inputs[1:], output[0], *output[after:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         s: Sizes = ctx.sizes
         n = len(s.cell.states)
         flat, made = parted(ctx.saved_tensors, _made(s))
-        grad_states = [grads[0], *(grads[n + 2 : n + 2 + _histories(s)] if s.returns else ())]
+        of_histories = grads[n + 2 : n + 2 + _histories(s)]
+        grad_states = [grads[0], *(of_histories if any(grad is not None for grad in of_histories) else ())]
         needs = ctx.needs_input_grad[1 + _ROWS :]
         return (None, *[None] * _ROWS, *gradients(s, needs, flat, made, grad_states, grads[1 : 1 + n]))
+
+    @staticmethod
+    def jvp(ctx: Any, *args: Any) -> Any:
+        s: Sizes = ctx.sizes
+        flat, (output, _, *history) = parted(_primals(ctx.saved_tensors), _made(s))
+        found = along(s, Leaves.of(s, flat), Leaves.of(s, args[1:]), [output, *history[: _histories(s)]])
+        n = len(s.cell.states)
+        return (*found[: 1 + n], None, *found[1 + n :], *[None] * (len(history) - _histories(s)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], s: Sizes, *flat: Any) -> Any:
@@ -149,6 +160,42 @@ class Forward(torch.autograd.Function):
         n = len(s.cell.states)
         lead = [fold.row_dim, *[0] * n, *[0] * (len(found) - 1 - n)]
         return tuple(torch.unflatten(t, d, (-1, samples)) for t, d in zip(found, lead, strict=True)), tuple(d + 1 for d in lead)
+
+
+def _primals(tensors: Seq[Tensor | None]) -> list[Tensor | None]:
+    """Of dual numbers. Within a rule tangents are not carried along, but transforms that the rule makes use of carry them again."""
+    return [t if t is None else forward_ad.unpack_dual(t, level=0).primal for t in tensors]  # type: ignore[no-untyped-call]
+
+
+def along(s: Sizes, leaves: Leaves, directions: Leaves, after: Seq[Tensor] | None = None) -> list[Tensor]:
+    """The tangents of output, final states and histories along a direction, of which None is zero; ``after``: output and histories, if they
+    are known.
+    """
+    dtype, kind = leaves.input.dtype, number(leaves.input.dtype)
+    if dtype is not kind:
+        wide, way = (Leaves.of(s, [*t.rows, *(x if x is None else x.to(kind) for x in t.flat[_ROWS:])]) for t in (leaves, directions))
+        return [t.to(dtype) for t in along(s, wide, way)]
+    n = len(s.cell.states)
+    if after is None:
+        output, *rest = Forward.apply(s, *leaves.flat)  # type: ignore[no-untyped-call]
+        after = [output, *rest[n + 1 : n + 1 + _histories(s)]]
+    tokens, sizes = leaves.input.shape[:-1], leaves.rows.sizes
+    before = [
+        before_each_token(s, state.flatten(0, -2), leaves.states[i] if leaves.states else None, sizes) for i, state in enumerate(after)
+    ]
+    x, x_tangent = (None if t is None else t.flatten(0, -2) for t in (leaves.input, directions.input))
+    assert x is not None
+    numbers = tangents.given(s, x, leaves.weights, before, x_tangent, directions.weights)
+    own = Leaves(
+        leaves.rows,
+        leaves.input.new_empty(*tokens, 0),
+        Weights(None, leaves.weights.hh, None, None, None, None),
+        [torch.zeros_like(t) if d is None else d for t, d in zip(leaves.states, directions.states, strict=True)],
+        [t.view(*tokens, t.shape[-1]) for t in numbers],
+        [],
+    )
+    output, *rest = Forward.apply(tangents.sizes_of(s, len(numbers)), *own.flat)  # type: ignore[no-untyped-call]
+    return [output, *rest[:n], *rest[n + 1 : n + 1 + _histories(s)]]
 
 
 def apart(dims: Seq[Any]) -> bool:
@@ -258,12 +305,30 @@ class Backward(torch.autograd.Function):
         ctx.sizes, ctx.needs, ctx.count = inputs[:3]
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*inputs[3:])
+        ctx.save_for_forward(*inputs[3:])
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        leaves, _, grad_states, grad_final = _parts(ctx.sizes, ctx.count, ctx.saved_tensors)
-        upstream, asked = (*grad_states, *grad_final), ctx.needs_input_grad[3:]
-        return (None, None, None, *_second(ctx.sizes, ctx.needs, leaves, upstream, ctx.count, grads, asked))
+        leaves, made, grad_states, grad_final = _parts(ctx.sizes, ctx.count, ctx.saved_tensors)
+        upstream, asked = (*grad_states, *grad_final), ctx.needs_input_grad[3 + _ROWS :]
+        wanted = [*asked[: len(ctx.needs)], *asked[len(ctx.needs) + len(made) :]]
+        cotangents: list[Any] = [None] * len(ctx.needs)
+        for i, grad in zip((i for i, need in enumerate(ctx.needs) if need), grads, strict=True):
+            cotangents[i] = grad
+        second = _second(ctx.sizes, leaves, upstream, ctx.count, cotangents, wanted)
+        return (*[None] * (3 + _ROWS), *second[: len(ctx.needs)], *[None] * len(made), *second[len(ctx.needs) :])
+
+    @staticmethod
+    def jvp(ctx: Any, *args: Any) -> Any:
+        """The derivative of Jᵀ v: along a direction of what J depends on, and Jᵀ of v's own."""
+        s, needs, count = ctx.sizes, ctx.needs, ctx.count
+        leaves, made, grad_states, grad_final = _parts(s, count, _primals(ctx.saved_tensors))
+        directions, _, *upstream_tangents = _parts(s, count, args[3:])
+        upstream, along_it = (*grad_states, *grad_final), directions.flat[_ROWS:]
+        of_leaves = _second(s, leaves, upstream, count, along_it, [*needs, *[False] * len(upstream)])
+        of_upstream = gradients(s, needs, leaves.flat, made, *upstream_tangents)
+        pairs = zip(of_leaves[: len(needs)], of_upstream, leaves.flat[_ROWS:], needs, strict=True)
+        return tuple(_added(a, b, t) for a, b, t, need in pairs if need)
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], s: Sizes, needs: tuple[bool, ...], count: int, *args: Any) -> Any:
@@ -271,7 +336,7 @@ class Backward(torch.autograd.Function):
         of_weights = needs[1 : 1 + _WEIGHTS]
         # Where rows are cut, what a matrix multiplied is not for torch to find again; and what is to be differentiated once more must be
         # made of what can be.
-        again = torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args)
+        again = is_forward_mode() or (torch.is_grad_enabled() and any(isinstance(t, Tensor) and t.requires_grad for t in args))
         if apart(dims) or again or (s.cut and any(of_weights)):
             calls = [Backward.apply(s, needs, count, *_select(args, dims, i)) for i in range(samples)]  # type: ignore[no-untyped-call]
             return stacked(calls)
@@ -368,63 +433,93 @@ def _present(needs: Seq[bool], grads: Seq[Tensor | None]) -> tuple[Tensor, ...]:
     return tuple(grad.clone() if grad._is_view() else grad for grad in found if grad is not None)
 
 
-def _vjp(f: Callable[..., Seq[Tensor]], primals: Seq[Tensor], cotangents: Seq[Tensor]) -> Seq[Tensor]:
-    """The cotangents of ``primals``, themselves to be differentiated."""
+def _added(a: Tensor | None, b: Tensor | None, like: Tensor) -> Tensor:
+    return a + b if a is not None and b is not None else a if a is not None else b if b is not None else torch.zeros_like(like)
+
+
+def _vjp(f: Callable[..., Seq[Tensor]], primals: Seq[Tensor], cotangents: Seq[Tensor]) -> tuple[Seq[Tensor], Seq[Tensor]]:
+    """What ``f`` makes of ``primals``, and their cotangents, both to be differentiated once more."""
     if is_transformed():
-        pull = torch.func.vjp(lambda *args: tuple(f(*args)), *primals)[1]
-        found: tuple[Tensor, ...] = pull(tuple(cotangents))
-        return found
+        pair: tuple[Any, Any] = torch.func.vjp(lambda *args: tuple(f(*args)), *primals)  # type: ignore[assignment]
+        made, pull = pair
+        return made, pull(tuple(cotangents))
     # As torch.func has it, but where hooks for saved tensors are set, which that forbids.
     again = torch.is_grad_enabled()
     with torch.enable_grad():
         own = [t.view_as(t) if t.requires_grad else t.detach().requires_grad_() for t in primals]
-        pairs = [(t, grad) for t, grad in zip(f(*own), cotangents, strict=True) if t.requires_grad]
-    return torch.autograd.grad(
+        made = f(*own)
+        pairs = [(t, grad) for t, grad in zip(made, cotangents, strict=True) if t.requires_grad]
+    found = torch.autograd.grad(
         [t for t, _ in pairs], own, [grad for _, grad in pairs], create_graph=again, allow_unused=True, materialize_grads=True
     )
+    return made if again else [t.detach() for t in made], found
 
 
 def _second(
-    s: Sizes,
-    needs: Seq[bool],
-    leaves: Leaves,
-    upstream: Seq[Tensor | None],
-    count: int,
-    grads: Seq[Tensor | None],
-    asked: Seq[bool],
+    s: Sizes, leaves: Leaves, upstream: Seq[Tensor | None], count: int, directions: Seq[Tensor | None], wanted: Seq[bool]
 ) -> list[Tensor | None]:
-    """From gradients of the gradients that ``needs`` names, those of the call's leaves and of the gradients that came back to it."""
+    """With J the derivative of a call, v the gradients that came back to it and u a direction for each of its leaves: the gradients of
+    ⟨v, J u⟩, of the leaves and of v, as far as they are ``wanted``. ⟨u, Jᵀ v⟩ is the same number, so this is what a derivative of gradients
+    asks for, where u came back to them.
+    """
+    values = [*leaves.flat[_ROWS:], *upstream]
+    chosen = [i for i, (t, want) in enumerate(zip(values, wanted, strict=True)) if want and t is not None]
+    # A penalty is often on the input's gradient alone.
+    if not chosen or all(d is None for d in directions) or all(v is None for v in upstream):
+        return [None] * len(values)
+    by = _by_gradients if tangents.cell_of(s) is None else _by_tangents
+    found = dict(zip(chosen, by(s, leaves, upstream, count, directions, chosen), strict=True))
+    return [found.get(i) for i in range(len(values))]
+
+
+def _by_tangents(
+    s: Sizes, leaves: Leaves, upstream: Seq[Tensor | None], count: int, directions: Seq[Tensor | None], chosen: Seq[int]
+) -> list[Tensor]:
+    """From J u, the tangents, which for v are all there is to it."""
+    rows, flat, states = leaves.flat[:_ROWS], leaves.flat[_ROWS:], len(s.cell.states)
+    given = {i: v for i, v in enumerate(upstream, len(flat)) if v is not None}
+    of_leaves = [i for i in chosen if i < len(flat)]
+
+    def along_it(*args: Tensor) -> list[Tensor]:
+        own = _with(flat, of_leaves, args)
+        output, *rest = along(s, Leaves.of(s, [*rows, *own]), Leaves.of(s, [*[None] * _ROWS, *directions]))
+        every = [output, *rest[states : states + count - 1], *rest[:states]]
+        return [every[i - len(flat)] for i in given]
+
+    made, grads = _vjp(along_it, [flat[i] for i in of_leaves], list(given.values())) if of_leaves else (along_it(), [])
+    found = dict(zip(given, made, strict=True))
+    return [*grads, *(found[i] for i in chosen if i >= len(flat))]
+
+
+def _by_gradients(
+    s: Sizes, leaves: Leaves, upstream: Seq[Tensor | None], count: int, directions: Seq[Tensor | None], chosen: Seq[int]
+) -> list[Tensor]:
+    """From Jᵀ v by torch's operations."""
     rows, flat = leaves.flat[:_ROWS], [*leaves.flat[_ROWS:], *upstream]
-    made = _made(s)
-    wanted = [*asked[_ROWS : _ROWS + len(needs)], *asked[_ROWS + len(needs) + made :]]
-    chosen = [i for i, ask in enumerate(wanted) if ask]
-    back_at = [i for i, grad in enumerate(upstream) if grad is not None]
-    # Of the gradients, those that somebody made use of: autograd asks for all, though a penalty is often on the input's alone.
-    used = [(i, grad) for i, grad in zip((i for i, need in enumerate(needs) if need), grads, strict=True) if grad is not None]
-    first_of, cotangents = [i for i, _ in used], [grad for _, grad in used]
-    if not used:
-        return [None] * (_ROWS + len(flat) + made)
+    back_at = [i for i, v in enumerate(upstream) if v is not None]
+    used = [i for i, d in enumerate(directions) if d is not None]
 
     def outputs(values: Seq[Any], args: Seq[Tensor]) -> list[Tensor]:
-        full = list(values[: len(needs)])
-        for i, t in zip(first_of, args, strict=True):
-            full[i] = t
-        own = Leaves.of(s, [*rows, *full])
+        own = Leaves.of(s, [*rows, *_with(values[: len(directions)], used, args)])
         if count == 1 and not is_transformed() and peer.differentiates_sooner(s, own.input.dtype, own.input.device):
             every = list(peer.run(s, own.input, own.states or None, own.weights, own.rows.sizes))
-            return [every[i] for i in back_at]
-        output, *rest = traced.run(s, own.input, own.states, own.weights, own.rows, own.given, own.resets)
-        finals, histories = rest[: len(s.cell.states)], rest[len(s.cell.states) :]
-        every = [output, *histories[: count - 1], *finals]
+        else:
+            output, *rest = traced.run(s, own.input, own.states, own.weights, own.rows, own.given, own.resets)
+            finals, histories = rest[: len(s.cell.states)], rest[len(s.cell.states) :]
+            every = [output, *histories[: count - 1], *finals]
         return [every[i] for i in back_at]
 
     def first(*args: Tensor) -> Seq[Tensor]:
-        values = list(flat)
-        for i, t in zip(chosen, args, strict=True):
-            values[i] = t
-        of_outputs = [values[len(needs) + i] for i in back_at]
-        return _vjp(lambda *own: outputs(values, own), [values[i] for i in first_of], of_outputs)
+        values = _with(flat, chosen, args)
+        v = [values[len(directions) + i] for i in back_at]
+        return _vjp(lambda *own: outputs(values, own), [values[i] for i in used], v)[1]
 
-    found = dict(zip(chosen, _vjp(first, [flat[i] for i in chosen], cotangents), strict=True))
-    second = [found.get(i) for i in range(len(flat))]
-    return [*[None] * _ROWS, *second[: len(needs)], *[None] * made, *second[len(needs) :]]
+    return list(_vjp(first, [flat[i] for i in chosen], [directions[i] for i in used])[1])  # type: ignore[misc]
+
+
+def _with(values: Seq[Any], at: Seq[int], args: Seq[Tensor]) -> list[Any]:
+    """The values with others at these places."""
+    full = list(values)
+    for i, t in zip(at, args, strict=True):
+        full[i] = t
+    return full
