@@ -94,7 +94,8 @@ def of_sequence(
         if batch_sizes is not None:
             before.append(ops.before_each_token(ops.CELLS[cell], state, first, batch_sizes, reverse))
         else:
-            before.append(_before(state, first, reverse, cut, None if resets is None else resets[i]))
+            lengths, reset_mask = (None, None) if cut is None else (cut.lengths, cut.reset_mask)
+            before.append(ops.before_each_step(state, first, reverse, lengths, reset_mask, None if resets is None else resets[i]))
 
     def u(h: Tensor, first: int = 0, last: int | None = None) -> Tensor:
         rows = slice(first * H, None if last is None else last * H)
@@ -106,26 +107,3 @@ def of_sequence(
         return found
     here = (torch.arange(len(input), device=input.device).unsqueeze(1) < cut.lengths.to(input.device)).unsqueeze(2)
     return tuple(torch.where(here, gate, 0) for gate in found)
-
-
-def _before(after: Tensor, initial: Tensor, reverse: bool, cut: Cut | None, reset: Tensor | None) -> Tensor:
-    """A state before each step of a padded batch."""
-    first = initial.unsqueeze(0)
-    before = torch.cat([after[1:], first]) if reverse else torch.cat([first, after[:-1]])
-    if cut is None:
-        return before
-    T, device = len(after), after.device
-    steps = torch.arange(T, device=device).unsqueeze(1)
-    ends = torch.full((after.shape[1],), T, device=device) if cut.lengths is None else cut.lengths.to(device)
-    if reverse:
-        before = torch.where((steps == ends - 1).unsqueeze(2), first, before)
-    if cut.reset_mask is None:
-        return before
-    marks, at = cut.reset_mask.to(device), steps
-    if reverse:
-        marks, at = torch.cat([marks[1:], marks.new_zeros(1, marks.shape[1])]), steps + 1
-    if reset is None:
-        reset = after.new_zeros(after.shape[-1])
-    elif reset.dim() == 3 and reverse:
-        reset = torch.cat([reset[1:], reset[:1]])
-    return torch.where((marks & (at < ends)).unsqueeze(2), reset, before)

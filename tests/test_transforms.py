@@ -231,7 +231,7 @@ def cut(sequence: Any, cell: str, tensors: Any) -> tuple[Any, tuple[Tensor, ...]
     return f, (x, rest[1], torch.randn(5, dtype=x.dtype, generator=torch.Generator().manual_seed(1)), lengths, mask)
 
 
-@pytest.mark.parametrize("cell", ["srn_tanh", "lstm", "gru_reset_before"])
+@pytest.mark.parametrize("cell", ["srn_tanh", "lstm", "gru", "gru_reset_before"])
 def test_lengths_and_resets(cell: str) -> None:
     tensors, _, _ = case(cell)
     for engine in ("cpu", "traced"):
@@ -249,7 +249,8 @@ def test_lengths_and_resets(cell: str) -> None:
                 samples = vmap(grad(f, (0, 1, 2)), (0, None, 0, 0, 0))(*batches)
             else:
                 samples = tuple(torch.stack(column) for column in zip(*by_loop, strict=True))
-            found.append([*first, doubled, *samples])
+            tangent = jvp(lambda x, w, r, f=f, n=lengths, m=mask: f(x, w, r, n, m), values[:3], tuple(map(torch.sin, values[:3])))
+            found.append([*first, doubled, *samples, *tangent])
         close(*found)
 
 
@@ -362,3 +363,29 @@ def test_second_derivatives_in_the_dtype_of_the_layer(dtype: torch.dtype) -> Non
         assert p.grad is not None
         assert p.grad.dtype == dtype
         assert p.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("cell", ["srn_tanh", "srn_relu", "lstm", "gru"])
+def test_tangents_and_second_derivatives_are_the_kernels_own(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*args: Any) -> Any:
+        raise AssertionError("torch followed the page")
+
+    monkeypatch.setattr(ops.traced, "run", refused)
+    monkeypatch.setattr(ops.peer, "run", refused)
+    tensors, sizes, upstream = case(cell)
+    f, values = as_function(ours, cell, tensors, sizes)
+    jvp(f, tuple(values), directions(values))
+    jvp(lambda *v: grad(contracted(f, upstream), 1)(*v), tuple(values), directions(values))
+    second(ours, cell, tensors, sizes, upstream, False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("cell", ["srn_tanh", "lstm", "gru"])
+def test_tangents_of_half_types_are_rounded_once(cell: str, dtype: torch.dtype) -> None:
+    tensors, sizes, _ = case(cell)
+    tangents = directions([t for t in tensors if t is not None])
+    results = []
+    for kind in (dtype, torch.float32):
+        f, values = as_function(ours, cell, [t if t is None else t.to(dtype).to(kind) for t in tensors], sizes)
+        results.append([t.to(dtype) for t in jvp(f, tuple(values), tuple(d.to(dtype).to(kind) for d in tangents))[1]])
+    assert all(map(torch.equal, *results))

@@ -20,7 +20,7 @@ from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
 from .autograd import Sequence
-from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, parted, problem
+from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, parted, problem
 from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, hidden_size
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
 from .load import heats, is_modified, load_page, modified, source_of
@@ -36,6 +36,7 @@ __all__ = [
     "Packed",
     "Sequence",
     "Weights",
+    "before_each_step",
     "before_each_token",
     "build_info",
     "check_lengths",
@@ -212,7 +213,7 @@ def sequence(
             ``torch.backends.cuda.matmul.allow_tf32`` says so; ``"persistent_3xtf32"``, the same with float32 by three TF32 products on
             tensor cores, nearly as exact; ``"torch"``, torch.nn's own function (cuDNN on a GPU), for the cells it has. "auto" never takes
             it but where a table in ``ops/peer.py`` says that it is faster; ``"traced"``, the cell's operations one by one by torch, slow,
-            on any device. Forward-mode derivatives are the traced engine's, second ones its or torch.nn's function's.
+            on any device. Forward-mode and second derivatives of torch.nn's cells are kernels' too, of others the traced engine's.
         recompute: save the states alone for backward, which then makes the rest anew: less memory, more work.
         return_states: return the states beyond the first after each step too.
         packed: where the CPU engine keeps this cell's weights packed from call to call, and how narrow; for eager calls without gradients.
@@ -318,7 +319,7 @@ def _traced(call: Call) -> tuple[Tensor, ...]:
 
 def _has_tangents(call: Call) -> bool:
     """Whether forward-mode derivatives are the kernels' too."""
-    return call.cell in CELLS and tangents.cell_of(Sizes(CELLS[call.cell], False, 0, 0, 0, 0, cut=call.rows().cut())) is not None
+    return call.cell in CELLS and tangents.cell_of(Sizes(CELLS[call.cell], False, 0, 0, 0, 0, module=call.module)) is not None
 
 
 def _by_rules(call: Call) -> tuple[Tensor, ...]:

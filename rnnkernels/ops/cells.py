@@ -373,3 +373,26 @@ def summed_bias(cell: Cell, hidden: int, bias_ih: Tensor | None, bias_hh: Tensor
         if first < end:
             bias[first * hidden : end * hidden] += bias_hh[row * hidden : (row + end - first) * hidden]
     return bias
+
+
+def before_each_step(
+    after: Tensor, initial: Tensor, reverse: bool, lengths: Tensor | None, reset_mask: Tensor | None, reset: Tensor | None
+) -> Tensor:
+    """A state before each step of a padded batch, ``[T, B, width]``, of which rows may end early and start anew."""
+    first = initial.unsqueeze(0)
+    before = torch.cat([after[1:], first]) if reverse else torch.cat([first, after[:-1]])
+    T, device = len(after), after.device
+    steps = torch.arange(T, device=device).unsqueeze(1)
+    ends = torch.full((after.shape[1],), T, device=device) if lengths is None else lengths.to(device)
+    if reverse and lengths is not None:
+        before = torch.where((steps == ends - 1).unsqueeze(2), first, before)
+    if reset_mask is None:
+        return before
+    marks, at = reset_mask.to(device), steps
+    if reverse:
+        marks, at = torch.cat([marks[1:], marks.new_zeros(1, marks.shape[1])]), steps + 1
+    if reset is None:
+        reset = after.new_zeros(after.shape[-1])
+    elif reset.dim() == 3 and reverse:
+        reset = torch.cat([reset[1:], reset[:1]])
+    return torch.where((marks & (at < ends)).unsqueeze(2), reset, before)

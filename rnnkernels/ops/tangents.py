@@ -19,15 +19,15 @@ __all__ = ["cell_of", "given", "sizes_of"]
 
 
 def cell_of(s: Sizes) -> Cell | None:
-    """The cell of the tangents, where there is one and all rows and units take part in all steps."""
+    """The cell of the tangents, where there is one and all units take part in all steps."""
     cell = CELLS.get(f"{s.cell.name}_tangent")
-    return cell if cell is not None and cell.page == f"Tangent<{s.cell.page}>" and not s.cut else None
+    return cell if cell is not None and cell.page == f"Tangent<{s.cell.page}>" and not s.module else None
 
 
-def sizes_of(s: Sizes, given: int) -> Sizes:
+def sizes_of(s: Sizes, given: int, resets: int) -> Sizes:
     cell = cell_of(s)
     assert cell is not None
-    return s._replace(cell=cell, engine="stepwise" if s.engine in PERSISTENT else s.engine, recompute=False, given=given)
+    return s._replace(cell=cell, engine="stepwise" if s.engine in PERSISTENT else s.engine, recompute=False, given=given, resets=resets)
 
 
 def given(

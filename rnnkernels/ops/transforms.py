@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import peer, products, tangents, traced
-from .cells import Rows, Sizes, Weights, before_each_token, number, parted
+from .cells import Rows, Sizes, Weights, before_each_step, before_each_token, number, parted
 from .checks import check_lengths
 from .engines import RUNS
 
@@ -179,23 +179,34 @@ def along(s: Sizes, leaves: Leaves, directions: Leaves, after: Seq[Tensor] | Non
     if after is None:
         output, *rest = Forward.apply(s, *leaves.flat)  # type: ignore[no-untyped-call]
         after = [output, *rest[n + 1 : n + 1 + _histories(s)]]
-    tokens, sizes = leaves.input.shape[:-1], leaves.rows.sizes
-    before = [
-        before_each_token(s, state.flatten(0, -2), leaves.states[i] if leaves.states else None, sizes) for i, state in enumerate(after)
-    ]
+    tokens, rows = leaves.input.shape[:-1], leaves.rows
+    before = []
+    for i, state in enumerate(after):
+        first = leaves.states[i] if leaves.states else None
+        if s.cut:
+            first = leaves.input.new_zeros(s.batch, s.widths[i]) if first is None else first
+            reset = leaves.resets[i] if leaves.resets else None
+            steps = before_each_step(state.view(*tokens, s.widths[i]), first, s.reverse, rows.lengths, rows.resets, reset)
+            before.append(steps.flatten(0, -2))
+        else:
+            before.append(before_each_token(s, state.flatten(0, -2), first, rows.sizes))
     x, x_tangent = (None if t is None else t.flatten(0, -2) for t in (leaves.input, directions.input))
     assert x is not None
     numbers = tangents.given(s, x, leaves.weights, before, x_tangent, directions.weights)
     own = Leaves(
-        leaves.rows,
+        rows,
         leaves.input.new_empty(*tokens, 0),
         Weights(None, leaves.weights.hh, None, None, None, None),
-        [torch.zeros_like(t) if d is None else d for t, d in zip(leaves.states, directions.states, strict=True)],
+        _or_zero(directions.states, leaves.states),
         [t.view(*tokens, t.shape[-1]) for t in numbers],
-        [],
+        _or_zero(directions.resets, leaves.resets),
     )
-    output, *rest = Forward.apply(tangents.sizes_of(s, len(numbers)), *own.flat)  # type: ignore[no-untyped-call]
+    output, *rest = Forward.apply(tangents.sizes_of(s, len(numbers), len(own.resets)), *own.flat)  # type: ignore[no-untyped-call]
     return [output, *rest[:n], *rest[n + 1 : n + 1 + _histories(s)]]
+
+
+def _or_zero(tensors: Seq[Tensor | None], like: Seq[Tensor]) -> list[Tensor]:
+    return [torch.zeros_like(t) if tensor is None else tensor for tensor, t in zip(tensors, like, strict=True)]
 
 
 def apart(dims: Seq[Any]) -> bool:
