@@ -216,6 +216,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     const Schedule s = cpu::schedule(p, cpu::page_of(p), backward);
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
   });
+  m.def("gains_apart", cpu::gains_apart);
   // What the persistent engine would do on a device of so many multiprocessors, so much shared memory a block and so many blocks a cluster:
   // how blocks exchange, how many along units and rows, bytes of shared memory, whether it fits.
   m.def("tiling", [](const Problem& p, bool backward, int multiprocessors, int64_t shared_bytes, int cluster_blocks) {
@@ -227,24 +228,26 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
-  m.def("forward", [](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates,
-                      int64_t gates_row, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
-                      const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes,
-                      const GivenSlots& given, Address moments, const GivenSlots& resets, Address packed, bool packs) {
-    need(p, false, bytes);
-    Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
-    f.input = pointer(input);
-    f.weight_ih = pointer(weight_ih);
-    f.bias_ih = pointer(bias_ih);
-    f.bias_hh = pointer(bias_hh);
-    fill(f.given, given);
-    f.moments = pointer(moments);
-    fill(f.reset, resets);
-    f.packed = pointer(packed);
-    f.packs = packs;
-    py::gil_scoped_release release;
-    cpu::forward(f, cpu::page_of(p));
-  });
+  // What is to be run, and running some that do not depend on each other side by side.
+  py::class_<Forward>(m, "Forward")
+      .def(py::init([](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates,
+                       int64_t gates_row, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
+                       const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes,
+                       const GivenSlots& given, Address moments, const GivenSlots& resets, Address packed, bool packs) {
+        need(p, false, bytes);
+        Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
+        f.input = pointer(input);
+        f.weight_ih = pointer(weight_ih);
+        f.bias_ih = pointer(bias_ih);
+        f.bias_hh = pointer(bias_hh);
+        fill(f.given, given);
+        f.moments = pointer(moments);
+        fill(f.reset, resets);
+        f.packed = pointer(packed);
+        f.packs = packs;
+        return f;
+      }));
+  m.def("forward", py::overload_cast<const std::vector<const Forward*>&>(cpu::forward), py::call_guard<py::gil_scoped_release>());
 
   // Layers kept ready to take one step at a time.
   py::class_<cpu::Stream>(m, "Stream")
@@ -283,29 +286,30 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         s.step(pointer(x), pointer(y));
       });
 
-  m.def("backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
+  py::class_<Backward>(m, "Backward")
+      .def(py::init([](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
                        const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
                        const Addresses& grad_final, const Addresses& grad_initial, Address input, Address weight_ih, Address grad_input,
                        Address grad_weight_ih, const Addresses& grad_weights, Address grad_bias_ih, Address grad_bias_hh,
                        const Addresses& grad_vectors, Address workspace, int64_t bytes, Address moments, const GivenSlots& resets,
                        const Addresses& grad_resets) {
-    need(p, true, bytes);
-    Backward g =
-        backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_states, grad_final, grad_initial, workspace);
-    g.input = pointer(input);
-    g.weight_ih = pointer(weight_ih);
-    g.grad_input = pointer(grad_input);
-    g.grad_weight_ih = pointer(grad_weight_ih);
-    fill(g.grad_weights, grad_weights);
-    g.grad_bias_ih = pointer(grad_bias_ih);
-    g.grad_bias_hh = pointer(grad_bias_hh);
-    fill(g.grad_vectors, grad_vectors);
-    g.moments = pointer(moments);
-    fill(g.reset, resets);
-    fill(g.grad_reset, grad_resets);
-    py::gil_scoped_release release;
-    cpu::backward(g, cpu::page_of(p));
-  });
+        need(p, true, bytes);
+        Backward g = backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_states, grad_final, grad_initial,
+                                   workspace);
+        g.input = pointer(input);
+        g.weight_ih = pointer(weight_ih);
+        g.grad_input = pointer(grad_input);
+        g.grad_weight_ih = pointer(grad_weight_ih);
+        fill(g.grad_weights, grad_weights);
+        g.grad_bias_ih = pointer(grad_bias_ih);
+        g.grad_bias_hh = pointer(grad_bias_hh);
+        fill(g.grad_vectors, grad_vectors);
+        g.moments = pointer(moments);
+        fill(g.reset, resets);
+        fill(g.grad_reset, grad_resets);
+        return g;
+      }));
+  m.def("backward", py::overload_cast<const std::vector<const Backward*>&>(cpu::backward), py::call_guard<py::gil_scoped_release>());
 
   // One stage of one step, where the tensors are: on the CPU (device -1) or a CUDA device.
   m.def("forward_step",

@@ -25,6 +25,60 @@ class Problem:
         keeps_packed: bool,
     ) -> None: ...
 
+class Forward:
+    def __init__(
+        self,
+        problem: Problem,
+        input: int,
+        weight_ih: int,
+        bias_ih: int,
+        bias_hh: int,
+        gates: int,
+        gates_row: int,
+        weights: Sequence[int],
+        vectors: Sequence[int],
+        initial: Sequence[int],
+        final: Sequence[int],
+        output: int,
+        history: Sequence[int],
+        workspace: int,
+        bytes: int,
+        given: Sequence[tuple[int, int, int]],
+        moments: int,
+        resets: Sequence[tuple[int, int, int]],
+        packed: int,
+        packs: bool,
+    ) -> None: ...
+
+class Backward:
+    def __init__(
+        self,
+        problem: Problem,
+        kept: int,
+        grad_gates: int,
+        weights: Sequence[int],
+        vectors: Sequence[int],
+        initial: Sequence[int],
+        output: int,
+        history: Sequence[int],
+        grad_states: Sequence[int],
+        grad_final: Sequence[int],
+        grad_initial: Sequence[int],
+        input: int,
+        weight_ih: int,
+        grad_input: int,
+        grad_weight_ih: int,
+        grad_weights: Sequence[int],
+        grad_bias_ih: int,
+        grad_bias_hh: int,
+        grad_vectors: Sequence[int],
+        workspace: int,
+        bytes: int,
+        moments: int,
+        resets: Sequence[tuple[int, int, int]],
+        grad_resets: Sequence[int],
+    ) -> None: ...
+
 class Stream:
     def __init__(self, layers: Sequence[Problem]) -> None: ...
     @property
@@ -58,60 +112,15 @@ def set_isa(name: str) -> None: ...
 def workspace_bytes(problem: Problem, backward: bool) -> int: ...
 def packing(problem: Problem) -> tuple[int, tuple[int, ...]]: ...
 def schedule(problem: Problem, backward: bool) -> tuple[int, int, int, float]: ...
+def gains_apart(problem: Problem, training: bool) -> bool: ...
 def tiling(
     problem: Problem, backward: bool, multiprocessors: int, shared_bytes: int, cluster_blocks: int
 ) -> tuple[str, int, int, int, bool]: ...
 def prefer_large_pages(memory: int, bytes: int) -> None: ...
 def measure_bandwidth(bytes: int, threads: int) -> float: ...
 def measure_barrier(threads: int) -> float: ...
-def forward(
-    problem: Problem,
-    input: int,
-    weight_ih: int,
-    bias_ih: int,
-    bias_hh: int,
-    gates: int,
-    gates_row: int,
-    weights: Sequence[int],
-    vectors: Sequence[int],
-    initial: Sequence[int],
-    final: Sequence[int],
-    output: int,
-    history: Sequence[int],
-    workspace: int,
-    bytes: int,
-    given: Sequence[tuple[int, int, int]],
-    moments: int,
-    resets: Sequence[tuple[int, int, int]],
-    packed: int,
-    packs: bool,
-) -> None: ...
-def backward(
-    problem: Problem,
-    kept: int,
-    grad_gates: int,
-    weights: Sequence[int],
-    vectors: Sequence[int],
-    initial: Sequence[int],
-    output: int,
-    history: Sequence[int],
-    grad_states: Sequence[int],
-    grad_final: Sequence[int],
-    grad_initial: Sequence[int],
-    input: int,
-    weight_ih: int,
-    grad_input: int,
-    grad_weight_ih: int,
-    grad_weights: Sequence[int],
-    grad_bias_ih: int,
-    grad_bias_hh: int,
-    grad_vectors: Sequence[int],
-    workspace: int,
-    bytes: int,
-    moments: int,
-    resets: Sequence[tuple[int, int, int]],
-    grad_resets: Sequence[int],
-) -> None: ...
+def forward(calls: Sequence[Forward]) -> None: ...
+def backward(calls: Sequence[Backward]) -> None: ...
 def forward_step(
     problem: Problem,
     stage: int,

@@ -60,12 +60,13 @@ def stack(
     of ``ops.sequence``.
     """
     directions = 2 if bidirectional else 1
-    inside: dict[str, Any] = {}
+    lengths = reset_mask = units = None
+    module = 0
     if packed is not None and clock is not None:
         raise ValueError(f"weight_dtype: expected None for a layer whose units take turns, got {packed[0].weight_dtype}")
     if clock is not None:
         if clock.nested and batch_sizes is None and ops.cuts_natively(engine, input.device):
-            inside = {"units": clock.units, "module": clock.module}
+            units, module = clock.units, clock.module
         else:  # every unit is computed, and those that are not due are held
             held = clock.held(input.shape[1] if batch_sizes is None else 0, batch_sizes, input)
             cell, given = ops.modified(cell, ["zoneout"]), [[held]] * len(weights)
@@ -76,13 +77,13 @@ def stack(
             options |= {"layer_norm": layer_norm, "packed": packed, "return_states": return_states}
             return _in_segments(cell, input, states, weights, given, cut, directions, options)
         lengths = None if cut.lengths is None else cut.lengths.to("cpu", torch.int64)
-        inside |= {"lengths": lengths, "reset_mask": None if cut.reset_mask is None else cut.reset_mask.cpu()}
+        reset_mask = None if cut.reset_mask is None else cut.reset_mask.cpu()
     slots = None if states is None else [state.unbind() for state in states]
     finals: list[list[Tensor]] = []
     for start in range(0, len(weights), directions):
         if start > 0 and dropout > 0 and training:
             input = torch.nn.functional.dropout(input, dropout)
-        outputs = []
+        calls, places = [], []
         for k in range(start, start + directions):
             initial = None if slots is None else [slot[k] for slot in slots]
             below, of_cell, numbers = input, weights[k], () if given is None else given[k]
@@ -93,27 +94,22 @@ def stack(
                     *numbers,
                 ]
                 below, of_cell = input[..., :0], [None, weight_hh, None, *of_cell]
-            output, *rest = ops.sequence(
-                cell,
-                below,
-                initial,
-                *of_cell,
-                batch_sizes=batch_sizes,
-                given=numbers,
-                reverse=k > start,
-                engine=engine,
-                recompute=recompute,
-                return_states=bool(return_states),
-                reset_states=None if cut is None else cut.resets_of(k),
-                packed=None if packed is None else packed[k],
-                **inside,
-            )
+            six = ops.Weights(*of_cell, *[None] * (len(ops.Weights._fields) - len(of_cell)))
+            rows = (batch_sizes, lengths, reset_mask, units)
+            resets = () if cut is None else cut.resets_of(k) or ()
+            shown, back = bool(return_states), k > start
+            calls.append(ops.Call(cell, below, initial, *six, *rows, numbers, resets, module, back, engine, recompute, shown))
+            places.append(None if packed is None else packed[k])
+        outputs = []
+        results = ops.pair(calls, places) if bidirectional else [ops.run(calls[0], places[0])]
+        for k, (output, *rest) in enumerate(results, start):
             outputs.append(output)
             count = len(ops.CELLS[cell].states)
             finals.append([*rest[:count], output, *rest[count:]] if return_states else rest)
             if return_states == "gates":
-                after, resets = [output, *rest[count:]], None if cut is None else cut.resets_of(k)
-                finals[-1] += gates.of_sequence(cell, below, initial, of_cell, after, batch_sizes, k > start, cut, resets)
+                call, after, replacing = calls[k - start], [output, *rest[count:]], None if cut is None else cut.resets_of(k)
+                of_call = (cell, call.input, call.states, call.weights(), after, batch_sizes, call.reverse)
+                finals[-1] += gates.of_sequence(*of_call, cut, replacing)
         input = torch.cat(outputs, dim=-1) if bidirectional else output
     if len(finals) == 1:
         return input, *[state.unsqueeze(0) for state in finals[0]]

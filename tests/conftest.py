@@ -25,8 +25,8 @@ def restore() -> Iterator[None]:
 @pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, and all memory is fresh, so that what a kernel reads without having written it shows."""
-    monkeypatch.setattr(ops.cpu.memory, "KEPT", -1)
-    monkeypatch.setattr(ops.cpu.memory, "buffer", torch.empty(0, dtype=torch.uint8))
+    monkeypatch.setattr(ops.cpu.thread, "KEPT", -1)
+    monkeypatch.setattr(ops.cpu.thread, "buffers", [])
     was, fill = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True

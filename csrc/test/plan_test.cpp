@@ -1,5 +1,6 @@
 // The plan as a pure function, over thousands of problems: every unit and row has one owner, limits are kept, nothing in the workspace
 // overlaps.
+#include "core/apart.h"
 #include "core/plan.h"
 #include "core/tiling.h"
 
@@ -174,6 +175,14 @@ int main() {
                 ++count;
               }
   std::printf("%d plans\n", count);
+  const Machine wide{16, 24, 4};
+  const auto apart = [&](int64_t steps, int64_t batch, int64_t hidden, int threads) {
+    const Problem p{0, Storage::F32, steps, batch, hidden, hidden, hidden, nullptr, false, true, steps == 1, threads};
+    return gains_apart(wide, kCells[0], p, true);
+  };
+  check(apart(100, 1, 64, 2) && apart(100, 8, 64, 2), "small sequences gain side by side");
+  check(!apart(100, 1, 64, 1) && !apart(1, 1, 64, 2) && !apart(100, 0, 64, 2), "one thread, one step or no rows gain nothing");
+  check(!apart(100, 1, 4096, 2) && !apart(100, 512, 64, 16), "matrices beyond L2 and batches for many threads gain nothing");
   int tilings = 0, fitting = 0;
   for (const CellInfo& cell : kCells)
     for (const Device& device : {Device{132, 227 << 10, 8}, Device{108, 163 << 10, 1}, Device{46, 99 << 10, 1}, Device{1, 48 << 10, 1}})

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,7 +19,7 @@ from . import cells, peer, tangents, traced
 from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
-from .autograd import Sequence
+from .autograd import Both, Sequence
 from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, parted, problem
 from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, hidden_size
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
@@ -46,7 +46,9 @@ __all__ = [
     "is_modified",
     "load_page",
     "modified",
+    "pair",
     "plan",
+    "run",
     "sequence",
     "set_isa",
     "source_of",
@@ -155,8 +157,21 @@ def before_each_token(cell: Cell, after: Tensor, initial: Tensor, batch_sizes: T
     return cells.before_each_token(Sizes(cell, reverse, len(batch_sizes), initial.shape[0], width, width), after, initial, batch_sizes)
 
 
-def _autocast(t: Any, dtype: torch.dtype) -> Any:
-    return t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+def _autocast(call: Call, packed: Packed | None) -> Call:
+    """As torch.nn, whose GRU keeps the input's dtype on a CPU."""
+    place, weights = call.input.device.type, call.weights()
+    dtype = call.input.dtype if place == "cpu" and _GRU.fullmatch(call.cell) else torch.get_autocast_dtype(place)
+    if packed is not None and any(t is not None and t.dtype not in (dtype, torch.float64) for t in weights):
+        raise RuntimeError(f"weight_dtype: expected None where autocast makes the weights {dtype}, got {packed.weight_dtype}")
+
+    def cast(t: Any) -> Any:
+        return t if t is None or t.dtype == torch.float64 or not t.is_floating_point() else t.to(dtype)
+
+    states = None if call.states is None else [cast(t) for t in call.states]
+    given, resets = [cast(t) for t in call.given], [cast(t) for t in call.reset_states]
+    ih, hh, bias_ih, bias_hh, hr, v = [cast(w) for w in weights]
+    call = call.changed(input=cast(call.input), states=states, given=given, reset_states=resets)
+    return call.changed(weight_ih=ih, weight_hh=hh, bias_ih=bias_ih, bias_hh=bias_hh, weight_hr=hr, weight_v=v)
 
 
 def sequence(
@@ -232,37 +247,91 @@ def sequence(
     (torch.Size([5, 2, 4]), True)
     """
     weights = Weights(weight_ih, weight_hh, bias_ih, bias_hh, weight_hr, weight_v)
+    rows = Rows(batch_sizes, lengths, reset_mask, units)
+    call = Call(cell, input, states, *weights, *rows, given, reset_states or (), module, reverse, engine, recompute, return_states)
+    return run(call, packed)
+
+
+def run(call: Call, packed: Packed | None = None) -> tuple[Tensor, ...]:
+    """:func:`sequence` of its arguments as one value."""
+    found = _begun(call, packed)
+    return found.finished() if isinstance(found, _Eager) else found
+
+
+def pair(calls: Seq[Call], packed: Seq[Packed | None] = (None, None)) -> Seq[tuple[Tensor, ...]]:
+    """Two calls of :func:`sequence` of the same sizes that do not depend on each other, side by side on a thread each where that is sooner
+    done. The bits are the same either way.
+    """
+    begun = [_begun(call, place) for call, place in zip(calls, packed, strict=True)]
+    first, second = begun
+    if not (isinstance(first, _Eager) and isinstance(second, _Eager) and first.gains(second)):
+        return [one.finished() if isinstance(one, _Eager) else one for one in begun]
+    if not first.needs_grad:
+        with cpu.side_by_side():
+            return first.finished(), second.finished()
+    parts = (first.s, first.call.rows(), len(first.tensors)), (second.s, second.call.rows())
+    results = Both.apply(*parts, *first.tensors, *second.tensors)  # type: ignore[no-untyped-call]
+    count = len(results) // 2
+    return first.shaped(results[:count]), second.shaped(results[count:])
+
+
+class _Eager(NamedTuple):
+    """A call that is checked and ready for kernels, in eager mode outside of transforms."""
+
+    s: Sizes
+    call: Call
+    tensors: list[Any]  # input, weights, states, given, resets, without lists' own brackets
+    needs_grad: bool
+    packed: Packed | None
+
+    def gains(self, other: _Eager) -> bool:
+        """Whether the two are sooner done side by side."""
+        s, input = self.s, self.call.input
+        same = s._replace(reverse=other.s.reverse) == other.s and self.needs_grad == other.needs_grad
+        if s.engine != "cpu" or not same or input.dtype != other.call.input.dtype:
+            return False
+        return cpu.gains_side_by_side(s, input.dtype, input.shape[-1], self.needs_grad)
+
+    def finished(self) -> tuple[Tensor, ...]:
+        s, input, tensors = self.s, self.call.input, self.tensors
+        if self.needs_grad:
+            return self.shaped(Sequence.apply(s, self.call.rows(), *tensors))  # type: ignore[no-untyped-call]
+        dense_states, dense_resets = parted(tensors[1 + _COUNT :], s.resets)
+        dense_states, dense_given = parted(dense_states, s.given)
+        dense = Weights(*tensors[1 : 1 + _COUNT])
+        arguments = (False, input, dense_states, dense, self.call.rows(), dense_given, dense_resets)
+        if self.packed is None:
+            output, final, _, history = RUNS[s.engine].forward(s, *arguments)
+        else:
+            s = s._replace(weight_type=weight_type(self.packed.weight_dtype, input.dtype), keeps=True)
+            output, final, _, history = cpu.forward(s, *arguments, self.packed)
+        return _shaped((output, *final, *history), len(final), input)
+
+    def shaped(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return _shaped(results, len(self.s.cell.states), self.call.input) if self.call.return_states else results
+
+
+def _begun(call: Call, packed: Packed | None) -> _Eager | tuple[Tensor, ...]:
+    """The call as far as it goes without kernels of its own: ready for them, or, by another way, done."""
+    input, weights, engine, transformed = call.input, call.weights(), call.engine, is_transformed()
     if packed is not None:
-        check_packed(packed.weight_dtype, engine, input.device, is_transformed())
+        check_packed(packed.weight_dtype, engine, input.device, transformed)
     place = input.device.type
     if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
-        # As torch.nn, whose GRU keeps the input's dtype on a CPU.
-        dtype = input.dtype if place == "cpu" and _GRU.fullmatch(cell) else torch.get_autocast_dtype(place)
-        if packed is not None and any(t is not None and t.dtype not in (dtype, torch.float64) for t in weights):
-            raise RuntimeError(f"weight_dtype: expected None where autocast makes the weights {dtype}, got {packed.weight_dtype}")
-        input, *cast = (_autocast(t, dtype) for t in (input, *weights))
-        given = [_autocast(t, dtype) for t in given]
-        weights = Weights(*cast)
-        states = None if states is None else [_autocast(state, dtype) for state in states]
-        reset_states = None if reset_states is None else [_autocast(state, dtype) for state in reset_states]
-    if return_states and engine == "torch" and cell in CELLS and len(CELLS[cell].states) > 1:
+        call = _autocast(call, packed)
+        input, weights = call.input, call.weights()
+    if call.return_states and engine == "torch" and call.cell in CELLS and len(CELLS[call.cell].states) > 1:
         raise RuntimeError("return_states: torch.nn's functions do not give them; choose another engine")
-    if engine == "torch" or (
-        engine == "auto" and input.is_cuda and not return_states and _torch_is_faster(cell, input, weights, batch_sizes, reverse)
-    ):
-        call = Call(cell, input, states, *weights, batch_sizes, lengths, reset_mask, units, given, reverse=reverse, engine="torch")
-        s = checked(call, not torch.compiler.is_compiling())
-        theirs: tuple[Tensor, ...] = peer.run(s, input, states, weights, batch_sizes)
+    if engine == "torch" or (engine == "auto" and input.is_cuda and not call.return_states and _torch_is_faster(call)):
+        s = checked(call.changed(engine="torch"), not torch.compiler.is_compiling())
+        theirs: tuple[Tensor, ...] = peer.run(s, input, call.states, weights, call.batch_sizes)
         return theirs
-    if reset_mask is not None and not reverse:
-        states = _first_states(cell, input, states, weights, lengths, reset_mask, reset_states)
-    resets = reset_states or ()
-    transformed = is_transformed()
+    if call.reset_mask is not None and not call.reverse:
+        call = call.changed(states=_first_states(call))
     if engine == "traced" or transformed:
-        rows = (batch_sizes, lengths, reset_mask, units)
-        call = Call(cell, input, states, *weights, *rows, given, resets, module, reverse, engine, False, return_states, True)
+        call = call.changed(recompute=False, training=True)
         return _by_rules(call) if engine != "traced" and (not is_forward_mode() or _has_tangents(call)) else _traced(call)
-    tensors: list[Any] = [input, *weights, *(states or ()), *given, *resets]
+    tensors: list[Any] = [input, *weights, *(call.states or ()), *call.given, *call.reset_states]
     plain, needs_grad = not (torch.compiler.is_compiling() or torch._C._is_tracing() or input.is_meta), False
     for i, t in enumerate(tensors):
         if t is not None:
@@ -272,46 +341,14 @@ def sequence(
                 tensors[i] = t.contiguous()
     # A traced graph is run with and without gradients.
     needs_grad = needs_grad and (torch.is_grad_enabled() or torch._C._is_tracing())
-    call = Call(
-        cell,
-        input,
-        states,
-        *weights,
-        batch_sizes,
-        lengths,
-        reset_mask,
-        units,
-        given,
-        resets,
-        module,
-        reverse,
-        engine,
-        recompute,
-        return_states,
-        needs_grad,
-    )
+    call = call.changed(training=needs_grad)
     if packed is not None:
         check_packed(packed.weight_dtype, engine, input.device, training=needs_grad, plain=plain)
-    if not plain:
-        return _traceable(call)
-    s = checked(call, True)
-    if needs_grad:
-        result: tuple[Tensor, ...] = Sequence.apply(s, call.rows(), *tensors)  # type: ignore[no-untyped-call]
-        return _shaped(result, len(s.cell.states), input) if return_states else result
-    dense = Weights(*tensors[1 : 1 + _COUNT])
-    dense_states, dense_resets = parted(tensors[1 + _COUNT :], s.resets)
-    dense_states, dense_given = parted(dense_states, s.given)
-    arguments = (False, input, dense_states, dense, call.rows(), dense_given, dense_resets)
-    if packed is None:
-        output, final, _, history = RUNS[s.engine].forward(s, *arguments)
-    else:
-        s = s._replace(weight_type=weight_type(packed.weight_dtype, input.dtype), keeps=True)
-        output, final, _, history = cpu.forward(s, *arguments, packed)
-    return _shaped((output, *final, *history), len(final), input)
+    return _Eager(checked(call, True), call, tensors, needs_grad, packed) if plain else _traceable(call)
 
 
 def _traced(call: Call) -> tuple[Tensor, ...]:
-    s = checked(call._replace(engine="traced"), not torch.compiler.is_compiling(), not any(map(is_batched, call.rows())))
+    s = checked(call.changed(engine="traced"), not torch.compiler.is_compiling(), not any(map(is_batched, call.rows())))
     results = traced.run(s, call.input, call.states, call.weights(), call.rows(), call.given, call.reset_states)
     n = len(s.cell.states)
     return _shaped(results if s.returns else results[: 1 + n], n, call.input)
@@ -331,28 +368,22 @@ def _by_rules(call: Call) -> tuple[Tensor, ...]:
     return _shaped([output, *rest[:n], *(rest[n + 1 : 2 * n] if s.returns else ())], n, call.input)
 
 
-def _first_states(
-    cell: str,
-    input: Tensor,
-    states: Seq[Tensor] | None,
-    weights: Weights,
-    lengths: Tensor | None,
-    reset_mask: Tensor,
-    reset_states: Seq[Tensor] | None,
-) -> list[Tensor]:
+def _first_states(call: Call) -> list[Tensor] | None:
     """The states of the first step, which may be marked too."""
-    if cell not in CELLS or input.dim() != 3 or reset_mask.shape != input.shape[:2] or input.shape[0] == 0:
-        return list(states or ())  # what is wrong with it is said elsewhere
-    spec = CELLS[cell]
-    if reset_states is not None:
-        check_reset_states(spec, reset_states, widths(cell, *weights), input)
-    if states is not None and len(states) != len(spec.states):
-        return list(states)
-    marked = reset_mask[0] if lengths is None else reset_mask[0] & (lengths > 0)
-    given = states or _zeros(cell, input, None, weights)
-    if reset_states is None:
+    input, mask, lengths = call.input, call.reset_mask, call.lengths
+    assert mask is not None
+    if call.cell not in CELLS or input.dim() != 3 or mask.shape != input.shape[:2] or input.shape[0] == 0:
+        return list(call.states or ())  # what is wrong with it is said elsewhere
+    spec, resets = CELLS[call.cell], call.reset_states
+    if resets:
+        check_reset_states(spec, resets, widths(call.cell, *call.weights()), input)
+    if call.states is not None and len(call.states) != len(spec.states):
+        return list(call.states)
+    marked = mask[0] if lengths is None else mask[0] & (lengths > 0)
+    given = call.states or _zeros(call.cell, input, None, call.weights())
+    if not resets:
         return [state.masked_fill(marked.unsqueeze(1), 0) for state in given]
-    pairs = zip(given, reset_states, strict=True)
+    pairs = zip(given, resets, strict=True)
     return [torch.where(marked.unsqueeze(1), reset[0] if reset.dim() == 3 else reset, state) for state, reset in pairs]
 
 
@@ -374,17 +405,18 @@ def _shaped(results: Seq[Tensor], count: int, input: Tensor) -> tuple[Tensor, ..
     return (*results[: 1 + count], *(t.view(*input.shape[:-1], t.shape[-1]) for t in results[1 + count :]))
 
 
-def _torch_is_faster(cell: str, input: Tensor, weights: Weights, batch_sizes: Tensor | None, reverse: bool) -> bool:
-    if cell not in CELLS or batch_sizes is not None or input.dim() != 3 or torch.compiler.is_compiling() or weights.ih is None:
+def _torch_is_faster(call: Call) -> bool:
+    cell, input, ih = call.cell, call.input, call.weight_ih
+    if cell not in CELLS or call.batch_sizes is not None or input.dim() != 3 or torch.compiler.is_compiling() or ih is None:
         return False  # what is wrong with it is said elsewhere
-    H = weights.ih.shape[0] // CELLS[cell].input_gates
-    return peer.is_faster(Sizes(CELLS[cell], reverse, input.shape[0], input.shape[1], H, H), input.dtype, input.device)
+    H = ih.shape[0] // CELLS[cell].input_gates
+    return peer.is_faster(Sizes(CELLS[cell], call.reverse, input.shape[0], input.shape[1], H, H), input.dtype, input.device)
 
 
 def _traceable(call: Call) -> tuple[Tensor, ...]:
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
     if call.states is None:
-        call = Call(call.cell, call.input, _zeros(call.cell, call.input, call.batch_sizes, call.weights()), *call[3:])
+        call = call.changed(states=_zeros(call.cell, call.input, call.batch_sizes, call.weights()))
     s = checked(call, False)
     results: list[Tensor] = torch.ops.rnnkernels.sequence(*call)
     n = len(s.cell.states)

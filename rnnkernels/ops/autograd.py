@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import parts
+from . import cpu, parts
 from .cells import Rows, Sizes, Weights, parted
 from .engines import RUNS
 from .transforms import gradients, is_legacy_batched, is_transformed
@@ -25,6 +27,11 @@ def _last_use() -> bool:
     """Whether this backward is the saved values' last use: then gradients may be written over them."""
     keep_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
     return keep_graph is not None and not keep_graph()
+
+
+def differentiated_again(grads: Iterable[Tensor | None]) -> bool:
+    """Whether gradients have to be made of what can be differentiated or transformed."""
+    return torch.is_grad_enabled() or is_transformed() or any(map(is_legacy_batched, grads))
 
 
 class Sequence(torch.autograd.Function):
@@ -63,7 +70,7 @@ class Sequence(torch.autograd.Function):
         n = len(rest) - len(s.cell.states) + 1 - (s.cell.moments > 0)
         overwrite = ctx.own and _last_use()
         grad_states = [grad_output, *grad_history]
-        if torch.is_grad_enabled() or is_transformed() or any(map(is_legacy_batched, (*grad_states, *grad_final))):
+        if differentiated_again((*grad_states, *grad_final)):
             if ctx.bias_ih is not None and ctx.bias_ih._version != ctx.bias_version:
                 raise RuntimeError("bias_ih: it was changed in place since forward, and a derivative of gradients needs it as it was")
             own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
@@ -89,3 +96,49 @@ class Sequence(torch.autograd.Function):
                 overwrite,
             )
         return (None, None, *grads)
+
+
+class _Half:
+    """What :class:`Sequence` finds in the place of autograd's context where two calls are one."""
+
+    saved_tensors: tuple[Tensor | None, ...]
+    needs_input_grad: tuple[bool, ...]
+
+    def save_for_backward(self, *tensors: Tensor | None) -> None:
+        self.saved_tensors = tensors
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """As the whole has it."""
+
+
+class Both(torch.autograd.Function):
+    """Two calls of :class:`Sequence` for the CPU engine, side by side: ``apply((sizes, rows, tensors), (sizes, rows), *tensors)``, the
+    first's tensors so many, -> the results of both.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, one: tuple[Sizes, Rows, int], other: tuple[Sizes, Rows], *tensors: Any) -> Any:
+        (s, rows, count), halves = one, (_Half(), _Half())
+        with cpu.side_by_side():
+            first = Sequence.forward(halves[0], s, rows, *tensors[:count])
+            results = (*first, *Sequence.forward(halves[1], *other, *tensors[count:]))
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*halves[0].saved_tensors, *halves[1].saved_tensors)
+        ctx.counts = count, len(halves[0].saved_tensors), len(first)
+        for half in halves:
+            del half.saved_tensors
+        ctx.halves = halves
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        (count, saved, results), (one, other) = ctx.counts, ctx.halves
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
+        one.saved_tensors, other.saved_tensors = tensors[:saved], tensors[saved:]
+        one.needs_input_grad, other.needs_input_grad = (False, False, *needs[:count]), (False, False, *needs[count:])
+        again = differentiated_again(grads)
+        with contextlib.nullcontext() if again else cpu.side_by_side():
+            first = Sequence.backward(one, *grads[:results])
+            second = Sequence.backward(other, *grads[results:])
+        del one.saved_tensors, other.saved_tensors
+        return (None, None, *first[2:], *second[2:])

@@ -194,7 +194,8 @@ def _tf32_allowed() -> bool:
         return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool) -> _C.Problem:
+def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int = 0) -> _C.Problem:
+    """For so many threads; 0: torch's."""
     return _C.Problem(
         s.cell.index,
         STORAGE[dtype],
@@ -207,7 +208,7 @@ def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training:
         s.reverse,
         training,
         s.complete,
-        torch.get_num_threads(),
+        threads or torch.get_num_threads(),
         1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and _tf32_allowed() else 0,
         address(rows.lengths),
         address(rows.resets),

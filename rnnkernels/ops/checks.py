@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence as Seq
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -68,6 +68,12 @@ class Call(NamedTuple):
     # No properties: torch.compile of torch 2.5 does not see into those of named tuples, nor into _replace.
     def weights(self) -> Weights:
         return Weights(self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh, self.weight_hr, self.weight_v)
+
+    def changed(self, **fields: Any) -> Call:
+        values: list[Any] = list(self)
+        for name, value in fields.items():
+            values[Call._fields.index(name)] = value
+        return Call(*values)
 
     def rows(self) -> Rows:
         found = (self.batch_sizes, self.lengths, self.reset_mask, self.units)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,24 +37,79 @@ from .cells import (
 from .packed import Packed
 
 
-class Memory(threading.local):
-    """One thread's workspace, kept from call to call: fresh pages cost as much as a short sequence."""
+class _Thread(threading.local):
+    """What one thread of Python's keeps: workspaces, since fresh pages cost as much as a short sequence, and calls that wait for others."""
 
     KEPT = 64 << 20
 
     def __init__(self) -> None:
-        self.buffer = torch.empty(0, dtype=torch.uint8, device="cpu")
+        self.buffers: list[Tensor] = []
+        self.waiting: list[_Waiting] | None = None
+
+    @property
+    def threads(self) -> int:
+        """How many a call may use."""
+        return torch.get_num_threads() if self.waiting is None else 1
 
     def take(self, bytes: int) -> Tensor:
-        if self.buffer.numel() >= bytes:
-            return self.buffer
-        buffer = empty(self.buffer, (bytes,))
+        """A workspace that none of those that wait has."""
+        i = 0 if self.waiting is None else len(self.waiting)
+        if i == len(self.buffers):
+            self.buffers.append(torch.empty(0, dtype=torch.uint8, device="cpu"))
+        if self.buffers[i].numel() >= bytes:
+            return self.buffers[i]
+        buffer = empty(self.buffers[i], (bytes,))
         if bytes <= self.KEPT:
-            self.buffer = buffer
+            self.buffers[i] = buffer
         return buffer
 
+    def run(self, call: _C.Forward | _C.Backward, done: Callable[[], None] | None, *held: Any) -> None:
+        """Now, or once all are there that are to run side by side; ``done`` follows, and until then ``held`` is not let go."""
+        if self.waiting is not None:
+            self.waiting.append(_Waiting(call, done, held))
+            return
+        _run_all([call])
+        if done is not None:
+            done()
 
-memory = Memory()
+
+class _Waiting(NamedTuple):
+    call: _C.Forward | _C.Backward
+    done: Callable[[], None] | None
+    held: tuple[Any, ...]
+
+
+def _run_all(calls: list[Any]) -> None:
+    run: Any = _C.forward if isinstance(calls[0], _C.Forward) else _C.backward
+    run(calls)
+
+
+thread = _Thread()
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[None]:
+    """The forward or the backward calls inside do not depend on each other: they run when the block ends, on a thread each. Their results
+    are not there before.
+    """
+    thread.waiting = []
+    try:
+        yield
+        waiting = thread.waiting
+    finally:
+        thread.waiting = None
+    if waiting:
+        _run_all([w.call for w in waiting])
+    for w in waiting:
+        if w.done is not None:
+            w.done()
+
+
+def gains_side_by_side(s: Sizes, dtype: torch.dtype, input_size: int, training: bool) -> bool:
+    """Whether two such sequences side by side, on a thread each, are sooner done than one after the other with all threads."""
+    if s.recompute or s.given or s.resets or s.module:
+        return False  # what these leave to do is done right after the kernel
+    return _C.gains_apart(problem(s, dtype, input_size, Rows(), training), training)
 
 
 def forward(
@@ -101,12 +159,12 @@ def _run(
     if s.complete:
         assert kept is not None
         _complete(cell, H, kept, tokens, states[0] if states else None, weights)
-    task = problem(s, tokens.dtype, tokens.shape[-1], rows, keeps)
+    task = problem(s, tokens.dtype, tokens.shape[-1], rows, keeps, thread.threads)
     bytes = _C.workspace_bytes(task, False)
-    workspace = memory.take(bytes)
+    workspace = thread.take(bytes)
     count = len(cell.states) - 1
     own, done = (None, None) if packed is None else packed.memory(task, weights)
-    _C.forward(
+    call = _C.Forward(
         task,
         tokens.data_ptr(),
         address(weights.ih),
@@ -128,8 +186,7 @@ def _run(
         address(own),
         done is not None,
     )
-    if done is not None:
-        done()
+    thread.run(call, done, tokens, states, weights, rows, kept, output, final, history, workspace, own)
 
 
 def recompute(
@@ -210,7 +267,7 @@ def backward(
         kept, overwrite = recompute(s, input, states, weights, rows, output, history, given, resets), True
     upstream = [None if g is None else g.contiguous() for g in grad_states]
     finals = [None if g is None else g.contiguous() for g in grad_final]
-    task = problem(s, input.dtype, input.shape[-1], rows, True)
+    task = problem(s, input.dtype, input.shape[-1], rows, True, thread.threads)
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     wanted = needs[1 + len(weights) :]
@@ -221,8 +278,8 @@ def backward(
     grads = [empty(input, shape) if need else None for shape, need in zip(grad_shapes(s, input, weights), needs, strict=False)]
     grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr, grad_v = grads
     bytes = _C.workspace_bytes(task, True)
-    workspace = memory.take(bytes)
-    _C.backward(
+    workspace = thread.take(bytes)
+    call = _C.Backward(
         task,
         kept.data_ptr(),
         gates.data_ptr(),
@@ -248,6 +305,7 @@ def backward(
         place_resets(s, resets),
         [address(g) for g in found],
     )
+    thread.run(call, None, tokens, states, weights, rows, kept, gates, output, history, upstream, finals, initial, grads, workspace, found)
     if s.complete:
         _complete_backward(s, grads, initial, gates, kept, tokens, states, weights, [output.view(tokens.shape[0], s.output), *history])
     of_given = grad_given(s, gates, given, wanted, input.shape[:-1], rows.sizes)
@@ -283,6 +341,8 @@ def _complete_backward(
     x_gates = gates[:, : cell.input_gates * H]
     if grad_x is not None and weights.ih is not None:
         torch.mm(x_gates, weights.ih, out=grad_x.view(x.shape))
+    elif grad_x is not None:
+        grad_x.zero_()
     if grad_ih is not None:
         torch.mm(x_gates.t(), x, out=grad_ih)
     if bias_ih is not None:

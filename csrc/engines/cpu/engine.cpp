@@ -1,6 +1,8 @@
 // The walk over time, forward and backward, for any page.
 #include "engines/cpu/engine.h"
 
+#include "core/apart.h"
+
 #include "engines/cpu/gradients.h"
 #include "engines/cpu/prepared.h"
 
@@ -208,5 +210,21 @@ void backward(const Backward& g, const Page& page) {
     });
   });
 }
+
+namespace {
+
+template <class Call>
+void each_apart(const std::vector<const Call*>& calls, void (*run)(const Call&, const Page&)) {
+  std::vector<const Page*> pages;  // whoever has none says so before there are threads
+  for (const Call* call : calls) pages.push_back(&page_of(call->problem));
+  run_apart(int(calls.size()), [&](int i) { run(*calls[size_t(i)], *pages[size_t(i)]); });
+}
+
+}  // namespace
+
+bool gains_apart(const Problem& p, bool training) { return rnnkernels::gains_apart(machine(current(), p), page_of(p).cell, p, training); }
+
+void forward(const std::vector<const Forward*>& calls) { each_apart<Forward>(calls, forward); }
+void backward(const std::vector<const Backward*>& calls) { each_apart<Backward>(calls, backward); }
 
 }  // namespace rnnkernels::cpu

@@ -38,6 +38,11 @@ Packing packing(const Problem&, const Page&);
 
 void forward(const Forward&, const Page&);
 void backward(const Backward&, const Page&);
+// Several that do not depend on each other, side by side on a thread each.
+void forward(const std::vector<const Forward*>&);
+void backward(const std::vector<const Backward*>&);
+// Whether two such problems are sooner done so, forward or, training, forward and backward.
+bool gains_apart(const Problem&, bool training);
 
 // The yardstick: one stage of one step by plain loops, for rows whose products somebody else has formed: sums [rows][H slots · width] in
 // storage type, null for zero; backward has them for summed_rows rows.

@@ -71,6 +71,17 @@ void run_team(int wanted, const Work& work) {
   work(omp_get_thread_num(), omp_get_num_threads());
 }
 
+// Runs work(i) for i below `count`, which do not depend on each other, on a thread each; a team inside one of them is that thread alone.
+template <class Work>
+void run_apart(int count, const Work& work) {
+  if (count <= 1 || omp_in_parallel() || forked()) {
+    for (int i = 0; i < count; ++i) work(i);
+    return;
+  }
+#pragma omp parallel num_threads(count)
+  for (int i = omp_get_thread_num(); i < count; i += omp_get_num_threads()) work(i);
+}
+
 // For all members of a team, where waiting is rare.
 inline void meet(int members) {
   if (members > 1) {

@@ -1,0 +1,140 @@
+"""Two directions of a layer side by side, on a thread each: the bits of one after the other, for every option that goes with it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnkernels
+from rnnkernels import ops
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def apart(monkeypatch: pytest.MonkeyPatch, gains: bool) -> Iterator[list[int]]:
+    """Whether they run side by side, and how many did."""
+    runs, run_all = [], ops.cpu._run_all
+
+    def counted(calls: list[Any]) -> None:
+        runs.append(len(calls))
+        run_all(calls)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ops.cpu._C, "gains_apart", lambda *_: gains)
+        patch.setattr(ops.cpu, "_run_all", counted)
+        yield runs
+
+
+def results(layer: Any, x: Any, upstream: Tensor | None, **options: Any) -> list[Tensor]:
+    layer.zero_grad()
+    output, final, *states = layer(x, **options)
+    output = output.data if isinstance(output, torch.nn.utils.rnn.PackedSequence) else output
+    finals = final if isinstance(final, tuple) else (final,)
+    found = [output, *finals, *(states[0] if states else ())]
+    if upstream is None:
+        return found
+    grads = torch.autograd.grad(output, [x, *layer.parameters()], upstream, retain_graph=True)
+    again = torch.autograd.grad(output, [x, *layer.parameters()], upstream)
+    assert all(map(torch.equal, grads, again))
+    return [t.detach() for t in (*found, *grads)]
+
+
+LAYERS = {
+    "LSTM": lambda: rnnkernels.LSTM(5, 7, bidirectional=True),
+    "GRU": lambda: rnnkernels.GRU(5, 7, num_layers=2, bidirectional=True, bias=False, dtype=torch.float64),
+    "RNN": lambda: rnnkernels.RNN(5, 7, bidirectional=True, dtype=torch.bfloat16),
+    "projected": lambda: rnnkernels.LSTM(5, 7, bidirectional=True, proj_size=3),
+    "peephole": lambda: rnnkernels.PeepholeLSTM(5, 7, bidirectional=True),
+}
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "inference"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_bits_are_those_of_one_after_the_other(name: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    dtype = layer.weight_ih_l0.dtype
+    lengths, mask = torch.tensor([9, 0, 4]), torch.rand(9, 3) < 0.2
+    for options in ({}, {"lengths": lengths, "reset_mask": mask}, {"return_states": True}):
+        x = torch.randn(9, 3, 5, dtype=dtype, requires_grad=training)
+        upstream = torch.randn(9, 3, 2 * (3 if name == "projected" else 7), dtype=dtype) if training else None
+        with contextlib.nullcontext() if training else torch.no_grad():
+            with apart(monkeypatch, True) as runs:
+                mine = results(layer, x, upstream, **options)
+            with apart(monkeypatch, False) as others:
+                theirs = results(layer, x, upstream, **options)
+        assert set(runs) == {2}
+        assert set(others) == {1}
+        assert all(map(torch.equal, mine, theirs))
+
+
+def test_what_cannot_wait_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(6, 2, 5)
+    recomputing = rnnkernels.LSTM(5, 7, bidirectional=True, recompute=True)
+    zoned = rnnkernels.LSTM(5, 7, bidirectional=True, zoneout=0.1)
+    with apart(monkeypatch, True) as runs:
+        recomputing(x)[0].sum().backward()
+        zoned(x)[0].sum().backward()
+        rnnkernels.GRU(5, 7, bidirectional=True)(x, reset_mask=torch.zeros(6, 2, dtype=torch.bool), reset_state=torch.ones(2, 7))
+        layer = rnnkernels.GRU(5, 7, bidirectional=True)
+        layer.weight_ih_l0_reverse = torch.nn.Parameter(torch.randn(21, 5, dtype=torch.float64))
+        with pytest.raises(RuntimeError, match="dtype"):
+            layer(x)
+    assert set(runs) <= {1, 2}
+    output, _ = rnnkernels.LSTM(5, 7, bidirectional=True)(x)  # an error leaves nobody waiting
+    assert output.isfinite().all()
+
+
+def test_frozen_directions_second_derivatives_and_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = rnnkernels.GRU(5, 7, bidirectional=True).double()
+    x = torch.randn(6, 2, 5, dtype=torch.float64, requires_grad=True)
+
+    def penalty() -> list[Tensor]:
+        (slope,) = torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
+        return list(torch.autograd.grad(slope.pow(2).sum(), [x, *layer.parameters()], materialize_grads=True))
+
+    found = []
+    for gains in (True, False):
+        with apart(monkeypatch, gains), torch.autograd.graph.save_on_cpu():
+            layer.requires_grad_(True)
+            found.append(penalty())
+            for p in (layer.weight_hh_l0_reverse, layer.bias_ih_l0):
+                p.requires_grad_(False)
+            found[-1] += torch.autograd.grad(layer(x)[0].sum(), [layer.weight_hh_l0, layer.weight_ih_l0_reverse])
+            layer.requires_grad_(False)
+            found[-1] += torch.autograd.grad(layer(x.detach().requires_grad_())[1].sum(), [x], allow_unused=True, materialize_grads=True)
+    assert all(map(torch.equal, *found))
+
+
+def test_weights_that_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x = rnnkernels.LSTM(5, 7, bidirectional=True, weight_dtype=torch.bfloat16), torch.randn(6, 2, 5)
+    with torch.no_grad():
+        with apart(monkeypatch, True) as runs:
+            found = [layer(x)[0], layer(x)[0]]
+        layer.flatten_parameters()
+        with apart(monkeypatch, False):
+            expected = layer(x)[0]
+    assert set(runs) == {2}
+    assert all(torch.equal(y, expected) for y in found)
+
+
+def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = rnnkernels.LSTM(2, 3, bidirectional=True).double()
+    x, h, c = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 2, 2), (2, 2, 3), (2, 2, 3)))
+    with apart(monkeypatch, True) as runs:
+        assert torch.autograd.gradcheck(lambda x, h, c, *_: (layer(x, (h, c))[0], *layer(x, (h, c))[1]), (x, h, c, *layer.parameters()))
+    assert set(runs) == {2}
