@@ -38,7 +38,8 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 
 @dataclass(frozen=True)
 class Case:
-    """One layer, one direction, sequences of up to T steps. Training is forward and backward, with gradients of all weights and the input;
+    """One layer, one direction or both, sequences of up to T steps. Training is forward and backward, with gradients of all weights and
+    the input;
     streaming is inference by T calls of a step each, which hand the state on.
     """
 
@@ -51,10 +52,12 @@ class Case:
     H: int
     threads: int
     layout: str = PADDED
+    bidirectional: bool = False
 
     @property
     def id(self) -> str:
         name = f"{self.cell}/{self.direction}/{self.dtype}/T{self.T}/B{self.B}/I{self.I}/H{self.H}/t{self.threads}"
+        name = f"{name}/bidirectional" if self.bidirectional else name
         return name if self.layout == PADDED else f"{name}/{self.layout}"
 
     @property
@@ -121,7 +124,7 @@ class Case:
 
     @property
     def flops(self) -> int:
-        return self.recurrent_flops + self.outside_flops
+        return (self.recurrent_flops + self.outside_flops) * (2 if self.bidirectional else 1)
 
     @property
     def weight_bytes(self) -> int:
@@ -143,7 +146,8 @@ class Case:
 def label(facts: dict[str, Any]) -> str:
     """The cell of a case in a report, and what its batch is where it is not padded, as in older reports all are."""
     layout = facts.get("layout", PADDED)
-    return str(facts["cell"]) if layout == PADDED else f"{facts['cell']} {layout}"
+    name = f"bidirectional {facts['cell']}" if facts.get("bidirectional") else str(facts["cell"])
+    return name if layout == PADDED else f"{name} {layout}"
 
 
 @dataclass(frozen=True)
@@ -156,10 +160,12 @@ class Preset:
     B: Sequence[int]
     H: Sequence[int]
     layouts: Sequence[str] = (PADDED,)
+    bidirectional: bool = False
 
     def cases(self, dtypes: Iterable[str], threads: Iterable[int]) -> list[Case]:
         crossed = product(self.cells, self.layouts, self.passes, dtypes, threads, self.T, self.B, self.H)
-        return [Case(cell, direction, dtype, T, B, H, H, n, layout) for cell, layout, direction, dtype, n, T, B, H in crossed]
+        both = self.bidirectional
+        return [Case(cell, direction, dtype, T, B, H, H, n, layout, both) for cell, layout, direction, dtype, n, T, B, H in crossed]
 
 
 PRESETS = {
@@ -174,6 +180,7 @@ PRESETS = {
     "clockwork": (Preset(("srn_tanh",), PASSES, (100, 1000), (1, 16), (512,), (CLOCKWORK,)),),
     "packed": (Preset(tuple(IN_TORCH), ("inference", "streaming"), (100,), (1, 8), (256, 512, 1024)),),
     "derivatives": (Preset(tuple(IN_TORCH), DERIVATIVES, (100,), (1, 16, 64), (128, 256)),),
+    "bidirectional": (Preset(tuple(IN_TORCH), PASSES, (100,), (1, 8, 32), (64, 128, 256), bidirectional=True),),
     "memory": (Preset(("lstm", "gru"), ("training",), (100, 400), (1, 64), (256,)),),
     "figures": (
         Preset(("lstm",), ("inference",), (100,), (1,), (64, 128, 256, 512, 1024)),

@@ -39,7 +39,7 @@ class Problem:
 
 def make_layer(module: ModuleType, case: Case) -> torch.nn.Module:
     name = {"lstm": "LSTM", "gru": "GRU", "srn": "RNN"}[case.cell]
-    layer: torch.nn.Module = getattr(module, name)(case.I, case.H, dtype=DTYPES[case.dtype])
+    layer: torch.nn.Module = getattr(module, name)(case.I, case.H, bidirectional=case.bidirectional, dtype=DTYPES[case.dtype])
     return layer.train(case.training)
 
 
@@ -50,7 +50,11 @@ def make_problem(case: Case) -> Problem:
             return make_sequence(case)
         weights = {name: value.detach() for name, value in make_layer(torch.nn, case).named_parameters()}
         dtype = DTYPES[case.dtype]
-        return Problem(torch.randn(case.T, case.B, case.I).to(dtype), torch.randn(case.T, case.B, case.H).to(dtype), weights)
+        return Problem(
+            torch.randn(case.T, case.B, case.I).to(dtype),
+            torch.randn(case.T, case.B, case.H * (2 if case.bidirectional else 1)).to(dtype),
+            weights,
+        )
 
 
 def make_sequence(case: Case) -> Problem:
@@ -352,8 +356,8 @@ class OnnxRuntime:
             return f"not installed: {', '.join(missing)}"
         if case.cell not in IN_TORCH:
             return "its recurrent operators are LSTM, GRU and RNN"
-        if case.layout != PADDED:
-            return "its model is of a padded batch"
+        if case.layout != PADDED or case.bidirectional:
+            return "its model is of a padded batch in one direction"
         if case.training or case.direction in DERIVATIVES:
             return "runs inference only"
         if case.direction == "streaming":

@@ -83,8 +83,10 @@ class Roofs:
         )
 
     def floor(self, case: Case) -> Floor | None:
-        """None where the compiled module measures no bandwidth or barrier, and where the least that has to be done is not known."""
-        if case.direction in DERIVATIVES:
+        """None where the compiled module measures no bandwidth or barrier, and where the least that has to be done is not known, or whether
+        two sequences wait for each other.
+        """
+        if case.direction in DERIVATIVES or case.bidirectional:
             return None
         ways = [self.recurrent(case, threads) for threads in {1, case.threads}]
         known = [way for way in ways if way is not None]

@@ -49,7 +49,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    names = "quick grid stream cells compiled inside clockwork packed derivatives memory figures"
+    names = "quick grid stream cells compiled inside clockwork packed derivatives bidirectional memory figures"
     assert set(PRESETS) == set(names.split())
 
 
@@ -82,6 +82,16 @@ def test_a_case_is_checked_and_timed(cell, direction):
     assert found["peers"].keys() == {"torch", "rnnkernels"}
     assert found["speedup"]["torch"]["median"] > 0
     json.dumps(found, allow_nan=False)
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_both_directions_are_checked_and_timed(direction):
+    case = replace(SMALL, cell="lstm", direction=direction, bidirectional=True)
+    found = run_case(case, ["torch", "onnxruntime", "rnnkernels"], 0, roofs.Roofs())
+    assert not found["wrong"]
+    assert found["peers"].keys() == {"torch", "rnnkernels"}
+    assert case.id.endswith("/bidirectional")
+    assert case.flops == 2 * replace(case, bidirectional=False).flops
 
 
 @pytest.mark.parametrize("direction", ["jvp", "penalty"])
