@@ -17,6 +17,7 @@ CTEST := $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
 export RNNKERNELS_STRICT := 1
 # A package is also built as PTX for what is to come, which takes a fifth longer.
 export RNNKERNELS_CUDA_ARCHS ?= 80-real;90a-real
+export RNNKERNELS_CUDA_WARM_ARCHS ?= 90a-real
 
 .NOTPARALLEL:
 .PHONY: demo test bench lint clean build test-cpp test-sanitize test-thread test-python

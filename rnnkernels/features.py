@@ -203,7 +203,7 @@ def shortened(cells: Iterable[str]) -> str:
 
 
 def on_cuda(cells: list[str]) -> str:
-    hot = [name for name in cells if ops.heats()[name] == "HOT"]
+    hot = [name for name in cells if ops.heats()[name] != "COLD"]
     if not hot:
         return "stepwise"
     return "persistent, stepwise" if len(hot) == len(cells) else f"stepwise; persistent: {shortened(hot)}"

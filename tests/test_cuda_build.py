@@ -21,7 +21,7 @@ def compiled(cell: str, arch: str, kind: str, folder: Path, *options: str) -> st
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("no nvcc on this machine: the CUDA kernels are not compiled here")
-    page = re.search(rf"^RNN_CELL\({cell}, (HOT|COLD), (.+)\)$", (ROOT / "csrc/cells/cells.def").read_text(), re.MULTILINE)
+    page = re.search(rf"^RNN_CELL\({cell}, (HOT|WARM|COLD), (.+)\)$", (ROOT / "csrc/cells/cells.def").read_text(), re.MULTILINE)
     assert page
     template = (ROOT / "csrc/engines/cuda/cell.cu.in").read_text()
     source = folder / f"{cell}.cu"

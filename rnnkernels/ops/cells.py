@@ -135,6 +135,9 @@ class Rows(NamedTuple):
         return self.lengths is not None or self.resets is not None or self.units is not None
 
 
+NO_ROWS = Rows()
+
+
 class Sizes(NamedTuple):
     """What backward needs beyond the arguments: sizes, not tensors."""
 
@@ -177,9 +180,8 @@ def parted(tensors: Seq[Any], last: int) -> tuple[list[Any], list[Any]]:
 def empty(like: Tensor, shape: Seq[int]) -> Tensor:
     """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
     t = like.new_empty(shape)
-    bytes = t.numel() * t.element_size()
-    if bytes >= 4 << 20 and t.device.type == "cpu":
-        _C.prefer_large_pages(t.data_ptr(), bytes)
+    if t.nbytes >= 4 << 20 and t.device.type == "cpu":
+        _C.prefer_large_pages(t.data_ptr(), t.nbytes)
     return t
 
 

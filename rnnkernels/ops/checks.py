@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import engines
-from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights
+from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights
 
 __all__ = ["Call", "check_lengths", "check_reset_mask", "check_reset_states", "checked", "expect", "hidden_size"]
 
@@ -77,6 +77,8 @@ class Call(NamedTuple):
 
     def rows(self) -> Rows:
         found = (self.batch_sizes, self.lengths, self.reset_mask, self.units)
+        if self.batch_sizes is self.lengths is self.reset_mask is self.units is None:
+            return NO_ROWS
         return Rows(*(None if t is None else t.contiguous() for t in found))
 
 
@@ -135,7 +137,8 @@ def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
         expect("bias_ih", bias_ih, (spec.input_gates * H,), input)
     if bias_hh is not None:
         expect("bias_hh", bias_hh, (spec.biased * H,), input)
-    _check_given(spec, given, H, B, input)
+    if given or spec.given:
+        _check_given(spec, given, H, B, input)
     rows = call.rows()
     if rows.cut():
         _check_cuts(spec, call, T, B, H, P, concrete and values)
@@ -153,7 +156,10 @@ def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
         cut=rows.cut(),
         module=call.module,
     )
-    return sizes._replace(engine=engines.choose(call.engine, sizes, input.dtype, input.shape[-1], input.device)[0]) if concrete else sizes
+    if not concrete:
+        return sizes
+    engine, _ = engines.choose(call.engine, sizes, input.dtype, input.shape[-1], input.device)
+    return sizes if engine == sizes.engine else sizes._replace(engine=engine)
 
 
 def check_lengths(lengths: Tensor, T: int, B: int, concrete: bool = True) -> None:

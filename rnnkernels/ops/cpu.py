@@ -127,14 +127,15 @@ def forward(
     for training, moments of a cell that has them.
     """
     H, P = s.hidden, s.output
-    tokens = input.flatten(0, -2).contiguous()
+    tokens = input.contiguous()
+    N = tokens.shape[0] * s.batch if rows.sizes is None else tokens.shape[0]
     keeps = training and not s.recompute
-    kept = new_kept(s, input, tokens.shape[0]) if keeps or s.complete else None
+    kept = new_kept(s, input, N) if keeps or s.complete else None
     output = empty(input, (*input.shape[:-1], P))
     final = [input.new_empty(s.batch, H if i else P) for i in range(len(s.cell.states))]
-    history = [empty(input, (tokens.shape[0], H)) for _ in s.cell.states[1:]] if training or s.returns else []
+    history = [empty(input, (N, H)) for _ in s.cell.states[1:]] if training or s.returns else []
     if training:
-        history += new_moments(s, input, tokens.shape[0])
+        history += new_moments(s, input, N)
     places = place_given(s, given, input.shape[:-1])
     _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, places, place_resets(s, resets), packed)
     return output, final, kept if keeps else None, history
@@ -143,7 +144,7 @@ def forward(
 def _run(
     s: Sizes,
     keeps: bool,
-    tokens: Tensor,
+    tokens: Tensor,  # dense, of any shape
     states: Seq[Tensor],
     weights: Weights,
     rows: Rows,
@@ -158,7 +159,7 @@ def _run(
     cell, H = s.cell, s.hidden
     if s.complete:
         assert kept is not None
-        _complete(cell, H, kept, tokens, states[0] if states else None, weights)
+        _complete(cell, H, kept, tokens.flatten(0, -2), states[0] if states else None, weights)
     task = problem(s, tokens.dtype, tokens.shape[-1], rows, keeps, thread.threads)
     bytes = _C.workspace_bytes(task, False)
     workspace = thread.take(bytes)
@@ -262,7 +263,7 @@ def backward(
 ) -> tuple[list[Tensor | None], Tensor]:
     """Gradients in the order of `needs`, and those of all slots, ``[N, room · H]``; past a row's end anything."""
     cell, H = s.cell, s.hidden
-    tokens = input.flatten(0, -2).contiguous()
+    tokens = input.contiguous()
     if kept is None:
         kept, overwrite = recompute(s, input, states, weights, rows, output, history, given, resets), True
     upstream = [None if g is None else g.contiguous() for g in grad_states]
@@ -307,7 +308,8 @@ def backward(
     )
     thread.run(call, None, tokens, states, weights, rows, kept, gates, output, history, upstream, finals, initial, grads, workspace, found)
     if s.complete:
-        _complete_backward(s, grads, initial, gates, kept, tokens, states, weights, [output.view(tokens.shape[0], s.output), *history])
+        after = [output.flatten(0, -2), *history]
+        _complete_backward(s, grads, initial, gates, kept, tokens.flatten(0, -2), states, weights, after)
     of_given = grad_given(s, gates, given, wanted, input.shape[:-1], rows.sizes)
     return [*grads, *initial, *of_given, *grad_resets(resets, found, rows.resets)], gates
 

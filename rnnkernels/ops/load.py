@@ -24,7 +24,7 @@ from .. import _C
 from .cells import CELLS, add_cell
 
 _INCLUDE = Path(_C.__file__).parent / "include"
-_LINE = re.compile(r"^\s*RNN_CELL\s*\(\s*(\w+)\s*,\s*(HOT|COLD)\s*,", re.MULTILINE)
+_LINE = re.compile(r"^\s*RNN_CELL\s*\(\s*(\w+)\s*,\s*(HOT|WARM|COLD)\s*,", re.MULTILINE)
 _libraries: list[Any] = []  # they stay: layers may run them to the end
 _sources: dict[str, str] = {}
 _isas: dict[str, set[str]] = {}  # for which each was compiled
@@ -144,7 +144,7 @@ def is_modified(cell: str) -> bool:
 
 @functools.cache
 def heats() -> dict[str, str]:
-    """The cells of cells.def, each HOT (the persistent CUDA engine is compiled for it) or COLD."""
+    """The cells of cells.def, each HOT or WARM (the persistent CUDA engine is compiled for it) or COLD."""
     return dict(_LINE.findall((_INCLUDE / "cells" / "cells.def").read_text(encoding="utf-8")))
 
 

@@ -138,7 +138,7 @@ std::string fits(const Problem& p, bool backward, int index) {
   if (!find(p.cell)) return std::string("the cell ") + cell.name + " was loaded without kernels for a GPU";
   const PersistentKernels& kernels = kernels_of(p);
   if (!kernels_of(p.cell).persistent[int(Storage::F32)].forward)
-    return std::string("the persistent engine is not compiled for ") + cell.name + ", which is not among the hot cells of cells.def";
+    return std::string("the persistent engine is not compiled for ") + cell.name + ", which cells.def calls COLD";
   if (!kernels.forward) return "the persistent engine computes in float32: float64 runs stepwise";
   if (p.steps >= int64_t(1) << 32) return "the persistent engine counts steps in 32 bits";
   const Use device_of_call(index);

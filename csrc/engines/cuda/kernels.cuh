@@ -279,12 +279,12 @@ constexpr StepKernels step_kernels() {
 }
 
 // As cells.def has it.
-enum class Heat { COLD, HOT };
+enum class Heat { COLD, WARM, HOT };
 
 template <Heat heat, class Cell>
 constexpr CellKernels cell_kernels() {
   CellKernels k{};
-  if constexpr (heat == Heat::HOT) {
+  if constexpr (heat != Heat::COLD) {
     static_assert(
         InfoOf<Cell>::value.given_slots() == 0 && InfoOf<Cell>::value.writer == 0 && InfoOf<Cell>::value.moments() == 0,
         "the persistent engine has no given slots, no sums over a row, and its first stage writes all states but one: make it COLD");
