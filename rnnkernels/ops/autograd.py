@@ -60,6 +60,8 @@ class Sequence(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> Any:
         s: Sizes = ctx.sizes
+        if all(grad is None for grad in (grad_output, *others)):  # as after a second derivative, which reads the output's values alone
+            return (None,) * len(ctx.needs_input_grad)
         grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
         input, *saved = ctx.saved_tensors
         weights, rows = Weights(*saved[:_COUNT]), Rows(*saved[_COUNT : _COUNT + len(Rows._fields)])

@@ -34,8 +34,8 @@ def is_faster(s: Sizes, dtype: torch.dtype, device: torch.device) -> bool:
 
 
 def differentiates_sooner(s: Sizes, dtype: torch.dtype, device: torch.device) -> bool:
-    """Where second derivatives outside of transforms, of which it knows only some, are better left to torch's function, which takes fewer
-    operations for a step than the page followed by torch: not where it would round between them.
+    """Where second derivatives of a cell that has none for its tangents, outside of transforms, of which it knows only some, are better
+    left to torch's function, which takes fewer operations for a step than the page followed by torch: not where it would round between.
     """
     exact = dtype in (torch.float32, torch.float64) and device.type == "cpu"
     return s.cell.name in _FUNCTIONS and exact and not s.cut and s.steps > 0 and s.batch > 0

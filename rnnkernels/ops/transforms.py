@@ -134,6 +134,8 @@ class Forward(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
         s: Sizes = ctx.sizes
+        if all(grad is None for grad in grads):
+            return (None,) * len(ctx.needs_input_grad)
         n = len(s.cell.states)
         flat, made = parted(ctx.saved_tensors, _made(s))
         of_histories = grads[n + 2 : n + 2 + _histories(s)]
