@@ -1,7 +1,7 @@
 // The plan as a pure function, over thousands of problems: every unit and row has one owner, limits are kept, nothing in the workspace
 // overlaps.
-#include "core/apart.h"
 #include "core/plan.h"
+#include "core/apart.h"
 #include "core/tiling.h"
 
 #include <algorithm>

@@ -6,10 +6,12 @@
 
 namespace rnnkernels::cpu {
 
-// All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once.
+// All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once. Meanwhile a
+// tile that is tall enough to have time for it asks for memory that will be wanted next, a line for each k.
 template <class V, class W, int vectors, int rows>
-void product(const void* const* operand, const void* panel, int64_t depth, void* sums) {
+void product(const void* const* operand, const void* panel, int64_t depth, void* sums, const void* ahead) {
   using T = typename V::element;
+  const char* const next = static_cast<const char*>(ahead ? ahead : panel);
   const T* a[rows];
   for (int r = 0; r < rows; ++r) a[r] = static_cast<const T*>(operand[r]);
   constexpr bool scaled = sizeof(W) == 1;
@@ -22,6 +24,7 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
     for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
 #pragma GCC unroll 2
   for (int64_t k = 0; k < depth; ++k, w += vectors * V::lanes) {
+    if constexpr (rows >= 4 && V::lanes >= 8) __builtin_prefetch(next + k * 64, 0, 2);
     V column[vectors];
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) column[v] = V::load(w + v * V::lanes);

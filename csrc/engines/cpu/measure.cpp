@@ -22,7 +22,7 @@ double measure_bandwidth(int64_t bytes, int threads) {
     const void* rows[] = {row.data()};
     alignas(64) float sums[kMaxVectorsPerPanel * 16];
     const auto aligned = reinterpret_cast<const float*>((reinterpret_cast<uintptr_t>(panel.data()) + 63) / 64 * 64);
-    auto pass = [&] { ops.product[0][vectors - 1][0](rows, aligned, depth, sums); };
+    auto pass = [&] { ops.product[0][vectors - 1][0](rows, aligned, depth, sums, nullptr); };
     pass();
     meet(members);
     const auto start = std::chrono::steady_clock::now();

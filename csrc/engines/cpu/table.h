@@ -23,8 +23,9 @@ struct RowSet {
 
 struct NumberOps {
   int lanes, registers;
-  // sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order
-  using Product = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums);
+  // sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order. ahead: `depth` lines of memory that
+  // had better be in L2 soon, or null.
+  using Product = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums, const void* ahead);
   Product product[kWeightTypes][kMaxVectorsPerPanel][kMaxTileRows];  // by what the panel is made of
   // A panel of numbers [depth][width] made narrower.
   void (*narrow[kWeightTypes])(const void* numbers, int64_t depth, int64_t width, void* packed);

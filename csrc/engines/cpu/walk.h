@@ -9,6 +9,7 @@
 #include <utility>
 #include <vector>
 
+#include "engines/cpu/ahead.h"
 #include "engines/cpu/table.h"
 #include "engines/cpu/team.h"
 
@@ -244,13 +245,16 @@ class Walk {
     const int64_t count = last - first, tiles = ceil_div(count, tile_rows(m, vectors));
     const int64_t bytes = panel_bytes(m, product, blocks);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    const Ahead ahead(m, end - begin, bytes);
     for (int64_t panel = begin; panel < end; ++panel)
       for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t row = first + split(count, tiles, tile);
         const int n = int(first + split(count, tiles, tile + 1) - row);
         const void* operands[kMaxTileRows];
         for (int r = 0; r < n; ++r) operands[r] = operand(row + r);
-        ops.product[int(product.type)][vectors - 1][n - 1](operands, at(packed, panel * bytes), depth(row), sums);
+        const void* const next = panel + 1 < end ? at(packed, (panel + 1) * bytes) : nullptr;
+        ops.product[int(product.type)][vectors - 1][n - 1](operands, at(packed, panel * bytes), depth(row), sums,
+                                                           ahead.lines(next, tile, product.depth));
         take(row, n, panel * blocks * m.lanes, sums);
       }
   }
@@ -280,19 +284,23 @@ class Walk {
     const int64_t bytes = panel_bytes(m, product, blocks);
     multiply = multiply && product.depth;
     bool fetched = me.unit_groups == 1;
+    const Ahead ahead(m, own.count, bytes);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
     for (int64_t i = 0; i < own.count; ++i) {
       const int64_t panel = own[backwards ? own.count - 1 - i : i], unit = panel * blocks * m.lanes;
       if (unit >= units) continue;
       const Depth reads = multiply ? depth(unit) : Depth{0, 0};
-      const void* const packed = at(workspace, memory.packed[s] + panel * bytes + reads.begin * vectors * m.lanes * number_bytes);
+      const void* const first = at(workspace, memory.packed[s] + reads.begin * vectors * m.lanes * number_bytes);
+      const void *const packed = at(first, panel * bytes), *next = nullptr;
+      if (i + 1 < own.count) next = at(first, own[backwards ? own.count - 2 - i : i + 1] * bytes);
       for (int64_t tile = 0; tile < tile_count; ++tile) {
         const RowSet set = mine.some(split(mine.count, tile_count, tile), split(mine.count, tile_count, tile + 1));
         if (reads.begin < reads.end) {
           const void* operands[kMaxTileRows];
           for (int r = 0; r < set.count; ++r) operands[r] = at(operand(set[r]), reads.begin * number_bytes);
           if (!fetched) fetch(operands, set.count, reads.end - reads.begin);
-          ops.product[int(product.type)][vectors - 1][set.count - 1](operands, packed, reads.end - reads.begin, sums);
+          const int64_t length = reads.end - reads.begin;
+          ops.product[int(product.type)][vectors - 1][set.count - 1](operands, packed, length, sums, ahead.lines(next, tile, length));
         }
         pointwise(set, unit, reads.begin < reads.end ? sums : nullptr);
       }
