@@ -11,7 +11,7 @@ PIP := $(BIN)/pip install --quiet --disable-pip-version-check --constraint const
 CMAKE := $(BIN)/cmake -G Ninja -DCMAKE_MAKE_PROGRAM=$(BIN)/ninja -DPython_EXECUTABLE=$(BIN)/python --log-level=WARNING
 # The baseline's kernels alone: the sanitizers do not see into vector instructions, and each instruction set takes them minutes.
 CHECKED := -DRNNKERNELS_X86=OFF -DRNNKERNELS_TESTS=ON -DRNNKERNELS_PYTHON=OFF -DRNNKERNELS_CUDA=0
-CTEST := $(BIN)/ctest --output-on-failure --no-tests=error --test-dir
+CTEST := $(BIN)/ctest --parallel 2 --output-on-failure --no-tests=error --test-dir
 
 # Kernels that spill do not build.
 export RNNKERNELS_STRICT := 1
