@@ -208,9 +208,10 @@ def thresholds(spec: ops.Cell, H: int, dtype: torch.dtype, draw: torch.Generator
 def given(spec: ops.Cell, family: Family, rows: tuple[int, ...], draw: torch.Generator) -> dict[str, Tensor]:
     """What the caller gives: zoneout for each token, a mask for each row. Numbers between 0 and 1 find more than zeros and ones."""
     found = {}
-    for name, *_, mask in (spec.slots[i] for i in spec.given):
+    for i in spec.given:
+        name, *_, mask = spec.slots[i]
         shape = (family.B, family.H) if name == "dropout" else (*rows, family.H)
-        found[name] = (torch.rand if mask else torch.randn)(shape, generator=draw, dtype=torch.float64)
+        found[f"{name} {i}" if name in found else name] = (torch.rand if mask else torch.randn)(shape, generator=draw, dtype=torch.float64)
     return found
 
 

@@ -120,3 +120,8 @@ def test_info_says_what_a_gpu_lacks(cuda: Any, says: str) -> None:
     from rnnkernels.__main__ import gpu
 
     assert gpu(cuda).startswith(says)
+
+
+def test_verify_gives_a_cell_all_of_its_numbers(capsys):
+    assert main(["verify", "--quick", "--cell", "srn_tanh_tangent", "--dtype", "float32", "--isa", "scalar"]) == 0
+    assert "hold" in capsys.readouterr().out
