@@ -39,8 +39,7 @@ DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.
 @dataclass(frozen=True)
 class Case:
     """One layer, one direction or both, sequences of up to T steps. Training is forward and backward, with gradients of all weights and
-    the input;
-    streaming is inference by T calls of a step each, which hand the state on.
+    the input; streaming is inference by T calls of a step each, which hand the state on.
     """
 
     cell: str

@@ -107,9 +107,9 @@ def stack(
             count = len(ops.CELLS[cell].states)
             finals.append([*rest[:count], output, *rest[count:]] if return_states else rest)
             if return_states == "gates":
-                call, after, replacing = calls[k - start], [output, *rest[count:]], None if cut is None else cut.resets_of(k)
+                call, after = calls[k - start], [output, *rest[count:]]
                 of_call = (cell, call.input, call.states, call.weights(), after, batch_sizes, call.reverse)
-                finals[-1] += gates.of_sequence(*of_call, cut, replacing)
+                finals[-1] += gates.of_sequence(*of_call, cut, call.reset_states or None)
         input = torch.cat(outputs, dim=-1) if bidirectional else output
     if len(finals) == 1:
         return input, *[state.unsqueeze(0) for state in finals[0]]

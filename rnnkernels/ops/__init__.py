@@ -266,7 +266,7 @@ def pair(calls: Seq[Call], packed: Seq[Packed | None] = (None, None)) -> Seq[tup
     first, second = begun
     if not (isinstance(first, _Eager) and isinstance(second, _Eager) and first.gains(second)):
         return [one.finished() if isinstance(one, _Eager) else one for one in begun]
-    if not first.needs_grad:
+    if not first.call.training:
         with cpu.side_by_side():
             return first.finished(), second.finished()
     parts = (first.s, first.call.rows(), len(first.tensors)), (second.s, second.call.rows())
@@ -281,20 +281,19 @@ class _Eager(NamedTuple):
     s: Sizes
     call: Call
     tensors: list[Any]  # input, weights, states, given, resets, without lists' own brackets
-    needs_grad: bool
     packed: Packed | None
 
     def gains(self, other: _Eager) -> bool:
         """Whether the two are sooner done side by side."""
         s, input = self.s, self.call.input
-        same = s._replace(reverse=other.s.reverse) == other.s and self.needs_grad == other.needs_grad
+        same = s._replace(reverse=other.s.reverse) == other.s and self.call.training == other.call.training
         if s.engine != "cpu" or not same or input.dtype != other.call.input.dtype:
             return False
-        return cpu.gains_side_by_side(s, input.dtype, input.shape[-1], self.needs_grad)
+        return cpu.gains_side_by_side(s, input.dtype, input.shape[-1], self.call.training)
 
     def finished(self) -> tuple[Tensor, ...]:
         s, input, tensors = self.s, self.call.input, self.tensors
-        if self.needs_grad:
+        if self.call.training:
             return self.shaped(Sequence.apply(s, self.call.rows(), *tensors))  # type: ignore[no-untyped-call]
         dense_states, dense_resets = parted(tensors[1 + _COUNT :], s.resets)
         dense_states, dense_given = parted(dense_states, s.given)
@@ -344,7 +343,7 @@ def _begun(call: Call, packed: Packed | None) -> _Eager | tuple[Tensor, ...]:
     call = call.changed(training=needs_grad)
     if packed is not None:
         check_packed(packed.weight_dtype, engine, input.device, training=needs_grad, plain=plain)
-    return _Eager(checked(call, True), call, tensors, needs_grad, packed) if plain else _traceable(call)
+    return _Eager(checked(call, True), call, tensors, packed) if plain else _traceable(call)
 
 
 def _traced(call: Call) -> tuple[Tensor, ...]:
@@ -356,7 +355,7 @@ def _traced(call: Call) -> tuple[Tensor, ...]:
 
 def _has_tangents(call: Call) -> bool:
     """Whether forward-mode derivatives are the kernels' too."""
-    return call.cell in CELLS and tangents.cell_of(Sizes(CELLS[call.cell], False, 0, 0, 0, 0, module=call.module)) is not None
+    return call.cell in CELLS and tangents.cell_of(CELLS[call.cell], call.module) is not None
 
 
 def _by_rules(call: Call) -> tuple[Tensor, ...]:

@@ -18,14 +18,14 @@ from .cells import CELLS, PERSISTENT, Cell, Sizes, Weights
 __all__ = ["cell_of", "given", "sizes_of"]
 
 
-def cell_of(s: Sizes) -> Cell | None:
+def cell_of(of: Cell, module: int) -> Cell | None:
     """The cell of the tangents, where there is one and all units take part in all steps."""
-    cell = CELLS.get(f"{s.cell.name}_tangent")
-    return cell if cell is not None and cell.page == f"Tangent<{s.cell.page}>" and not s.module else None
+    cell = CELLS.get(f"{of.name}_tangent")
+    return cell if cell is not None and cell.page == f"Tangent<{of.page}>" and not module else None
 
 
 def sizes_of(s: Sizes, given: int, resets: int) -> Sizes:
-    cell = cell_of(s)
+    cell = cell_of(s.cell, s.module)
     assert cell is not None
     return s._replace(cell=cell, engine="stepwise" if s.engine in PERSISTENT else s.engine, recompute=False, given=given, resets=resets)
 

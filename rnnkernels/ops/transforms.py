@@ -480,7 +480,7 @@ def _second(
     # A penalty is often on the input's gradient alone.
     if not chosen or all(d is None for d in directions) or all(v is None for v in upstream):
         return [None] * len(values)
-    by = _by_gradients if tangents.cell_of(s) is None else _by_tangents
+    by = _by_gradients if tangents.cell_of(s.cell, s.module) is None else _by_tangents
     found = dict(zip(chosen, by(s, leaves, upstream, count, directions, chosen), strict=True))
     return [found.get(i) for i in range(len(values))]
 

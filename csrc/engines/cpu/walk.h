@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "engines/cpu/ahead.h"
+#include "core/ahead.h"
 #include "engines/cpu/table.h"
 #include "engines/cpu/team.h"
 

@@ -3,7 +3,7 @@
 
 #include "core/plan.h"
 
-namespace rnnkernels::cpu {
+namespace rnnkernels {
 
 class Ahead {
  public:
@@ -20,4 +20,4 @@ class Ahead {
   int64_t bytes_;
 };
 
-}  // namespace rnnkernels::cpu
+}  // namespace rnnkernels
