@@ -11,6 +11,7 @@ from conftest import ISAS, given_of
 from test_kernels import PLAIN, arguments, oracle, ours, run
 from torch import Tensor
 
+import rnnkernels
 from rnnkernels import ops
 from rnnkernels.ops import engines
 
@@ -99,6 +100,29 @@ def test_bad_input_raises_and_names_what_is_wrong(case: str) -> None:
     change, exception, text = BAD[case]
     with pytest.raises(exception, match=text):
         ops.sequence(**{**good(), **change})
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_what_is_known_of_calls_before_hides_nothing(case: str) -> None:
+    change, exception, text = BAD[case]
+    for states in ({}, {"states": None}):
+        ops.sequence(**{**good(), **states})
+    with pytest.raises(exception, match=text):
+        ops.sequence(**{**good(), **change})
+
+
+@pytest.mark.parametrize(
+    "change", [lambda w: w[:-1], lambda w: w.double(), lambda w: w.t().contiguous().t()], ids=["shape", "dtype", "strides"]
+)
+def test_a_weight_changed_in_place_is_looked_at_again(change: Any) -> None:
+    layer, x = rnnkernels.GRU(5, 5), torch.randn(4, 3, 5)
+    expected, _ = layer(x)
+    layer.weight_hh_l0.data = change(layer.weight_hh_l0.data)
+    if layer.weight_hh_l0.shape == (15, 5) and layer.weight_hh_l0.dtype == torch.float32:
+        assert torch.equal(layer(x)[0], expected)
+    else:
+        with pytest.raises(RuntimeError, match="weight_hh: expected"):
+            layer(x)
 
 
 def test_an_unknown_instruction_set_is_refused() -> None:

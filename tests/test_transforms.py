@@ -266,7 +266,8 @@ def test_the_traced_engine_is_what_runs_where_it_is_asked_for() -> None:
     layer, x = rnnkernels.LSTM(3, 4, engine="traced"), torch.randn(5, 2, 3)
     assert rnnkernels.explain(layer, x).plans[0].engine == "traced"
     stream = layer.stream(2)
-    assert torch.equal(torch.stack([stream.step(step) for step in x]), layer(x)[0])
+    # torch's products of one step and of all need not agree to the last bit.
+    torch.testing.assert_close(torch.stack([stream.step(step) for step in x]), layer(x)[0])
 
 
 def test_batched_lengths_are_checked_too() -> None:

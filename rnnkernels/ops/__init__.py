@@ -20,8 +20,8 @@ from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
 from .autograd import Both, Sequence
-from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, parted, problem
-from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, hidden_size
+from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, grouped, problem
+from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, checked_once, forget_seen, hidden_size
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
 from .load import heats, is_modified, load_page, modified, source_of
 from .packed import Packed, weight_type
@@ -56,7 +56,6 @@ __all__ = [
     "widths",
 ]
 
-_COUNT = len(Weights._fields)
 _GRU = re.compile("gru(_candidate|_layer_norm|_gate_norm|_zoneout|_grad_clip|_dropout)*")
 
 
@@ -71,6 +70,7 @@ def set_isa(name: str | None) -> None:
     Raises ``ValueError`` for one that this processor or build does not have. The variable ``RNNKERNELS_ISA`` does the same at start.
     """
     _C.set_isa(name or "")
+    forget_seen()
 
 
 def plan(
@@ -295,16 +295,14 @@ class _Eager(NamedTuple):
         s, input, tensors = self.s, self.call.input, self.tensors
         if self.call.training:
             return self.shaped(Sequence.apply(s, self.call.rows(), *tensors))  # type: ignore[no-untyped-call]
-        dense_states, dense_resets = parted(tensors[1 + _COUNT :], s.resets)
-        dense_states, dense_given = parted(dense_states, s.given)
-        dense = Weights(*tensors[1 : 1 + _COUNT])
-        arguments = (False, input, dense_states, dense, self.call.rows(), dense_given, dense_resets)
+        weights, states, given, resets = grouped(s, tensors[1:])
+        arguments = (False, input, states, weights, self.call.rows(), given, resets)
         if self.packed is None:
             output, final, _, history = RUNS[s.engine].forward(s, *arguments)
         else:
             s = s._replace(weight_type=weight_type(self.packed.weight_dtype, input.dtype), keeps=True)
             output, final, _, history = cpu.forward(s, *arguments, self.packed)
-        return _shaped((output, *final, *history), len(final), input)
+        return _shaped((output, *final, *history), len(final), input) if history else (output, *final)
 
     def shaped(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return _shaped(results, len(self.s.cell.states), self.call.input) if self.call.return_states else results
@@ -315,8 +313,7 @@ def _begun(call: Call, packed: Packed | None) -> _Eager | tuple[Tensor, ...]:
     input, weights, engine, transformed = call.input, call.weights(), call.engine, is_transformed()
     if packed is not None:
         check_packed(packed.weight_dtype, engine, input.device, transformed)
-    place = input.device.type
-    if (place == "cpu" or place == "cuda") and torch.is_autocast_enabled(place):
+    if torch._C._is_any_autocast_enabled() and (place := input.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(place):
         call = _autocast(call, packed)
         input, weights = call.input, call.weights()
     if call.return_states and engine == "torch" and call.cell in CELLS and len(CELLS[call.cell].states) > 1:
@@ -340,10 +337,11 @@ def _begun(call: Call, packed: Packed | None) -> _Eager | tuple[Tensor, ...]:
                 tensors[i] = t.contiguous()
     # A traced graph is run with and without gradients.
     needs_grad = needs_grad and (torch.is_grad_enabled() or torch._C._is_tracing())
-    call = call.changed(training=needs_grad)
+    if needs_grad:
+        call = call.changed(training=True)
     if packed is not None:
         check_packed(packed.weight_dtype, engine, input.device, training=needs_grad, plain=plain)
-    return _Eager(checked(call, True), call, tensors, packed) if plain else _traceable(call)
+    return _Eager(checked_once(call, tensors), call, tensors, packed) if plain else _traceable(call)
 
 
 def _traced(call: Call) -> tuple[Tensor, ...]:

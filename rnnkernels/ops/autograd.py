@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from . import cpu, parts
-from .cells import Rows, Sizes, Weights, parted
+from .cells import Rows, Sizes, grouped
 from .engines import RUNS
 from .transforms import gradients, is_legacy_batched, is_transformed
 
-_COUNT = len(Weights._fields)
+_ROWS = len(Rows._fields)
 
 
 def _hooked() -> bool:
@@ -44,9 +44,7 @@ class Sequence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, s: Sizes, rows: Rows, input: Tensor, *args: Tensor | None) -> Any:
-        weights = Weights(*args[:_COUNT])
-        rest, resets = parted([t for t in args[_COUNT:] if t is not None], s.resets)
-        states, given = parted(rest, s.given)
+        weights, states, given, resets = grouped(s, args)
         output, final, kept, history = RUNS[s.engine].forward(s, True, input, states, weights, rows, given, resets)
         ctx.sizes, ctx.own = s, not _hooked()
         ctx.set_materialize_grads(False)
@@ -54,7 +52,7 @@ class Sequence(torch.autograd.Function):
         ctx.bias_ih, ctx.bias_version = weights.bias_ih, None if weights.bias_ih is None else weights.bias_ih._version
         if not s.recompute:
             weights = weights._replace(bias_ih=None)
-        ctx.save_for_backward(input, *weights, *rows, output, kept, *states, *history, *given, *resets)
+        ctx.save_for_backward(input, *rows, output, kept, *weights, *states, *history, *given, *resets)
         return (output, *final, *(history[: len(s.cell.states) - 1] if s.returns else []))
 
     @staticmethod
@@ -64,10 +62,8 @@ class Sequence(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
         input, *saved = ctx.saved_tensors
-        weights, rows = Weights(*saved[:_COUNT]), Rows(*saved[_COUNT : _COUNT + len(Rows._fields)])
-        output, kept, *rest = saved[_COUNT + len(Rows._fields) :]
-        rest, resets = parted(rest, s.resets)
-        rest, given = parted(rest, s.given)
+        rows, (output, kept) = Rows(*saved[:_ROWS]), saved[_ROWS : _ROWS + 2]
+        weights, rest, given, resets = grouped(s, saved[_ROWS + 2 :])
         # The rest are initial states, if there were any, and histories.
         n = len(rest) - len(s.cell.states) + 1 - (s.cell.moments > 0)
         overwrite = ctx.own and _last_use()
@@ -77,26 +73,11 @@ class Sequence(torch.autograd.Function):
                 raise RuntimeError("bias_ih: it was changed in place since forward, and a derivative of gradients needs it as it was")
             own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
             return (None, None, *gradients(s, ctx.needs_input_grad[2:], own, (output, kept, *rest[n:]), grad_states, grad_final))
-        with torch.no_grad():
-            if kept is None and parts.fits(s, rows):
-                needs = ctx.needs_input_grad[2:]
-                return (None, None, *parts.backward(s, needs, grad_states, grad_final, input, rest[:n], weights, output, rest[n:], given))
-            grads, _ = RUNS[s.engine].backward(
-                s,
-                ctx.needs_input_grad[2:],
-                grad_states,
-                grad_final,
-                input,
-                rest[:n],
-                weights,
-                rows,
-                output,
-                kept,
-                rest[n:],
-                given,
-                resets,
-                overwrite,
-            )
+        needs = ctx.needs_input_grad[2:]
+        if kept is None and parts.fits(s, rows):
+            return (None, None, *parts.backward(s, needs, grad_states, grad_final, input, rest[:n], weights, output, rest[n:], given))
+        of_call = (input, rest[:n], weights, rows, output, kept, rest[n:], given, resets)
+        grads, _ = RUNS[s.engine].backward(s, needs, grad_states, grad_final, *of_call, overwrite)
         return (None, None, *grads)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ deterministic = torch.are_deterministic_algorithms_enabled
 STORAGE = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Cell:
     """What Python needs to know of a page of cells.def."""
 
@@ -177,9 +178,17 @@ def parted(tensors: Seq[Any], last: int) -> tuple[list[Any], list[Any]]:
     return list(tensors[: len(tensors) - last]), list(tensors[len(tensors) - last :])
 
 
+def grouped(s: Sizes, tensors: Seq[Any]) -> tuple[Weights, list[Any], list[Any], list[Any]]:
+    """Weights, states, given and resets, which lie one after the other."""
+    resets = len(tensors) - s.resets
+    given = resets - s.given
+    at = len(Weights._fields)
+    return Weights(*tensors[:at]), list(tensors[at:given]), list(tensors[given:resets]), list(tensors[resets:])
+
+
 def empty(like: Tensor, shape: Seq[int]) -> Tensor:
     """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
-    t = like.new_empty(shape)
+    t = like.new_empty(*shape)  # quicker than of a tuple
     if t.nbytes >= 4 << 20 and t.device.type == "cpu":
         _C.prefer_large_pages(t.data_ptr(), t.nbytes)
     return t
@@ -198,6 +207,19 @@ def _tf32_allowed() -> bool:
 
 def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int = 0) -> _C.Problem:
     """For so many threads; 0: torch's."""
+    threads = threads or torch.get_num_threads()
+    if s.engine == "cpu" and rows.sizes is None and not s.cut:
+        return _problem_of_whole_rows(s, dtype, input_size, training, threads, s.complete)
+    return _problem(s, dtype, input_size, rows, training, threads)
+
+
+@functools.lru_cache(maxsize=1024)
+def _problem_of_whole_rows(s: Sizes, dtype: torch.dtype, input_size: int, training: bool, threads: int, complete: bool) -> _C.Problem:
+    """``complete`` depends on a setting of torch's too."""
+    return _problem(s, dtype, input_size, NO_ROWS, training, threads)
+
+
+def _problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int) -> _C.Problem:
     return _C.Problem(
         s.cell.index,
         STORAGE[dtype],
@@ -210,7 +232,7 @@ def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training:
         s.reverse,
         training,
         s.complete,
-        threads or torch.get_num_threads(),
+        threads,
         1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and _tf32_allowed() else 0,
         address(rows.lengths),
         address(rows.resets),
@@ -319,9 +341,9 @@ def grad_given(s: Sizes, gates: Tensor, given: Seq[Tensor], needs: Seq[bool], to
 
 def grad_shapes(s: Sizes, input: Tensor, weights: Weights) -> list[Seq[int]]:
     """Of the input's gradient and the weights'; biases have one where the weight is absent too."""
-    biases = [(s.cell.input_gates * s.hidden,), (s.cell.biased * s.hidden,)]
-    ih, hh, _, _, hr, v = ((0,) if w is None else w.shape for w in weights)
-    return [input.shape, ih, hh, *biases, hr, v]
+    cell, H = s.cell, s.hidden
+    ih, hh, hr = ((0,) if w is None else w.shape for w in (weights.ih, weights.hh, weights.hr))
+    return [input.shape, ih, hh, (cell.input_gates * H,), (cell.biased * H,), hr, (cell.learned * H,)]
 
 
 def number(dtype: torch.dtype) -> torch.dtype:

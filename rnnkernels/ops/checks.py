@@ -82,6 +82,36 @@ class Call(NamedTuple):
         return Rows(*(None if t is None else t.contiguous() for t in found))
 
 
+# Most calls repeat one that was found to be as it must be: their sizes by all that they are known by.
+_seen: dict[tuple[Any, ...], Sizes] = {}
+_SEEN = 1024
+
+
+def forget_seen() -> None:
+    """After a change of what calls can be run by."""
+    _seen.clear()
+
+
+def checked_once(call: Call, leaves: Seq[Tensor | None]) -> Sizes:
+    """:func:`checked` of a call with these leaves. One on the CPU that is like another before is not looked at beyond that."""
+    input, kinds = call.input, list[tuple[int, ...] | None]()
+    dtype, plain = input.dtype, not call.given and call.rows() is NO_ROWS  # of these more is checked than shapes
+    for t in leaves:
+        plain = plain and (t is None or (t.dtype is dtype and t.is_cpu))
+        kinds.append(None if t is None else t.shape)
+    if not plain:
+        return checked(call, True)
+    options = (call.states is None, call.reverse, call.engine, call.recompute, call.return_states)
+    key = (CELLS.get(call.cell), dtype, options, *kinds)
+    sizes = _seen.get(key)
+    if sizes is None:
+        sizes = checked(call, True)
+        if len(_seen) >= _SEEN:
+            _seen.clear()
+        _seen[key] = sizes
+    return sizes
+
+
 def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
     """The sizes of a call that is as it must be. ``concrete``: that its sizes are numbers; ``values``: that what rows hold can be read."""
     cell, input, states, batch_sizes = call.cell, call.input, call.states, call.batch_sizes

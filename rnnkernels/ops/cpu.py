@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
@@ -25,6 +26,7 @@ from .cells import (
     grad_given,
     grad_resets,
     grad_shapes,
+    grouped,
     new_kept,
     new_moments,
     place_given,
@@ -128,15 +130,16 @@ def forward(
     """
     H, P = s.hidden, s.output
     tokens = input.contiguous()
-    N = tokens.shape[0] * s.batch if rows.sizes is None else tokens.shape[0]
+    *around, _ = tokens.shape
+    N = math.prod(around)
     keeps = training and not s.recompute
     kept = new_kept(s, input, N) if keeps or s.complete else None
-    output = empty(input, (*input.shape[:-1], P))
-    final = [input.new_empty(s.batch, H if i else P) for i in range(len(s.cell.states))]
+    output = empty(input, (*around, P))
+    final = [input.new_empty(s.batch, width) for width in s.widths]
     history = [empty(input, (N, H)) for _ in s.cell.states[1:]] if training or s.returns else []
     if training:
         history += new_moments(s, input, N)
-    places = place_given(s, given, input.shape[:-1])
+    places = place_given(s, given, around)
     _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, places, place_resets(s, resets), packed)
     return output, final, kept if keeps else None, history
 
@@ -271,11 +274,10 @@ def backward(
     task = problem(s, input.dtype, input.shape[-1], rows, True, thread.threads)
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
-    wanted = needs[1 + len(weights) :]
-    initial = [torch.empty_like(state) if need else None for state, need in zip(states, wanted[: len(states)], strict=True)]
-    wanted, replacing = wanted[len(states) : len(wanted) - len(resets)], wanted[len(wanted) - len(resets) :]
-    marks = int(rows.resets.sum()) if any(replacing) and rows.resets is not None else 0
-    found = [input.new_zeros(marks, t.shape[-1]) if need else None for t, need in zip(resets, replacing, strict=True)]
+    _, of_states, of_given, of_resets = grouped(s, needs[1:])
+    initial = [torch.empty_like(state) if need else None for state, need in zip(states, of_states, strict=True)]
+    marks = int(rows.resets.sum()) if any(of_resets) and rows.resets is not None else 0
+    found = [input.new_zeros(marks, t.shape[-1]) if need else None for t, need in zip(resets, of_resets, strict=True)]
     grads = [empty(input, shape) if need else None for shape, need in zip(grad_shapes(s, input, weights), needs, strict=False)]
     grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr, grad_v = grads
     bytes = _C.workspace_bytes(task, True)
@@ -310,8 +312,10 @@ def backward(
     if s.complete:
         after = [output.flatten(0, -2), *history]
         _complete_backward(s, grads, initial, gates, kept, tokens.flatten(0, -2), states, weights, after)
-    of_given = grad_given(s, gates, given, wanted, input.shape[:-1], rows.sizes)
-    return [*grads, *initial, *of_given, *grad_resets(resets, found, rows.resets)], gates
+    if given or resets:
+        initial += grad_given(s, gates, given, of_given, input.shape[:-1], rows.sizes)
+        initial += grad_resets(resets, found, rows.resets)
+    return [*grads, *initial], gates
 
 
 def _grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:

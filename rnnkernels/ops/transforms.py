@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import peer, products, tangents, traced
-from .cells import Rows, Sizes, Weights, before_each_step, before_each_token, number, parted
+from .cells import Rows, Sizes, Weights, before_each_step, before_each_token, grouped, number, parted
 from .checks import check_lengths
 from .engines import RUNS
 
@@ -91,9 +91,7 @@ class Leaves(NamedTuple):
 
     @staticmethod
     def of(s: Sizes, flat: Seq[Any]) -> Leaves:
-        rest, resets = parted(flat[_ROWS + 1 + _WEIGHTS :], s.resets)
-        states, given = parted(rest, s.given)
-        return Leaves(Rows(*flat[:_ROWS]), flat[_ROWS], Weights(*flat[_ROWS + 1 : _ROWS + 1 + _WEIGHTS]), states, given, resets)
+        return Leaves(Rows(*flat[:_ROWS]), flat[_ROWS], *grouped(s, flat[_ROWS + 1 :]))
 
     @property
     def flat(self) -> tuple[Any, ...]:
