@@ -490,10 +490,8 @@ class _Layer(nn.RNNBase):
             raise ValueError("reset_state: expected a reset_mask beside it, got None")
         T, B = data.shape[:2]
         concrete = not torch.compiler.is_compiling()
-        if lengths is not None:
-            ops.check_lengths(lengths, T, B, concrete)
-            if concrete and bool((lengths == T).all()):
-                lengths = None
+        if lengths is not None and ops.check_lengths(lengths, T, B, concrete):
+            lengths = None
         if reset_mask is not None:
             ops.check_reset_mask(reset_mask, (T,) if input.dim() == 2 else (B, T) if self.batch_first else (T, B))
             reset_mask = reset_mask.unsqueeze(1) if input.dim() == 2 else reset_mask.t() if self.batch_first else reset_mask

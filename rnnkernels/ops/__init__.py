@@ -269,7 +269,7 @@ def pair(calls: Seq[Call], packed: Seq[Packed | None] = (None, None)) -> Seq[tup
     if not first.call.training:
         with cpu.side_by_side():
             return first.finished(), second.finished()
-    parts = (first.s, first.call.rows(), len(first.tensors)), (second.s, second.call.rows())
+    parts = (first.s, first.rows, len(first.tensors)), (second.s, second.rows)
     results = Both.apply(*parts, *first.tensors, *second.tensors)  # type: ignore[no-untyped-call]
     count = len(results) // 2
     return first.shaped(results[:count]), second.shaped(results[count:])
@@ -280,6 +280,7 @@ class _Eager(NamedTuple):
 
     s: Sizes
     call: Call
+    rows: Rows
     tensors: list[Any]  # input, weights, states, given, resets, without lists' own brackets
     packed: Packed | None
 
@@ -294,9 +295,9 @@ class _Eager(NamedTuple):
     def finished(self) -> tuple[Tensor, ...]:
         s, input, tensors = self.s, self.call.input, self.tensors
         if self.call.training:
-            return self.shaped(Sequence.apply(s, self.call.rows(), *tensors))  # type: ignore[no-untyped-call]
+            return self.shaped(Sequence.apply(s, self.rows, *tensors))  # type: ignore[no-untyped-call]
         weights, states, given, resets = grouped(s, tensors[1:])
-        arguments = (False, input, states, weights, self.call.rows(), given, resets)
+        arguments = (False, input, states, weights, self.rows, given, resets)
         if self.packed is None:
             output, final, _, history = RUNS[s.engine].forward(s, *arguments)
         else:
@@ -341,7 +342,7 @@ def _begun(call: Call, packed: Packed | None) -> _Eager | tuple[Tensor, ...]:
         call = call.changed(training=True)
     if packed is not None:
         check_packed(packed.weight_dtype, engine, input.device, training=needs_grad, plain=plain)
-    return _Eager(checked_once(call, tensors), call, tensors, packed) if plain else _traceable(call)
+    return _Eager(checked_once(call, tensors), call, call.rows(), tensors, packed) if plain else _traceable(call)
 
 
 def _traced(call: Call) -> tuple[Tensor, ...]:
@@ -376,6 +377,8 @@ def _first_states(call: Call) -> list[Tensor] | None:
         check_reset_states(spec, resets, widths(call.cell, *call.weights()), input)
     if call.states is not None and len(call.states) != len(spec.states):
         return list(call.states)
+    if call.states is None and not resets:
+        return None  # zeros, with or without
     marked = mask[0] if lengths is None else mask[0] & (lengths > 0)
     given = call.states or _zeros(call.cell, input, None, call.weights())
     if not resets:

@@ -93,22 +93,25 @@ def forget_seen() -> None:
 
 
 def checked_once(call: Call, leaves: Seq[Tensor | None]) -> Sizes:
-    """:func:`checked` of a call with these leaves. One on the CPU that is like another before is not looked at beyond that."""
-    input, kinds = call.input, list[tuple[int, ...] | None]()
-    dtype, plain = input.dtype, not call.given and call.rows() is NO_ROWS  # of these more is checked than shapes
+    """:func:`checked` of a call with these leaves. Of one on the CPU that is like another before, only what its rows hold is looked at."""
+    dtype, plain, kinds = call.input.dtype, call.batch_sizes is None, list[tuple[int, ...] | bool | None]()
     for t in leaves:
         plain = plain and (t is None or (t.dtype is dtype and t.is_cpu))
         kinds.append(None if t is None else t.shape)
     if not plain:
         return checked(call, True)
-    options = (call.states is None, call.reverse, call.engine, call.recompute, call.return_states)
-    key = (CELLS.get(call.cell), dtype, options, *kinds)
+    for t in call.given:
+        kinds.append(t.requires_grad)
+    options = (call.states is None, len(call.given), call.module, call.reverse, call.engine, call.recompute, call.return_states)
+    key = (CELLS.get(call.cell), dtype, options, call.lengths is None, call.reset_mask is None, call.units is None, *kinds)
     sizes = _seen.get(key)
     if sizes is None:
         sizes = checked(call, True)
         if len(_seen) >= _SEEN:
             _seen.clear()
         _seen[key] = sizes
+    elif sizes.cut:
+        _check_cuts(call, sizes, True)
     return sizes
 
 
@@ -169,9 +172,6 @@ def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
         expect("bias_hh", bias_hh, (spec.biased * H,), input)
     if given or spec.given:
         _check_given(spec, given, H, B, input)
-    rows = call.rows()
-    if rows.cut():
-        _check_cuts(spec, call, T, B, H, P, concrete and values)
     sizes = Sizes(
         spec,
         call.reverse,
@@ -183,23 +183,30 @@ def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
         returns=call.return_states,
         given=len(given),
         resets=len(call.reset_states),
-        cut=rows.cut(),
+        cut=Rows(batch_sizes, call.lengths, call.reset_mask, call.units).cut(),
         module=call.module,
     )
+    if sizes.cut:
+        _check_cuts(call, sizes, concrete and values)
     if not concrete:
         return sizes
     engine, _ = engines.choose(call.engine, sizes, input.dtype, input.shape[-1], input.device)
     return sizes if engine == sizes.engine else sizes._replace(engine=engine)
 
 
-def check_lengths(lengths: Tensor, T: int, B: int, concrete: bool = True) -> None:
-    """Raise unless ``lengths`` are integers from 0 to T, one a row; not ``concrete``: as far as shapes tell."""
+def check_lengths(lengths: Tensor, T: int, B: int, concrete: bool = True) -> bool:
+    """Raise unless ``lengths`` are integers from 0 to T, one a row; not ``concrete``: as far as shapes tell.
+
+    -> whether they are known to be T, all of them.
+    """
     if lengths.shape != (B,) or lengths.dtype.is_floating_point or lengths.dtype.is_complex or lengths.dtype is torch.bool:
         raise RuntimeError(f"lengths: expected integers of shape ({B},), got {lengths.dtype} of shape {tuple(lengths.shape)}")
-    if concrete and B:
-        shortest, longest = torch.aminmax(lengths)
-        if int(shortest) < 0 or int(longest) > T:
-            raise ValueError(f"lengths: expected 0 to {T}, got {int(shortest)} to {int(longest)}")
+    if not concrete or B == 0:
+        return concrete
+    shortest, longest = map(int, torch.aminmax(lengths))
+    if shortest < 0 or longest > T:
+        raise ValueError(f"lengths: expected 0 to {T}, got {shortest} to {longest}")
+    return shortest == T
 
 
 def check_reset_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
@@ -208,8 +215,8 @@ def check_reset_mask(mask: Tensor, shape: tuple[int, ...]) -> None:
         raise RuntimeError(f"reset_mask: expected torch.bool of shape {shape}, got {mask.dtype} of shape {tuple(mask.shape)}")
 
 
-def _check_cuts(spec: Cell, call: Call, T: int, B: int, H: int, P: int, concrete: bool) -> None:
-    input = call.input
+def _check_cuts(call: Call, s: Sizes, concrete: bool) -> None:
+    input, spec, T, B, H = call.input, s.cell, s.steps, s.batch, s.hidden
     if call.batch_sizes is not None:
         raise RuntimeError("batch_sizes: expected None beside lengths, reset_mask or units, which are for padded batches")
     for name, t in (("lengths", call.lengths), ("reset_mask", call.reset_mask), ("units", call.units)):
@@ -222,7 +229,7 @@ def _check_cuts(spec: Cell, call: Call, T: int, B: int, H: int, P: int, concrete
     if call.reset_mask is not None:
         check_reset_mask(call.reset_mask, (T, B))
     if call.reset_states:
-        check_reset_states(spec, call.reset_states, [P] + [H] * (len(spec.states) - 1), input)
+        check_reset_states(spec, call.reset_states, s.widths, input)
     if call.units is None:
         return
     if len(spec.slots) != 1 or not spec.hidden_gates or call.module < 1:
