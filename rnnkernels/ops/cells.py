@@ -189,7 +189,7 @@ def grouped(s: Sizes, tensors: Seq[Any]) -> tuple[Weights, list[Any], list[Any],
 def empty(like: Tensor, shape: Seq[int]) -> Tensor:
     """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
     t = like.new_empty(*shape)  # quicker than of a tuple
-    if t.nbytes >= 4 << 20 and t.device.type == "cpu":
+    if t.nbytes >= 2 << 20 and t.device.type == "cpu":
         _C.prefer_large_pages(t.data_ptr(), t.nbytes)
     return t
 
