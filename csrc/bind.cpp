@@ -233,7 +233,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def(py::init([](const Problem& p, Address input, Address weight_ih, Address bias_ih, Address bias_hh, Address gates,
                        int64_t gates_row, const Addresses& weights, const Addresses& vectors, const Addresses& initial,
                        const Addresses& final, Address output, const Addresses& history, Address workspace, int64_t bytes,
-                       const GivenSlots& given, Address moments, const GivenSlots& resets, Address packed, bool packs) {
+                       const GivenSlots& given, Address moments, const GivenSlots& resets, Address packed, int pack) {
         need(p, false, bytes);
         Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
         f.input = pointer(input);
@@ -244,7 +244,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         f.moments = pointer(moments);
         fill(f.reset, resets);
         f.packed = pointer(packed);
-        f.packs = packs;
+        f.pack = Pack(pack);
         return f;
       }));
   m.def("forward", py::overload_cast<const std::vector<const Forward*>&>(cpu::forward), py::call_guard<py::gil_scoped_release>());

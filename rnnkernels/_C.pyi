@@ -47,7 +47,7 @@ class Forward:
         moments: int,
         resets: Sequence[tuple[int, int, int]],
         packed: int,
-        packs: bool,
+        pack: int,
     ) -> None: ...
 
 class Backward:

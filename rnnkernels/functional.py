@@ -35,7 +35,7 @@ def stack(
     layer_norm: str | None = None,
     cut: Cut | None = None,
     clock: Clock | None = None,
-    packed: Sequence[ops.Packed] | None = None,
+    packed: Sequence[ops.Packed | ops.Remembered] | None = None,
 ) -> tuple[Tensor, ...]:
     """Run layers × directions of ``cell`` and return ``(output, *final_states)``.
 
@@ -62,7 +62,7 @@ def stack(
     directions = 2 if bidirectional else 1
     lengths = reset_mask = units = None
     module = 0
-    if packed is not None and clock is not None:
+    if packed is not None and clock is not None and packed[0].weight_dtype is not None:
         raise ValueError(f"weight_dtype: expected None for a layer whose units take turns, got {packed[0].weight_dtype}")
     if clock is not None:
         if clock.nested and batch_sizes is None and ops.cuts_natively(engine, input.device):

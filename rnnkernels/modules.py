@@ -151,7 +151,7 @@ class _Layer(nn.RNNBase):
     candidate_dropout: float = 0.0
     learn_initial: bool = False
     weight_dtype: torch.dtype | None = None
-    _packed: list[ops.Packed] | None = None
+    _packed: list[ops.Packed | ops.Remembered] | None = None
     _reshaped = False
     _lstm = False  # whether it has a cell state to clip and an output that can be projected
     _candidate = False  # whether it has a candidate that can be dropped: g of an LSTM, n of a GRU
@@ -347,19 +347,20 @@ class _Layer(nn.RNNBase):
         """The base class stores the list in several places; there is nothing to store."""
 
     def flatten_parameters(self) -> None:
-        """Forget weights that ``weight_dtype`` keeps packed. The kernels take the others where they lie, so there is nothing else to do."""
+        """Forget weights that are kept packed. There is nothing else to do: the kernels take the layer's own where they lie."""
         self._packed = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._packed = None
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
-    def _kept(self) -> list[ops.Packed] | None:
+    def _kept(self) -> Sequence[ops.Packed | ops.Remembered] | None:
         """Where each layer's and direction's packed weights stay."""
-        if self.weight_dtype is None:
+        if self.weight_dtype is None and torch.compiler.is_compiling():
             return None
         if self._packed is None or self._packed[0].weight_dtype != self.weight_dtype:
-            self._packed = [ops.Packed(self.weight_dtype) for _ in range(self.num_layers * (2 if self.bidirectional else 1))]
+            places = range(self.num_layers * (2 if self.bidirectional else 1))
+            self._packed = [ops.Remembered() if self.weight_dtype is None else ops.Packed(self.weight_dtype) for _ in places]
         return self._packed
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -590,8 +591,9 @@ class RNN(_Layer):
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.RNN, in
             this order. ``nonlinearity`` is also "sigmoid" or "identity", besides "tanh" and "relu".
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
-        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: weights stay packed from
-            call to call, the recurrent ones in it; see :class:`rnnkernels.ops.Packed`.
+        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: what the recurrent
+            weights are in while they stay packed from call to call; see :class:`rnnkernels.ops.Packed`. None: the layer's own, and changes
+            that torch does not count are noticed too.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -652,8 +654,9 @@ class GRU(_Layer):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
-        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: weights stay packed from
-            call to call, the recurrent ones in it; see :class:`rnnkernels.ops.Packed`.
+        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: what the recurrent
+            weights are in while they stay packed from call to call; see :class:`rnnkernels.ops.Packed`. None: the layer's own, and changes
+            that torch does not count are noticed too.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
@@ -721,8 +724,9 @@ class LSTM(_PairLayer):
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
             this order.
         engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
-        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: weights stay packed from
-            call to call, the recurrent ones in it; see :class:`rnnkernels.ops.Packed`.
+        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: what the recurrent
+            weights are in while they stay packed from call to call; see :class:`rnnkernels.ops.Packed`. None: the layer's own, and changes
+            that torch does not count are noticed too.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
         forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U

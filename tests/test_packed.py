@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import threading
 from typing import Any
 
 import pytest
@@ -224,6 +225,58 @@ def test_another_thread_that_replaces_the_weights() -> None:
     assert kept.weight_hh_l0 is second
     for a, b in zip(run(kept, x), run(expected, x), strict=True):
         assert torch.equal(a, b)
+
+
+@layers
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("restore", "poison")
+def test_what_is_kept_unasked_follows_every_number(kind: str, isa: str) -> None:
+    """However it is changed: torch does not count what goes by way of ``.data``."""
+    ops.set_isa(isa)
+    layer, x = layer_of(kind), torch.randn(T, B, I)
+    before = run(layer, x)
+    for name, weight in layer.named_parameters():
+        for place in (0, weight.numel() // 2, -1):
+            weight.data.view(-1)[place] += 0.5
+            after = run(layer, x)
+            for a, b in zip(after, run(copy.deepcopy(layer), x), strict=True):
+                assert torch.equal(a, b)
+            assert not all(map(torch.equal, before, after)), f"{name}[{place}]"
+            before = after
+
+
+def test_what_is_kept_unasked_is_found_and_bounded() -> None:
+    layer = layer_of("GRU")
+    for batch in (1, 17, 3, 1):
+        run(layer, torch.randn(T, batch, I))
+    (own,) = layer._kept()
+    assert 1 <= len(own._found) <= own.SHAPES
+    kept = {shape: memory.data_ptr() for shape, memory in own._found.items()}
+    run(layer, torch.randn(T, 1, I))
+    assert {shape: memory.data_ptr() for shape, memory in own._found.items()} == kept
+    layer.flatten_parameters()
+    assert not layer._kept()[0]._found
+    large = rnnkernels.LSTM(8, 2048).eval()
+    run(large, torch.randn(2, 1, 8))
+    assert not large._kept()[0]._found, "more than 64 MB"
+    layer(torch.randn(T, B, I))[0].sum().backward()  # training packs for itself
+    assert not layer._kept()[0]._found
+
+
+def test_threads_that_share_a_layer() -> None:
+    layer, wrong = layer_of("LSTM"), list[int]()
+    inputs = [torch.randn(T, batch, I) for batch in (1, 1, 3, 17)]
+    expected = [run(copy.deepcopy(layer), x) for x in inputs]
+
+    def work(x: Tensor, of: list[Tensor]) -> None:
+        wrong.extend(len(x) for _ in range(50) if not all(map(torch.equal, run(layer, x), of)))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
 
 
 def test_refusals() -> None:

@@ -217,9 +217,16 @@ inline int64_t partial_row(const Machine& m, const CellInfo& cell, const Problem
   return ceil_div(p.hidden, m.lanes) * 2 * most;
 }
 
+// Tells a panel's weights from others: what has the same one is the same, but for one chance in 2^128.
+struct Fingerprint {
+  uint64_t bits[2];
+  bool operator==(const Fingerprint& other) const { return bits[0] == other.bits[0] && bits[1] == other.bits[1]; }
+};
+
 // Where everything lies in the workspace, in bytes, each part on its own cache line. Rows of numbers are padded().
 struct Layout {
   int64_t packed[kMaxStages], packed_input[kMaxStages];  // from the caller's memory on, where the problem keeps them
+  int64_t prints[kMaxStages], input_prints[kMaxStages];  // there too: of what weights each panel was made
   int64_t packed_bytes;
   int64_t wide, wide_bytes;     // where weights are narrower than numbers, a panel of numbers for each thread, so many bytes apart
   int64_t state[kMaxStates];    // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
@@ -253,6 +260,13 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   for (int stage = 0; stage < cell.stages; ++stage) {
     l.packed[stage] = l.take(panels(backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage), s.blocks[stage]));
     l.packed_input[stage] = l.take(backward ? 0 : panels(input_product(cell, p, stage), s.input_blocks[stage]));
+  }
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    const auto prints = [&](const Product& product, int blocks) {
+      return p.keeps_packed ? panel_count(m, product, blocks) * int64_t(sizeof(Fingerprint)) : 0;
+    };
+    l.prints[stage] = l.take(prints(forward_product(cell, p, stage), s.blocks[stage]));
+    l.input_prints[stage] = l.take(prints(input_product(cell, p, stage), s.input_blocks[stage]));
   }
   l.packed_bytes = l.bytes;
   if (p.keeps_packed) l.bytes = 0;

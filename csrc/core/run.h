@@ -50,6 +50,9 @@ struct Given {
   int64_t token, row;
 };
 
+// What becomes of packed weights that are kept: they are as they must be; a panel is packed anew where its weights changed; all are packed.
+enum class Pack { Never, Changed, All };
+
 // N = number of tokens, G = room() of the cell; storage type unless said otherwise.
 struct Forward {
   Problem problem;
@@ -70,7 +73,7 @@ struct Forward {
   void* moments;              // numbers, [N, moments()]: of the sums over a row's units, or null for inference
   void* workspace;            // workspace_bytes() of it
   void* packed;               // where the problem keeps packed weights, packed_bytes() for them
-  bool packs;                 // whether they are yet to be packed
+  Pack pack;                  // and what becomes of these
 };
 
 struct Backward {

@@ -12,6 +12,7 @@
 //
 #include "engines/cpu/engine.h"
 #include "engines/cpu/kernels.h"
+#include "engines/cpu/walk.h"
 #include "test/check.h"
 #include "test/reset_before.h"
 
@@ -228,11 +229,61 @@ void test(const Case& c) {
   check(gradients < 1e-8, "gradients differ from central differences by %g", gradients);
 }
 
+constexpr int64_t kWords = 300;
+
+// Weights changed in one place, in two that could make up for each other, or moved.
+void test_fingerprints(const cpu::Isa& isa) {
+  std::vector<uint32_t> words(3 * kWords);
+  std::mt19937 random(7);
+  for (uint32_t& word : words) word = uint32_t(random());
+  std::vector<Fingerprint> seen;
+  const auto look = [&](int64_t bytes = kWords* 4, int count = 3) {
+    const void* const stretches[] = {words.data(), words.data() + kWords, words.data() + 2 * kWords};
+    seen.push_back(isa.fingerprint(stretches, count, bytes));
+  };
+  for (int64_t bytes = 0; bytes <= kWords * 4; ++bytes) look(bytes, 1);
+  for (int count : {2, 3}) look(kWords * 4, count);
+  const Fingerprint whole = seen.back();
+  constexpr uint32_t kSign = uint32_t(1) << 31;
+  for (size_t i = 0; i < words.size(); ++i) {
+    for (uint32_t change : {uint32_t(1), kSign}) {
+      words[i] ^= change;
+      look();
+      for (size_t other : {i + 1, i + 16, i + 64, i + 128}) {
+        if (other >= words.size()) continue;
+        words[other] ^= change;
+        look();
+        words[other] ^= change;
+        if (change == 1 || words[i] == words[other]) continue;
+        std::swap(words[i], words[other]);
+        look();
+        std::swap(words[i], words[other]);
+      }
+      words[i] ^= change;
+    }
+  }
+  for (uint32_t& word : words) word ^= kSign;
+  look();
+  for (uint32_t& word : words) word ^= kSign;
+  const size_t count = seen.size();
+  std::sort(seen.begin(), seen.end(),
+            [](const Fingerprint& a, const Fingerprint& b) { return std::pair(a.bits[0], a.bits[1]) < std::pair(b.bits[0], b.bits[1]); });
+  const size_t distinct = size_t(std::unique(seen.begin(), seen.end()) - seen.begin());
+  check(distinct == count, "%s: %zu fingerprints of %zu weights", isa.name, distinct, count);
+  look();
+  check(seen.back() == whole, "%s: the same weights have another fingerprint", isa.name);
+  std::printf("%s: %zu fingerprints\n", isa.name, count);
+}
+
 }  // namespace
 }  // namespace rnnkernels
 
 int main() {
   using namespace rnnkernels;
+  for (const std::string& name : cpu::supported_isas()) {
+    cpu::set_isa(name);
+    test_fingerprints(cpu::current());
+  }
   cpu::set_isa("scalar");
   for (int kind : {0, 1, 2})
     for (bool reverse : {false, true})

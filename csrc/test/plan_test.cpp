@@ -42,14 +42,19 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     if (covered != panels) where("panels without an owner");
   }
   const Layout l = layout(m, cell, p, s, backward);
-  std::vector<std::pair<int64_t, int64_t>> parts;
+  std::vector<std::pair<int64_t, int64_t>> parts, kept;
+  auto& packed = p.keeps_packed ? kept : parts;
   const auto rows = [&](int64_t width) { return p.batch * padded(width, m.number_bytes) * m.number_bytes; };
   for (int i = 0; i < cell.stages; ++i) {
     const Product product = backward ? backward_product(cell, p, i) : forward_product(cell, p, i), input = input_product(cell, p, i);
     if (!p.complete) {
-      parts.push_back({l.packed[i], panel_count(m, product, s.blocks[i]) * panel_bytes(m, product, s.blocks[i])});
+      packed.push_back({l.packed[i], panel_count(m, product, s.blocks[i]) * panel_bytes(m, product, s.blocks[i])});
       if (!backward)
-        parts.push_back({l.packed_input[i], panel_count(m, input, s.input_blocks[i]) * panel_bytes(m, input, s.input_blocks[i])});
+        packed.push_back({l.packed_input[i], panel_count(m, input, s.input_blocks[i]) * panel_bytes(m, input, s.input_blocks[i])});
+      if (p.keeps_packed) {
+        kept.push_back({l.prints[i], panel_count(m, product, s.blocks[i]) * int64_t(sizeof(Fingerprint))});
+        kept.push_back({l.input_prints[i], panel_count(m, input, s.input_blocks[i]) * int64_t(sizeof(Fingerprint))});
+      }
     }
     if (s.blocks[i] % s.input_blocks[i] || s.input_blocks[i] * input.columns > kMaxVectorsPerPanel)
       where("input panels that do not divide the panels");
@@ -89,13 +94,15 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
       if (sums) parts.push_back({l.grad_weights[i], cell.hidden_slots(i) * width_of(p, cell.stage[i].width) * width * number});
     }
   }
-  std::sort(parts.begin(), parts.end());
-  int64_t end = 0;
-  for (auto [at, bytes] : parts) {
-    if (at < end || at % 64) where("parts of the workspace overlap or are not aligned");
-    end = at + bytes;
+  for (auto [memory, room] : {std::pair(&parts, l.bytes), std::pair(&kept, l.packed_bytes)}) {
+    std::sort(memory->begin(), memory->end());
+    int64_t end = 0;
+    for (auto [at, bytes] : *memory) {
+      if (at < end || at % 64) where("parts of memory overlap or are not aligned");
+      end = at + bytes;
+    }
+    if (end > room) where("memory is too small");
   }
-  if (end > l.bytes) where("the workspace is too small");
 }
 
 // Every unit and row of a persistent grid has one block, every number of every matrix one place, parts of memory do not overlap, limits are
@@ -171,6 +178,7 @@ int main() {
                 const Storage storage = bytes == 8 ? Storage::F64 : batch % 2 ? Storage::F32 : Storage::BF16;
                 Problem p{0, storage, steps, batch, 40, hidden, output, nullptr, false, training, complete, threads};
                 if (!training && !complete && bytes == 4) p.weight_type = WeightType(batch % kWeightTypes);
+                p.keeps_packed = !training && !complete && threads % 2;
                 test(m, cell, p, backward);
                 ++count;
               }

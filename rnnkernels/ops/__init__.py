@@ -24,7 +24,7 @@ from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step,
 from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, checked_once, forget_seen, hidden_size
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
 from .load import heats, is_modified, load_page, modified, source_of
-from .packed import Packed, weight_type
+from .packed import Packed, Remembered, keeping, weight_type
 from .packed import check as check_packed
 from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 
@@ -34,6 +34,7 @@ __all__ = [
     "Call",
     "Cell",
     "Packed",
+    "Remembered",
     "Sequence",
     "Weights",
     "before_each_step",
@@ -196,7 +197,7 @@ def sequence(
     engine: str = "auto",
     recompute: bool = False,
     return_states: bool = False,
-    packed: Packed | None = None,
+    packed: Packed | Remembered | None = None,
 ) -> tuple[Tensor, ...]:
     """Run ``cell`` over a sequence in one direction.
 
@@ -252,13 +253,13 @@ def sequence(
     return run(call, packed)
 
 
-def run(call: Call, packed: Packed | None = None) -> tuple[Tensor, ...]:
+def run(call: Call, packed: Packed | Remembered | None = None) -> tuple[Tensor, ...]:
     """:func:`sequence` of its arguments as one value."""
     found = _begun(call, packed)
     return found.finished() if isinstance(found, _Eager) else found
 
 
-def pair(calls: Seq[Call], packed: Seq[Packed | None] = (None, None)) -> Seq[tuple[Tensor, ...]]:
+def pair(calls: Seq[Call], packed: Seq[Packed | Remembered | None] = (None, None)) -> Seq[tuple[Tensor, ...]]:
     """Two calls of :func:`sequence` of the same sizes that do not depend on each other, side by side on a thread each where that is sooner
     done. The bits are the same either way.
     """
@@ -282,7 +283,7 @@ class _Eager(NamedTuple):
     call: Call
     rows: Rows
     tensors: list[Any]  # input, weights, states, given, resets, without lists' own brackets
-    packed: Packed | None
+    packed: Packed | Remembered | None
 
     def gains(self, other: _Eager) -> bool:
         """Whether the two are sooner done side by side."""
@@ -298,24 +299,25 @@ class _Eager(NamedTuple):
             return self.shaped(Sequence.apply(s, self.rows, *tensors))  # type: ignore[no-untyped-call]
         weights, states, given, resets = grouped(s, tensors[1:])
         arguments = (False, input, states, weights, self.rows, given, resets)
-        if self.packed is None:
+        keeps = keeping(s, input, self.packed)
+        if keeps is None:
             output, final, _, history = RUNS[s.engine].forward(s, *arguments)
         else:
-            s = s._replace(weight_type=weight_type(self.packed.weight_dtype, input.dtype), keeps=True)
-            output, final, _, history = cpu.forward(s, *arguments, self.packed)
+            output, final, _, history = cpu.forward(keeps, *arguments, self.packed)
         return _shaped((output, *final, *history), len(final), input) if history else (output, *final)
 
     def shaped(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return _shaped(results, len(self.s.cell.states), self.call.input) if self.call.return_states else results
 
 
-def _begun(call: Call, packed: Packed | None) -> _Eager | tuple[Tensor, ...]:
+def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Tensor, ...]:
     """The call as far as it goes without kernels of its own: ready for them, or, by another way, done."""
     input, weights, engine, transformed = call.input, call.weights(), call.engine, is_transformed()
-    if packed is not None:
-        check_packed(packed.weight_dtype, engine, input.device, transformed)
+    asked = packed if isinstance(packed, Packed) else None
+    if asked is not None:
+        check_packed(asked.weight_dtype, engine, input.device, transformed)
     if torch._C._is_any_autocast_enabled() and (place := input.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(place):
-        call = _autocast(call, packed)
+        call = _autocast(call, asked)
         input, weights = call.input, call.weights()
     if call.return_states and engine == "torch" and call.cell in CELLS and len(CELLS[call.cell].states) > 1:
         raise RuntimeError("return_states: torch.nn's functions do not give them; choose another engine")
@@ -340,8 +342,8 @@ def _begun(call: Call, packed: Packed | None) -> _Eager | tuple[Tensor, ...]:
     needs_grad = needs_grad and (torch.is_grad_enabled() or torch._C._is_tracing())
     if needs_grad:
         call = call.changed(training=True)
-    if packed is not None:
-        check_packed(packed.weight_dtype, engine, input.device, training=needs_grad, plain=plain)
+    if asked is not None:
+        check_packed(asked.weight_dtype, engine, input.device, training=needs_grad, plain=plain)
     return _Eager(checked_once(call, tensors), call, call.rows(), tensors, packed) if plain else _traceable(call)
 
 

@@ -36,7 +36,7 @@ from .cells import (
     summed_bias,
     vectors,
 )
-from .packed import Packed
+from .packed import Pack, Packed, Remembered
 
 
 class _Thread(threading.local):
@@ -123,7 +123,7 @@ def forward(
     rows: Rows,
     given: Seq[Tensor],
     resets: Seq[Tensor],
-    packed: Packed | None = None,
+    packed: Packed | Remembered | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None, list[Tensor]]:
     """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for) and,
     for training, moments of a cell that has them.
@@ -157,7 +157,7 @@ def _run(
     history: Seq[Tensor],
     given: list[tuple[int, int, int]],
     resets: list[tuple[int, int, int]],
-    packed: Packed | None = None,
+    packed: Packed | Remembered | None = None,
 ) -> None:
     cell, H = s.cell, s.hidden
     if s.complete:
@@ -167,7 +167,7 @@ def _run(
     bytes = _C.workspace_bytes(task, False)
     workspace = thread.take(bytes)
     count = len(cell.states) - 1
-    own, done = (None, None) if packed is None else packed.memory(task, weights)
+    own, pack, done = (None, Pack.ALL, None) if packed is None else packed.memory(task, weights)
     call = _C.Forward(
         task,
         tokens.data_ptr(),
@@ -188,7 +188,7 @@ def _run(
         history[count].data_ptr() if len(history) > count else 0,
         resets,
         address(own),
-        done is not None,
+        pack,
     )
     thread.run(call, done, tokens, states, weights, rows, kept, output, final, history, workspace, own)
 

@@ -1,7 +1,9 @@
-"""Weights that stay packed between calls of the CPU engine, for inference, the recurrent ones narrower where asked."""
+"""Weights that stay packed between calls of the CPU engine, for inference: unasked, and narrower where asked."""
 
 from __future__ import annotations
 
+import enum
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -9,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cells import Weights, empty
+from .cells import Sizes, Weights, empty
 
-__all__ = ["Packed", "check", "weight_type"]
+__all__ = ["Pack", "Packed", "Remembered", "check", "keeping", "weight_type"]
 
 _NARROW = {torch.bfloat16: 1, torch.int8: 2}
 
@@ -42,6 +44,68 @@ def check(
         raise RuntimeError(f"weight_dtype: {weight_dtype} is for eager calls on plain tensors: expected one, or None")
 
 
+class Pack(enum.IntEnum):
+    """What a call does about the packed weights that it is given, as the compiled module numbers it."""
+
+    NEVER = 0
+    CHANGED = 1  # the panels whose weights are not those that they were made of
+    ALL = 2
+
+
+# What nobody asked for is kept up to so many bytes a layer and direction.
+_UNASKED = 64 << 20
+
+
+@functools.lru_cache(maxsize=1024)
+def _keeping(s: Sizes, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> Sizes:
+    return s._replace(weight_type=weight_type(weight_dtype, dtype), keeps=True)
+
+
+def keeping(s: Sizes, input: Tensor, packed: Packed | Remembered | None) -> Sizes | None:
+    """The call as one that keeps packed weights; None: it is not to, and nobody has asked that it do."""
+    if packed is None or s.engine != "cpu":
+        return None
+    if packed.weight_dtype is None:
+        cell, H, P = s.cell, s.hidden, s.output
+        numbers = cell.input_gates * H * input.shape[-1] + cell.hidden_gates * H * P + cell.projected * P * H
+        if s.complete or s.module or numbers * max(4, input.itemsize) > _UNASKED:
+            return None
+    return _keeping(s, input.dtype, packed.weight_dtype)
+
+
+def _room(bytes: int) -> Tensor:
+    return empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (bytes,))
+
+
+class Remembered:
+    """The packed weights of one layer and direction, kept unasked. A call looks at all weights and packs panels anew whose weights are not
+    those that they were made of. It has the memory for itself meanwhile: another thread's call finds none. A copy starts with none.
+    """
+
+    weight_dtype = None
+    SHAPES = 2  # for batches that are cut differently
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[int, ...], Tensor] = {}
+
+    def memory(self, task: _C.Problem, weights: Weights) -> tuple[Tensor, Pack, Callable[[], None] | None]:
+        """Where they lie, what is to become of them, and what to call once that is done."""
+        bytes, shape = _C.packing(task)
+        found = self._found
+        own = found.pop(shape, None)
+        memory = _room(bytes) if own is None else own
+
+        def done() -> None:
+            for old in list(found)[: len(found) + 1 - self.SHAPES]:
+                found.pop(old, None)
+            found[shape] = memory
+
+        return memory, Pack.ALL if own is None else Pack.CHANGED, done
+
+    def __reduce__(self) -> Any:
+        return type(self), ()
+
+
 class _Kept(NamedTuple):
     matrices: tuple[Tensor, ...]
     marks: list[tuple[int, int]]
@@ -50,7 +114,8 @@ class _Kept(NamedTuple):
 
 
 class Packed:
-    """The packed weights of one layer and direction, for eager calls of the CPU engine without gradients and autocast; others raise.
+    """The packed weights of one layer and direction, as asked for: for eager calls of the CPU engine without gradients and autocast; others
+    raise. To look at all weights in each call, as :class:`Remembered` does, would take as long as narrow ones save.
 
     ``weight_dtype`` holds the recurrent weights: ``torch.bfloat16`` (relative error of each up to 2⁻⁸), ``torch.int8`` (with a factor for
     each row of U, error up to 1/254 of the row's largest), or the layer's own (nothing is rounded). The input's weights are not rounded.
@@ -67,8 +132,8 @@ class Packed:
         self.weight_dtype = weight_dtype
         self._kept = _Kept((), [], [], {})  # one record, read once and replaced at once, since calls may come from several threads
 
-    def memory(self, task: _C.Problem, weights: Weights) -> tuple[Tensor, Callable[[], None] | None]:
-        """Where they lie and, where they are yet to be packed, what to call once they are, so that no other thread finds them before."""
+    def memory(self, task: _C.Problem, weights: Weights) -> tuple[Tensor, Pack, Callable[[], None] | None]:
+        """As that of :class:`Remembered`; no other thread finds them before they are packed."""
         matrices = tuple(w for w in (weights.ih, weights.hh, weights.hr) if w is not None)
         marks = [(w.data_ptr(), -1 if w.is_inference() else w._version) for w in matrices]
         kept = self._kept
@@ -77,15 +142,15 @@ class Packed:
             kept = self._kept = _Kept(matrices, marks, [w.untyped_storage() for w in matrices], {})
         found, (bytes, shape) = kept.found, _C.packing(task)
         if (memory := found.get(shape)) is not None:
-            return memory, None
-        memory = empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (bytes,))
+            return memory, Pack.NEVER, None
+        memory = _room(bytes)
 
         def done() -> None:
             for old in list(found)[: len(found) + 1 - self.SHAPES]:
                 found.pop(old, None)
             found[shape] = memory
 
-        return memory, done
+        return memory, Pack.ALL, done
 
     def __reduce__(self) -> Any:
         return type(self), (self.weight_dtype,)

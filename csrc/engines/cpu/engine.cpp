@@ -104,10 +104,11 @@ void backward(const Backward& g, const Page& page) {
   run_team(w.plan_.threads(), [&](int id, int members) {
     Walk::Member me = w.member(id, members);
     w.start(me);
+    const Packer packer(w, me);
     for (int s = 0; s < w.cell.stages; ++s) {
       void* const packed = at(g.workspace, w.memory.packed[s]);
-      w.pack_transposed(me, w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0], packed);
-      w.clear_below_blocks(me, s, true, packed);
+      packer.pack_transposed(w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0], packed);
+      packer.clear_below_blocks(s, true, packed);
     }
     products.start(me);
     w.clear_past_ends(me, p.input, g.grad_input);

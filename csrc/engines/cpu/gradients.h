@@ -3,7 +3,7 @@
 // threads, and each sum is added up in the order of the rounds.
 #pragma once
 
-#include "engines/cpu/walk.h"
+#include "engines/cpu/packing.h"
 
 namespace rnnkernels::cpu {
 
@@ -25,7 +25,8 @@ class Gradients {
   void start(const Walk::Member& me) const {
     if (!wanted) return;
     if (g.grad_input)
-      w.pack_transposed(me, grad_input_product(w.cell, w.p), w.plan_.grad_input_blocks, g.weight_ih, at(g.workspace, w.memory.grad_packed));
+      Packer(w, me).pack_transposed(grad_input_product(w.cell, w.p), w.plan_.grad_input_blocks, g.weight_ih,
+                                    at(g.workspace, w.memory.grad_packed));
     w.each_vector(me, slots, [&](int64_t begin, int64_t n) { std::memset(slot_sums(begin), 0, size_t(n * w.number_bytes)); });
     w.each_vector(me, w.cell.vectors * w.p.hidden,
                   [&](int64_t begin, int64_t n) { std::memset(vector_sums(begin), 0, size_t(n * w.number_bytes)); });

@@ -1,12 +1,18 @@
 // What the forward walk feeds on: the input's product, made where it is used.
 #pragma once
 
-#include "engines/cpu/walk.h"
+#include "engines/cpu/packing.h"
 
 namespace rnnkernels::cpu {
 
 // Where the packed weights lie.
 inline void* packed_in(const Forward& f) { return f.problem.keeps_packed ? f.packed : f.workspace; }
+
+// What is known of them from an earlier call.
+inline Packer::Kept kept_in(const Forward& f, int64_t prints) {
+  if (!f.problem.keeps_packed) return {};
+  return {static_cast<Fingerprint*>(at(f.packed, prints)), f.pack};
+}
 
 // The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody.
 class InputGates {
@@ -32,10 +38,11 @@ class InputGates {
       }
     });
   }
-  void pack(const Walk::Member& me) const {
+  void pack(const Packer& packer) const {
     for (int s = 0; s < w.cell.stages; ++s) {
       const void* weights = at(f.weight_ih, w.first_input_slot(s) * w.p.hidden * w.p.input * w.storage_bytes);
-      w.pack(me, w.inputs[s], w.plan_.input_blocks[s], weights, at(packed_in(f), w.memory.packed_input[s]));
+      void* const packed = at(packed_in(f), w.memory.packed_input[s]);
+      packer.pack(w.inputs[s], w.plan_.input_blocks[s], weights, packed, kept_in(f, w.memory.input_prints[s]));
     }
   }
 

@@ -2,6 +2,8 @@
 // Every function here is a template over a number type of its instruction set, so that none is shared between instruction sets.
 #pragma once
 
+#include <cstring>
+
 #include "engines/cpu/table.h"
 
 namespace rnnkernels::cpu {
@@ -150,6 +152,47 @@ void pack(const void* weights, const Product& p, int blocks, int64_t begin, int6
       }
     }
   }
+}
+
+template <int bytes>
+struct Words {
+  typedef uint32_t Vector __attribute__((vector_size(bytes)));
+};
+
+// Each word of a stripe has a chain of its own, so that this is as fast as memory. A chain's step is a bijection both of what it has and of
+// what it takes in: one changed word is never lost, and of several in one chain one case in 2^32, of those in n chains one in 2^32n.
+template <class V>
+Fingerprint fingerprint(const void* const* stretches, int count, int64_t bytes) {
+  constexpr int size = V::lanes > 4 ? V::lanes * 4 : 16, chains = 4;
+  using Vector = typename Words<size>::Vector;
+  Vector chain[chains];
+  for (int c = 0; c < chains; ++c)
+    for (int i = 0; i < size / 4; ++i) chain[c][i] = uint32_t(c * size + i + 1) * 0x85ebca6bu;
+  const auto take = [&](const char* from) {
+    for (int c = 0; c < chains; ++c) {
+      Vector x;
+      std::memcpy(&x, from + c * size, size);
+      x ^= chain[c];
+      chain[c] = (x << 13 | x >> 19) * 0x9e3779b1u;
+    }
+  };
+  for (int s = 0; s < count; ++s) {
+    const char* const from = static_cast<const char*>(stretches[s]);
+    int64_t at = 0;
+    for (; at + size * chains <= bytes; at += size * chains) take(from + at);
+    char last[size * chains] = {};
+    std::memcpy(last, from + at, size_t(bytes - at));
+    if (at < bytes) take(last);
+  }
+  Fingerprint found{{uint64_t(bytes), ~uint64_t(bytes)}};
+  for (int c = 0; c < chains; ++c)
+    for (int i = 0; i < size / 4; ++i) {
+      found.bits[0] = (found.bits[0] ^ chain[c][i]) * 0x9e3779b97f4a7c15u;
+      found.bits[0] ^= found.bits[0] >> 29;
+      found.bits[1] = (found.bits[1] + chain[c][i]) * 0xc2b2ae3d27d4eb4fu;
+      found.bits[1] ^= found.bits[1] >> 32;
+    }
+  return found;
 }
 
 template <class V, class S>
@@ -321,6 +364,7 @@ constexpr Page make_page(const char* name, const char* page = "") {
 template <class F32, class F64, int registers>
 constexpr Isa make_isa(const char* name) {
   return {name,
+          fingerprint<F32>,
           {number_ops<F32, registers>(), number_ops<F64, registers>()},
           {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},
           {

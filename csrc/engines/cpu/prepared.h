@@ -14,9 +14,13 @@ class Prepared {
   Prepared& operator=(const Prepared&) = delete;
 
   void pack(const Walk::Member& me) const {
-    if (!w.p.keeps_packed || f.packs) {
-      for (int s = 0; s < w.cell.stages; ++s) w.pack_matrix(me, s, f.weights[s], at(packed_in(f), w.memory.packed[s]), f.workspace);
-      if (!w.p.complete) input.pack(me);
+    if (!w.p.keeps_packed || f.pack != Pack::Never) {
+      const Packer packer(w, me);
+      for (int s = 0; s < w.cell.stages; ++s) {
+        const Packer::Kept kept = kept_in(f, w.memory.prints[s]);
+        packer.pack_matrix(s, f.weights[s], at(packed_in(f), w.memory.packed[s]), f.workspace, kept);
+      }
+      input.pack(packer);
     }
     if (!w.p.complete) input.start(me);
   }

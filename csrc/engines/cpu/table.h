@@ -67,6 +67,8 @@ struct Page {
 
 struct Isa {
   const char* name;
+  // Of `count` stretches of memory, each of so many bytes, one after the other.
+  Fingerprint (*fingerprint)(const void* const* stretches, int count, int64_t bytes);
   NumberOps number[2];  // float, double
   StorageOps storage[kStorages];
   Page page[kCellCount];

@@ -179,58 +179,6 @@ class Walk {
   // Bytes of a row of numbers in the workspace.
   int64_t row_bytes(int64_t width) const { return padded(width, number_bytes) * number_bytes; }
 
-  // This member's share of the panels of weights [columns·units, depth], or of [depth, units].
-  void pack(const Member& me, const Product& product, int blocks, const void* weights, void* packed) const {
-    if (!product.depth || p.complete) return;
-    const int64_t panels = panel_count(m, product, blocks);
-    storage.pack(weights, product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), 0, packed);
-  }
-  void pack_transposed(const Member& me, const Product& product, int blocks, const void* weights, void* packed) const {
-    if (!product.depth || p.complete) return;
-    const int64_t panels = panel_count(m, product, blocks);
-    std::vector<const void*> rows(static_cast<size_t>(product.depth));
-    for (int64_t k = 0; k < product.depth; ++k) rows[size_t(k)] = at(weights, k * product.units * storage_bytes);
-    storage.spread(rows.data(), product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), 0, product.depth,
-                   packed);
-  }
-
-  // A stage's matrix: with modules, of each panel what its product reads.
-  void pack_matrix(const Member& me, int s, const void* weights, void* packed, void* workspace) const {
-    const int blocks = plan_.blocks[s];
-    if (products[s].type != WeightType::Numbers) return pack_narrow(me, s, weights, packed, workspace);
-    if (!p.units) return pack(me, products[s], blocks, weights, packed);
-    const int64_t panels = panel_count(m, products[s], blocks);
-    for (int64_t panel = split(panels, me.members, me.id); panel < split(panels, me.members, me.id + 1); ++panel)
-      storage.pack(weights, products[s], blocks, panel, panel + 1, panel * blocks * m.lanes / p.module * p.module, packed);
-    clear_below_blocks(me, s, false, packed);
-  }
-  void pack_narrow(const Member& me, int s, const void* weights, void* packed, void* workspace) const {
-    Product wide = products[s];
-    const int blocks = plan_.blocks[s];
-    const int64_t panels = wide.depth ? panel_count(m, wide, blocks) : 0, bytes = panel_bytes(m, wide, blocks);
-    wide.type = WeightType::Numbers;
-    const int64_t elements = panel_elements(m, wide, blocks);
-    void* const numbers = at(workspace, memory.wide + me.id * memory.wide_bytes);
-    for (int64_t panel = split(panels, me.members, me.id); panel < split(panels, me.members, me.id + 1); ++panel) {
-      // The kernel finds a panel's place by its number, and this one is to lie first.
-      storage.pack(weights, wide, blocks, panel, panel + 1, 0, at(numbers, -panel * elements * number_bytes));
-      ops.narrow[int(products[s].type)](numbers, wide.depth, int64_t(blocks) * wide.columns * m.lanes, at(packed, panel * bytes));
-    }
-  }
-  // Zeros for what lies below the blocks of the matrix in this member's panels of it, as far as a product reads them.
-  void clear_below_blocks(const Member& me, int s, bool transposed, void* packed) const {
-    if (!p.units) return;
-    const int64_t width = plan_.blocks[s] * m.lanes, panels = panel_count(m, products[s], plan_.blocks[s]);
-    const auto block = [&](int64_t unit) { return std::min(unit, p.hidden - 1) / p.module; };
-    for (int64_t panel = split(panels, me.members, me.id); panel < split(panels, me.members, me.id + 1); ++panel) {
-      const int64_t first = block(panel * width), last = block(panel * width + width - 1);
-      for (int64_t k = (first + transposed) * p.module; k < std::min((last + transposed) * p.module, p.hidden); ++k)
-        for (int64_t i = 0; i < width; ++i)
-          if (transposed ? block(k) > block(panel * width + i) : block(k) < block(panel * width + i))
-            std::memset(at(packed, ((panel * p.hidden + k) * width + i) * number_bytes), 0, size_t(number_bytes));
-    }
-  }
-
   // Rows [first, last), each where operand(row) says, times panels [begin, end); take(row, rows, unit, sums) gets each tile. depth(row):
   // how much of the operands of rows from this one on is not zero.
   template <class Operand, class Take>
