@@ -59,6 +59,15 @@ struct F32 {
   RNN_FN static F32 load(const int8_t* p) {
     return F32(_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)))));
   }
+  RNN_FN static void load_two(const bf16* p, F32& low, F32& high) {
+    const __m256i both = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    low.v = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    high.v = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(int(0xffff0000u))));
+  }
+  RNN_FN static void store_two(bf16* p, F32 low, F32 high) {
+    const __m256i below = _mm256_cvtepu16_epi32(narrow(bf16{}, low.v)), above = _mm256_cvtepu16_epi32(narrow(bf16{}, high.v));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_or_si256(below, _mm256_slli_epi32(above, 16)));
+  }
   RNN_FN static F32 load(const float* p, int n) { return n >= lanes ? load(p) : F32(_mm256_maskload_ps(p, first(n))); }
   template <class S>
   RNN_FN static F32 load(const S* p) {

@@ -45,6 +45,16 @@ struct F32 {
   RNN_FN static F32 load(const int8_t* p) {
     return F32(_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)))));
   }
+  // Two vectors whose lanes lie in one word each, the first's below: one operation widens each.
+  RNN_FN static void load_two(const bf16* p, F32& low, F32& high) {
+    const __m512i both = _mm512_loadu_si512(p);
+    low.v = _mm512_castsi512_ps(_mm512_slli_epi32(both, 16));
+    high.v = _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u))));
+  }
+  RNN_FN static void store_two(bf16* p, F32 low, F32 high) {
+    const __m512i below = _mm512_cvtepu16_epi32(narrow(bf16{}, low.v)), above = _mm512_cvtepu16_epi32(narrow(bf16{}, high.v));
+    _mm512_storeu_si512(p, _mm512_or_si512(below, _mm512_slli_epi32(above, 16)));
+  }
   // Full vectors go unmasked: a masked store cannot be forwarded to the load that follows it.
   RNN_FN static F32 load(const float* p, int n) { return n >= lanes ? load(p) : F32(_mm512_maskz_loadu_ps(first16(n), p)); }
   template <class S>

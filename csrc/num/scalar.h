@@ -42,6 +42,14 @@ struct Number {
   RNN_FN static Number load(const S* p, int n) {
     return n > 0 ? load(p) : Number(0);
   }
+  RNN_FN static void load_two(const bf16* p, Number& low, Number& high) {
+    low = load(p);
+    high = load(p + 1);
+  }
+  RNN_FN static void store_two(bf16* p, Number low, Number high) {
+    low.store(p);
+    high.store(p + 1);
+  }
   template <class S>
   RNN_FN static Number broadcast(const S* p) {
     return load(p);

@@ -2,7 +2,7 @@
 // Every function here is a template over a number type of its instruction set, so that none is shared between instruction sets.
 #pragma once
 
-#include <cstring>
+#include <string.h>
 
 #include "engines/cpu/table.h"
 
@@ -28,8 +28,14 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
   for (int64_t k = 0; k < depth; ++k, w += vectors * V::lanes) {
     if constexpr (rows >= 4 && V::lanes >= 8) __builtin_prefetch(next + k * 64, 0, 2);
     V column[vectors];
+    if constexpr (sizeof(W) == 2) {
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) column[v] = V::load(w + v * V::lanes);
+      for (int v = 0; v + 1 < vectors; v += 2) V::load_two(w + v * V::lanes, column[v], column[v + 1]);
+      if constexpr (vectors % 2) column[vectors - 1] = V::load(w + (vectors - 1) * V::lanes);
+    } else {
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) column[v] = V::load(w + v * V::lanes);
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
       const V x = V::broadcast(a[r] + k);
@@ -45,10 +51,17 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
       (scaled ? sum[r][v] * V::load(factors + v * V::lanes) : sum[r][v]).store(out + (r * vectors + v) * V::lanes);
 }
 
+// Of each k two vectors and two, as the product takes them.
 template <class V>
 void narrow_bf16(const void* numbers, int64_t depth, int64_t width, void* packed) {
+  constexpr int L = V::lanes;
   const auto* from = static_cast<const typename V::element*>(numbers);
-  for (int64_t i = 0; i < depth * width; i += V::lanes) V::load(from + i).store(static_cast<bf16*>(packed) + i);
+  auto* to = static_cast<bf16*>(packed);
+  for (int64_t k = 0; k < depth; ++k, from += width, to += width) {
+    int64_t i = 0;
+    for (; i + 2 * L <= width; i += 2 * L) V::store_two(to + i, V::load(from + i), V::load(from + i + L));
+    if (i < width) V::load(from + i).store(to + i);
+  }
 }
 
 // A column's largest magnitude becomes 127. What is not finite makes all of its column's results NaN.
@@ -171,7 +184,7 @@ Fingerprint fingerprint(const void* const* stretches, int count, int64_t bytes) 
   const auto take = [&](const char* from) {
     for (int c = 0; c < chains; ++c) {
       Vector x;
-      std::memcpy(&x, from + c * size, size);
+      memcpy(&x, from + c * size, size);
       x ^= chain[c];
       chain[c] = (x << 13 | x >> 19) * 0x9e3779b1u;
     }
@@ -181,7 +194,7 @@ Fingerprint fingerprint(const void* const* stretches, int count, int64_t bytes) 
     int64_t at = 0;
     for (; at + size * chains <= bytes; at += size * chains) take(from + at);
     char last[size * chains] = {};
-    std::memcpy(last, from + at, size_t(bytes - at));
+    memcpy(last, from + at, size_t(bytes - at));
     if (at < bytes) take(last);
   }
   Fingerprint found{{uint64_t(bytes), ~uint64_t(bytes)}};
