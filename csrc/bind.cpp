@@ -43,7 +43,7 @@ void fill(Given (&to)[n], const GivenSlots& from) {
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
                 bool reverse, bool training, bool complete, int threads, int products, Address lengths, Address resets, Address units,
-                int64_t module, int weight_type, bool keeps_packed) {
+                int64_t module, int weight_type, bool keeps_packed, bool chained) {
   if (!registry.find(cell) || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32) || weight_type < 0 ||
       weight_type >= kWeightTypes)
     throw std::invalid_argument("no such cell, storage type, way to multiply or type of weights");
@@ -65,7 +65,8 @@ Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t inp
                   pointer<const int64_t>(units),
                   module,
                   WeightType(weight_type),
-                  keeps_packed};
+                  keeps_packed,
+                  chained};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -217,6 +218,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
   });
   m.def("gains_apart", cpu::gains_apart);
+  m.def("gains_chained", cpu::gains_chained);
   // What the persistent engine would do on a device of so many multiprocessors, so much shared memory a block and so many blocks a cluster:
   // how blocks exchange, how many along units and rows, bytes of shared memory, whether it fits.
   m.def("tiling", [](const Problem& p, bool backward, int multiprocessors, int64_t shared_bytes, int cluster_blocks) {
@@ -248,6 +250,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return f;
       }));
   m.def("forward", py::overload_cast<const std::vector<const Forward*>&>(cpu::forward), py::call_guard<py::gil_scoped_release>());
+  m.def("forward_chain", cpu::forward_chain, py::call_guard<py::gil_scoped_release>());
 
   // Layers kept ready to take one step at a time.
   py::class_<cpu::Stream>(m, "Stream")

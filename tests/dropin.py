@@ -188,6 +188,14 @@ def compile_fullgraph(m: Any) -> None:
     close(x.grad, torch.autograd.grad(model(x).sum(), x)[0])
 
 
+@point("Compile and export", "torch.compile(fullgraph=True) under no_grad, of layers that could be trained")
+def compile_no_grad(m: Any) -> None:
+    for layer in each(m):
+        compiled = fresh_compile(layer, backend="aot_eager")
+        with torch.no_grad():
+            close(compiled(data()), layer(data()))
+
+
 @point("Compile and export", "dynamic T and B without a recompile storm")
 def compile_dynamic(m: Any) -> None:
     counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")

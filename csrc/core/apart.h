@@ -1,25 +1,41 @@
-// Whether two sequences of the same sizes, a layer's two directions, run one after the other, each by all threads, or side by side.
+// Sequences of the same sizes on a thread each instead of one after the other by all threads: a layer's two directions, or the layers of a
+// stack, each a few steps behind the one below.
 #pragma once
 
 #include "core/plan.h"
 
 namespace rnnkernels {
 
-inline bool gains_apart(const Machine& m, const CellInfo& cell, Problem p, bool training) {
-  if (p.threads < 2 || p.steps < 2 || p.batch < 1 || p.complete) return false;
-  const auto cost = [&](int threads) {
-    p.threads = threads;
-    return plan(m, cell, p, false).ns + (training ? plan(m, cell, p, true).ns : 0);
-  };
-  int64_t matrices = 0;
+// What the model knows: a sequence's time, forward and, training, backward, and the bytes of its matrices.
+inline double sequence_ns(const Machine& m, const CellInfo& cell, Problem p, bool training, int threads) {
+  p.threads = threads;
+  return plan(m, cell, p, false).ns + (training ? plan(m, cell, p, true).ns : 0);
+}
+inline int64_t matrix_bytes(const Machine& m, const CellInfo& cell, const Problem& p) {
+  int64_t bytes = 0;
   for (int s = 0; s < cell.stages; ++s) {
     const Product product = forward_product(cell, p, s);
-    matrices += panel_count(m, product, 1) * panel_bytes(m, product, 1);
+    bytes += panel_count(m, product, 1) * panel_bytes(m, product, 1);
   }
-  const double in_turn = 2 * cost(p.threads), together = cost(1);
-  // Where a batch is split the model finds no difference. What it does not see are one start of the team instead of two and taller tiles,
-  // which tell for small batches, as long as a core's L2 holds a whole matrix and the input's besides.
-  return together < 0.97 * in_turn || (together < 1.01 * in_turn && p.batch <= 16 && matrices <= m.l2_bytes / 2);
+  return bytes;
+}
+
+// What it does not see are one start of the team instead of several and taller tiles, which tell for small batches, as long as a core's L2
+// holds a whole matrix and the input's besides.
+inline bool is_sooner(const Machine& m, const CellInfo& cell, const Problem& p, double together, double in_turn) {
+  return together < 0.97 * in_turn || (together < 1.01 * in_turn && p.batch <= 16 && matrix_bytes(m, cell, p) <= m.l2_bytes / 2);
+}
+
+inline bool gains_apart(const Machine& m, const CellInfo& cell, const Problem& p, bool training) {
+  if (p.threads < 2 || p.steps < 2 || p.batch < 1 || p.complete) return false;
+  return is_sooner(m, cell, p, sequence_ns(m, cell, p, training, 1), 2 * sequence_ns(m, cell, p, training, p.threads));
+}
+
+inline bool gains_chained(const Machine& m, const CellInfo& cell, const Problem& p, int layers) {
+  if (p.threads < 2 || layers < 2 || p.steps < 2 * chain_steps(p) || p.batch < 1) return false;
+  const double rounds = double(ceil_div(layers, p.threads));
+  const double behind = double(chain_steps(p) * ((layers < p.threads ? layers : p.threads) - 1)) / double(p.steps);
+  return is_sooner(m, cell, p, sequence_ns(m, cell, p, false, 1) * (rounds + behind), layers * sequence_ns(m, cell, p, false, p.threads));
 }
 
 }  // namespace rnnkernels

@@ -146,6 +146,12 @@ inline Schedule grad_schedule(const Machine& m, const CellInfo& cell, const Prob
   return s;
 }
 
+// How many steps a layer of a chain is behind the one below: enough rows for a tile of the input's product, and few of all steps.
+inline int64_t chain_steps(const Problem& p) {
+  const int64_t tile = ceil_div(kMaxTileRows, p.batch > 1 ? p.batch : 1), few = ceil_div(p.steps, 16);
+  return tile > few ? tile : few;
+}
+
 inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
   const bool gradients = backward && !p.complete;
   const Schedule base = gradients ? grad_schedule(m, cell, p) : Schedule();
@@ -190,6 +196,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       const int64_t bytes =
           (rows * cell.input_slots() * ceil_div(p.hidden, unit_groups) + (convert ? p.batch * p.input : 0)) * m.number_bytes;
       s.chunk = m.chunk_bytes / (bytes > 0 ? bytes : 1);
+      if (p.chained && s.chunk > chain_steps(p)) s.chunk = chain_steps(p);
       s.chunk = s.chunk < 1 ? 1 : s.chunk > p.steps ? p.steps : s.chunk;
       if ((row_groups == 1 && unit_groups == 1) || s.ns < best.ns) best = s;
     }

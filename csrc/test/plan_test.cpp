@@ -179,6 +179,7 @@ int main() {
                 Problem p{0, storage, steps, batch, 40, hidden, output, nullptr, false, training, complete, threads};
                 if (!training && !complete && bytes == 4) p.weight_type = WeightType(batch % kWeightTypes);
                 p.keeps_packed = !training && !complete && threads % 2;
+                p.chained = !training && !complete && batch % 4 == 1;
                 test(m, cell, p, backward);
                 ++count;
               }
@@ -191,6 +192,14 @@ int main() {
   check(apart(100, 1, 64, 2) && apart(100, 8, 64, 2), "small sequences gain side by side");
   check(!apart(100, 1, 64, 1) && !apart(1, 1, 64, 2) && !apart(100, 0, 64, 2), "one thread, one step or no rows gain nothing");
   check(!apart(100, 1, 4096, 2) && !apart(100, 512, 64, 16), "matrices beyond L2 and batches for many threads gain nothing");
+  const auto chained = [&](int64_t steps, int64_t batch, int64_t hidden, int threads, int layers) {
+    const Problem p{0, Storage::F32, steps, batch, hidden, hidden, hidden, nullptr, false, false, false, threads};
+    return gains_chained(wide, kCells[0], p, layers);
+  };
+  check(chained(100, 1, 64, 2, 2) && chained(100, 1, 64, 4, 3) && chained(1000, 1, 128, 2, 4), "small layers gain in a chain");
+  check(!chained(100, 1, 64, 1, 2) && !chained(100, 1, 64, 2, 1) && !chained(8, 1, 64, 2, 2),
+        "one thread, one layer, few steps gain nothing");
+  check(!chained(100, 1, 4096, 2, 2) && !chained(100, 512, 64, 16, 2), "large matrices and batches for many threads gain nothing");
   int tilings = 0, fitting = 0;
   for (const CellInfo& cell : kCells)
     for (const Device& device : {Device{132, 227 << 10, 8}, Device{108, 163 << 10, 1}, Device{46, 99 << 10, 1}, Device{1, 48 << 10, 1}})

@@ -7,6 +7,7 @@ through the ops of ``registered.py``. All run the same code.
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
@@ -40,6 +41,7 @@ __all__ = [
     "before_each_step",
     "before_each_token",
     "build_info",
+    "chain_gains",
     "check_lengths",
     "check_reset_mask",
     "cuts_natively",
@@ -276,6 +278,25 @@ def pair(calls: Seq[Call], packed: Seq[Packed | Remembered | None] = (None, None
     return first.shaped(results[:count]), second.shaped(results[count:])
 
 
+def chain_gains(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Seq[Tensor | None]], engine: str) -> bool:
+    """Whether the layers of a stack with these weights, of whole batches and without gradients, are sooner done at the same time, each some
+    steps behind the one below: in ``cpu.side_by_side(chained=True)``.
+    """
+    if engine not in ("auto", "cpu") or not input.is_cpu or input.dim() != 3 or cell not in CELLS or input.dtype not in STORAGE:
+        return False
+    if torch.compiler.is_compiling() or is_transformed() or torch._C._is_tracing() or torch._C._is_any_autocast_enabled():
+        return False
+    grads = torch.is_grad_enabled()
+    for t in itertools.chain((input,), states, *weights):
+        if t is not None and ((type(t) is not Tensor and type(t) is not torch.nn.Parameter) or (grads and t.requires_grad)):
+            return False
+    spec, above = CELLS[cell], weights[1][0]  # which reads what the first layer gives
+    if not spec.input_gates or above is None or above.dim() != 2:
+        return False
+    s = Sizes(spec, False, input.shape[0], input.shape[1], above.shape[0] // spec.input_gates, above.shape[1])
+    return cpu.gains_chained(s, input.dtype, len(weights), torch.get_num_threads())
+
+
 class _Eager(NamedTuple):
     """A call that is checked and ready for kernels, in eager mode outside of transforms."""
 
@@ -331,7 +352,9 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
         call = call.changed(recompute=False, training=True)
         return _by_rules(call) if engine != "traced" and (not is_forward_mode() or _has_tangents(call)) else _traced(call)
     tensors: list[Any] = [input, *weights, *(call.states or ()), *call.given, *call.reset_states]
-    plain, needs_grad = not (torch.compiler.is_compiling() or torch._C._is_tracing() or input.is_meta), False
+    compiling = torch.compiler.is_compiling()
+    tracing = not compiling and torch._C._is_tracing()  # of which torch.compile must not hear
+    plain, needs_grad = not (compiling or tracing or input.is_meta), False
     for i, t in enumerate(tensors):
         if t is not None:
             plain = plain and (type(t) is Tensor or type(t) is torch.nn.Parameter)
@@ -339,7 +362,7 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
             if i and not t.is_contiguous():
                 tensors[i] = t.contiguous()
     # A traced graph is run with and without gradients.
-    needs_grad = needs_grad and (torch.is_grad_enabled() or torch._C._is_tracing())
+    needs_grad = needs_grad and (torch.is_grad_enabled() or tracing)
     if needs_grad:
         call = call.changed(training=True)
     if asked is not None:

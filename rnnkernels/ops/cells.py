@@ -205,21 +205,25 @@ def _tf32_allowed() -> bool:
         return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
-def problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int = 0) -> _C.Problem:
+def problem(
+    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int = 0, chained: bool = False
+) -> _C.Problem:
     """For so many threads; 0: torch's."""
     threads = threads or torch.get_num_threads()
     if s.engine == "cpu" and rows.sizes is None and not s.cut:
-        return _problem_of_whole_rows(s, dtype, input_size, training, threads, s.complete)
-    return _problem(s, dtype, input_size, rows, training, threads)
+        return _problem_of_whole_rows(s, dtype, input_size, training, threads, chained, s.complete)
+    return _problem(s, dtype, input_size, rows, training, threads, chained)
 
 
 @functools.lru_cache(maxsize=1024)
-def _problem_of_whole_rows(s: Sizes, dtype: torch.dtype, input_size: int, training: bool, threads: int, complete: bool) -> _C.Problem:
+def _problem_of_whole_rows(
+    s: Sizes, dtype: torch.dtype, input_size: int, training: bool, threads: int, chained: bool, complete: bool
+) -> _C.Problem:
     """``complete`` depends on a setting of torch's too."""
-    return _problem(s, dtype, input_size, NO_ROWS, training, threads)
+    return _problem(s, dtype, input_size, NO_ROWS, training, threads, chained)
 
 
-def _problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int) -> _C.Problem:
+def _problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int, chained: bool) -> _C.Problem:
     return _C.Problem(
         s.cell.index,
         STORAGE[dtype],
@@ -240,6 +244,7 @@ def _problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training
         s.module,
         s.weight_type,
         s.keeps,
+        chained,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator
@@ -47,6 +48,7 @@ class _Thread(threading.local):
     def __init__(self) -> None:
         self.buffers: list[Tensor] = []
         self.waiting: list[_Waiting] | None = None
+        self.chained = False  # each of those that wait reads the output of the one before it
 
     @property
     def threads(self) -> int:
@@ -90,18 +92,21 @@ thread = _Thread()
 
 
 @contextlib.contextmanager
-def side_by_side() -> Iterator[None]:
-    """The forward or the backward calls inside do not depend on each other: they run when the block ends, on a thread each. Their results
-    are not there before.
+def side_by_side(chained: bool = False) -> Iterator[None]:
+    """The forward or the backward calls inside do not depend on each other; or, ``chained``, they are forward calls and each reads what the
+    one before it gives. They run when the block ends, on a thread each. Their results are not there before.
     """
-    thread.waiting = []
+    thread.waiting, thread.chained = [], chained
     try:
         yield
         waiting = thread.waiting
     finally:
-        thread.waiting = None
-    if waiting:
-        _run_all([w.call for w in waiting])
+        thread.waiting, thread.chained = None, False
+    calls: list[Any] = [w.call for w in waiting]
+    if chained:
+        _C.forward_chain(calls, torch.get_num_threads())
+    elif calls:
+        _run_all(calls)
     for w in waiting:
         if w.done is not None:
             w.done()
@@ -112,6 +117,12 @@ def gains_side_by_side(s: Sizes, dtype: torch.dtype, input_size: int, training: 
     if s.recompute or s.given or s.resets or s.module:
         return False  # what these leave to do is done right after the kernel
     return _C.gains_apart(problem(s, dtype, input_size, Rows(), training), training)
+
+
+@functools.lru_cache(maxsize=1024)
+def gains_chained(s: Sizes, dtype: torch.dtype, layers: int, threads: int) -> bool:
+    """Whether so many such layers, each of which reads the one below, are sooner done at the same time than one after the other."""
+    return _C.gains_chained(problem(s, dtype, s.output, Rows(), False, threads), layers)
 
 
 def forward(
@@ -163,7 +174,7 @@ def _run(
     if s.complete:
         assert kept is not None
         _complete(cell, H, kept, tokens.flatten(0, -2), states[0] if states else None, weights)
-    task = problem(s, tokens.dtype, tokens.shape[-1], rows, keeps, thread.threads)
+    task = problem(s, tokens.dtype, tokens.shape[-1], rows, keeps, thread.threads, thread.chained)
     bytes = _C.workspace_bytes(task, False)
     workspace = thread.take(bytes)
     count = len(cell.states) - 1

@@ -41,7 +41,10 @@ int64_t workspace_bytes(const Problem& p, const Page& page, bool backward) {
   return layout(m, page.cell, p, plan(m, page.cell, p, backward), backward).bytes;
 }
 
-void forward(const Forward& f, const Page& page) {
+namespace {
+
+// `below`: how far the call has come that makes the input; `own`: how far this one has. Of one thread each; or null.
+void forward(const Forward& f, const Page& page, const Progress* below, Progress* own) {
   Prepared run(f, page);
   Walk& w = run.w;
   run_team(w.plan_.threads(), [&](int id, int members) {
@@ -54,14 +57,21 @@ void forward(const Forward& f, const Page& page) {
     meet(members);
     InputGates::Chunk chunk;
     for (int64_t n = 0; n < w.p.steps; ++n) {
+      const int64_t end = std::min(n / w.plan_.chunk * w.plan_.chunk + w.plan_.chunk, w.p.steps);
+      if (below && n % w.plan_.chunk == 0) below->wait_for(end);
       run.step(me, n, n & 1, chunk);
       if (w.products[0].depth || w.cell.stages > 1) w.wait(me);
+      if (own && n + 1 == end) own->reach(end);
     }
     meet(members);
     // A row's last state is on the side that its last step wrote: with rows that end early, each on its own.
     w.each_row(me, [&](int64_t b) { run.store(f.final, b, (w.p.reverse ? w.p.steps : w.steps_of(b)) & 1); });
   });
 }
+
+}  // namespace
+
+void forward(const Forward& f, const Page& page) { forward(f, page, nullptr, nullptr); }
 
 namespace {
 
@@ -214,18 +224,29 @@ void backward(const Backward& g, const Page& page) {
 
 namespace {
 
-template <class Call>
-void each_apart(const std::vector<const Call*>& calls, void (*run)(const Call&, const Page&)) {
+template <class Call, class Run>
+void each_apart(const std::vector<const Call*>& calls, int threads, const Run& run) {
   std::vector<const Page*> pages;  // whoever has none says so before there are threads
   for (const Call* call : calls) pages.push_back(&page_of(call->problem));
-  run_apart(int(calls.size()), [&](int i) { run(*calls[size_t(i)], *pages[size_t(i)]); });
+  run_apart(int(calls.size()), threads, [&](int i) { run(size_t(i), *calls[size_t(i)], *pages[size_t(i)]); });
 }
 
 }  // namespace
 
 bool gains_apart(const Problem& p, bool training) { return rnnkernels::gains_apart(machine(current(), p), page_of(p).cell, p, training); }
 
-void forward(const std::vector<const Forward*>& calls) { each_apart<Forward>(calls, forward); }
-void backward(const std::vector<const Backward*>& calls) { each_apart<Backward>(calls, backward); }
+void forward(const std::vector<const Forward*>& calls) {
+  each_apart(calls, int(calls.size()), [](size_t, const Forward& f, const Page& page) { forward(f, page); });
+}
+void backward(const std::vector<const Backward*>& calls) {
+  each_apart(calls, int(calls.size()), [](size_t, const Backward& g, const Page& page) { backward(g, page); });
+}
+
+bool gains_chained(const Problem& p, int layers) { return rnnkernels::gains_chained(machine(current(), p), page_of(p).cell, p, layers); }
+void forward_chain(const std::vector<const Forward*>& calls, int threads) {
+  std::vector<Progress> progress(calls.size());
+  each_apart(calls, threads,
+             [&](size_t i, const Forward& f, const Page& page) { forward(f, page, i ? &progress[i - 1] : nullptr, &progress[i]); });
+}
 
 }  // namespace rnnkernels::cpu

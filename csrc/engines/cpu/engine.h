@@ -43,6 +43,9 @@ void forward(const std::vector<const Forward*>&);
 void backward(const std::vector<const Backward*>&);
 // Whether two such problems are sooner done so, forward or, training, forward and backward.
 bool gains_apart(const Problem&, bool training);
+// Chained problems, each of which reads the output of the one before it, at the same time on up to so many threads.
+void forward_chain(const std::vector<const Forward*>&, int threads);
+bool gains_chained(const Problem&, int layers);
 
 // The yardstick: one stage of one step by plain loops, for rows whose products somebody else has formed: sums [rows][H slots · width] in
 // storage type, null for zero; backward has them for summed_rows rows.

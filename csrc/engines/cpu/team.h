@@ -3,12 +3,19 @@
 
 #include <linux/futex.h>
 #include <omp.h>
+#include <sched.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
 #include <atomic>
 
 namespace rnnkernels::cpu {
+
+inline void pause_thread() {
+#if RNNKERNELS_X86
+  __builtin_ia32_pause();
+#endif
+}
 
 // A counter that every member bumps and watches. It spins while the others are about to arrive and sleeps when they are not: on a machine
 // with more threads than cores the one that is waited for may need this very core.
@@ -30,7 +37,7 @@ class alignas(128) Barrier {
     }
     for (int spins = 0; missing(arrived_.load(std::memory_order_acquire), full); ++spins) {
       if (spins < 2000) {
-        pause();
+        pause_thread();
         continue;
       }
       sleepers_.fetch_add(1);
@@ -42,11 +49,6 @@ class alignas(128) Barrier {
 
  private:
   static bool missing(uint32_t arrived, uint32_t full) { return int32_t(arrived - full) < 0; }
-  static void pause() {
-#if RNNKERNELS_X86
-    __builtin_ia32_pause();
-#endif
-  }
   void futex(int operation, uint32_t value) {
     static_assert(sizeof arrived_ == sizeof(uint32_t), "a futex is a plain word");
     syscall(SYS_futex, &arrived_, operation, value, nullptr, nullptr, 0);
@@ -55,6 +57,22 @@ class alignas(128) Barrier {
   std::atomic<uint32_t> arrived_{0};
   uint32_t members_ = 1;
   alignas(64) std::atomic<uint32_t> sleepers_{0};
+};
+
+// How far one thread has come, for another to wait on.
+class alignas(128) Progress {
+ public:
+  void reach(int64_t steps) { steps_.store(steps, std::memory_order_release); }
+  void wait_for(int64_t steps) const {
+    for (int spins = 0; steps_.load(std::memory_order_acquire) < steps; ++spins)
+      if (spins < 2000)
+        pause_thread();
+      else
+        sched_yield();
+  }
+
+ private:
+  std::atomic<int64_t> steps_{0};
 };
 
 bool forked();  // whether this process is a child of fork()
@@ -71,14 +89,15 @@ void run_team(int wanted, const Work& work) {
   work(omp_get_thread_num(), omp_get_num_threads());
 }
 
-// Runs work(i) for i below `count`, which do not depend on each other, on a thread each; a team inside one of them is that thread alone.
+// Runs work(i) for i below `count` on up to so many threads. It may wait for lower ones: each thread takes its own in order. A team inside
+// one of them is that thread alone.
 template <class Work>
-void run_apart(int count, const Work& work) {
-  if (count <= 1 || omp_in_parallel() || forked()) {
+void run_apart(int count, int threads, const Work& work) {
+  if (count <= 1 || threads <= 1 || omp_in_parallel() || forked()) {
     for (int i = 0; i < count; ++i) work(i);
     return;
   }
-#pragma omp parallel num_threads(count)
+#pragma omp parallel num_threads(count < threads ? count : threads)
   for (int i = omp_get_thread_num(); i < count; i += omp_get_num_threads()) work(i);
 }
 
