@@ -347,8 +347,9 @@ class _Layer(nn.RNNBase):
         """The base class stores the list in several places; there is nothing to store."""
 
     def flatten_parameters(self) -> None:
-        """Forget weights that are kept packed. There is nothing else to do: the kernels take the layer's own where they lie."""
-        self._packed = None
+        """Forget weights that ``weight_dtype`` keeps packed. There is nothing else to do: the kernels take the layer's where they lie."""
+        if self.weight_dtype is not None:
+            self._packed = None
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         self._packed = None
@@ -358,10 +359,11 @@ class _Layer(nn.RNNBase):
         """Where each layer's and direction's packed weights stay."""
         if self.weight_dtype is None and torch.compiler.is_compiling():
             return None
-        if self._packed is None or self._packed[0].weight_dtype != self.weight_dtype:
+        kept = self._packed  # read once: another thread may forget them
+        if kept is None or kept[0].weight_dtype != self.weight_dtype:
             places = range(self.num_layers * (2 if self.bidirectional else 1))
-            self._packed = [ops.Remembered() if self.weight_dtype is None else ops.Packed(self.weight_dtype) for _ in places]
-        return self._packed
+            self._packed = kept = [ops.Remembered() if self.weight_dtype is None else ops.Packed(self.weight_dtype) for _ in places]
+        return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({name: value for name, value in state.items() if name != "_flat_weights"})  # type: ignore[no-untyped-call]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -33,7 +35,7 @@ def chains(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         found.append(len(calls))
         chain(calls, threads)
 
-    monkeypatch.setattr(ops.cpu, "gains_chained", lambda *_: True)
+    monkeypatch.setattr(ops.cpu, "gains_chained", functools.cache(lambda *_: True))
     monkeypatch.setattr(ops.cpu._C, "forward_chain", counted)
     return found
 
@@ -109,6 +111,15 @@ def test_what_needs_more_than_kernels_is_no_chain(chains: list[int]) -> None:
     layer.requires_grad_(False)
     layer(x)
     assert chains == [2, 2]
+
+
+def test_a_loaded_cell_is_compiled_for_the_instruction_set_first(chains: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()  # the model asks for the page
+    leaky = rnnkernels.load_cell(Path(__file__).parents[1] / "examples" / "leaky.h")
+    layer, x = leaky(3, 8, num_layers=2), torch.randn(40, 1, 3)
+    expected = run(layer, x)
+    ops.set_isa("scalar")
+    torch.testing.assert_close(run(layer, x), expected)
 
 
 def test_a_bad_layer_raises_and_leaves_nothing_behind(chains: list[int]) -> None:

@@ -111,6 +111,37 @@ def test_what_is_known_of_calls_before_hides_nothing(case: str) -> None:
         ops.sequence(**{**good(), **change})
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_numbers_that_torch_has_yet_to_negate_or_make(training: bool) -> None:
+    """Views of conjugates, and zeros without memory; gradients too."""
+    layer, kinds = rnnkernels.LSTM(5, 6), {"negative": lambda x: torch.complex(x, -x).conj().imag, "zeros": lambda x: x}
+    for kind, lazy in kinds.items():
+        x, h, c = (lazy(torch.randn(shape)) for shape in ((4, 3, 5), (1, 3, 6), (1, 3, 6)))
+        if kind == "zeros":
+            x, h, c = (torch._efficientzerotensor(t.shape) for t in (x, h, c))
+        plain = [t.resolve_neg() if kind == "negative" else torch.zeros(t.shape) for t in (x, h, c)]
+        assert kind == "zeros" or x.is_neg()
+        with torch.set_grad_enabled(training):
+            output, (h_n, c_n) = layer(x, (h, c))
+            expected, (h_e, c_e) = layer(plain[0], (plain[1], plain[2]))
+        assert all(map(torch.equal, (output, h_n, c_n), (expected, h_e, c_e)))
+        if training:
+            upstream = lazy(torch.randn(4, 3, 6))
+            found = torch.autograd.grad(output, list(layer.parameters()), upstream)
+            wanted = torch.autograd.grad(expected, list(layer.parameters()), upstream.resolve_neg())
+            assert all(map(torch.equal, found, wanted))
+
+
+def test_states_are_counted_again() -> None:
+    """Those that replace others lie beside those at the start."""
+    case = {**good(), "reset_mask": torch.zeros(4, 3, dtype=torch.bool), "reverse": True}
+    ops.sequence(**case)
+    states = case.pop("states")
+    for given in ([], states[:1]):
+        with pytest.raises(RuntimeError, match=f"states: expected 2 .*got {len(given)}"):
+            ops.sequence(**case, states=given, reset_states=states[len(given) :])
+
+
 @pytest.mark.parametrize(
     "change", [lambda w: w[:-1], lambda w: w.double(), lambda w: w.t().contiguous().t()], ids=["shape", "dtype", "strides"]
 )

@@ -254,13 +254,43 @@ def test_what_is_kept_unasked_is_found_and_bounded() -> None:
     kept = {shape: memory.data_ptr() for shape, memory in own._found.items()}
     run(layer, torch.randn(T, 1, I))
     assert {shape: memory.data_ptr() for shape, memory in own._found.items()} == kept
-    layer.flatten_parameters()
-    assert not layer._kept()[0]._found
     large = rnnkernels.LSTM(8, 2048).eval()
     run(large, torch.randn(2, 1, 8))
     assert not large._kept()[0]._found, "more than 64 MB"
-    layer(torch.randn(T, B, I))[0].sum().backward()  # training packs for itself
-    assert not layer._kept()[0]._found
+    fresh = layer_of("GRU")
+    fresh(torch.randn(T, B, I))[0].sum().backward()  # training packs for itself
+    assert not fresh._kept()[0]._found
+
+
+def test_what_is_kept_unasked_follows_the_sizes() -> None:
+    """Of weights that somebody puts in the place of others."""
+    layer = rnnkernels.GRU(I, H).eval()
+    first, wide = layer.weight_ih_l0, nn.Parameter(torch.randn(3 * H, 5000))
+    for _ in range(2):
+        for weight in (first, wide):
+            layer.weight_ih_l0, layer.input_size = weight, weight.shape[1]
+            x = torch.randn(T, B, weight.shape[1])
+            assert all(map(torch.equal, run(layer, x), run(copy.deepcopy(layer), x)))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("restore")
+def test_what_is_kept_unasked_follows_the_dtype(isa: str) -> None:
+    ops.set_isa(isa)
+    layer = layer_of("LSTM")
+    singles = layer.state_dict()
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.float32, torch.float64):
+        layer.load_state_dict({name: weight.to(dtype) for name, weight in singles.items()}, assign=True)
+        x = torch.randn(T, B, I).to(dtype)
+        assert all(map(torch.equal, run(layer, x), run(copy.deepcopy(layer), x)))
+
+
+@pytest.mark.usefixtures("restore")
+def test_what_is_kept_unasked_follows_the_instruction_set() -> None:
+    layer, x = layer_of("GRU"), torch.randn(T, B, I)
+    for isa in (*ISAS, *ISAS):
+        ops.set_isa(isa)
+        assert all(map(torch.equal, run(layer, x), run(copy.deepcopy(layer), x)))
 
 
 def test_threads_that_share_a_layer() -> None:

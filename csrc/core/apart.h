@@ -31,11 +31,20 @@ inline bool gains_apart(const Machine& m, const CellInfo& cell, const Problem& p
   return is_sooner(m, cell, p, sequence_ns(m, cell, p, training, 1), 2 * sequence_ns(m, cell, p, training, p.threads));
 }
 
-inline bool gains_chained(const Machine& m, const CellInfo& cell, const Problem& p, int layers) {
+constexpr double kChainSaves = 10e3;  // nanoseconds
+
+// p: any layer but the first, whose input is `first_input` wide.
+inline bool gains_chained(const Machine& m, const CellInfo& cell, const Problem& p, int64_t first_input, int layers) {
   if (p.threads < 2 || layers < 2 || p.steps < 2 * chain_steps(p) || p.batch < 1) return false;
+  Problem first = p;
+  first.input = first_input;
+  const double own = sequence_ns(m, cell, p, false, 1), own_first = sequence_ns(m, cell, first, false, 1);
+  const double in_turn = sequence_ns(m, cell, first, false, p.threads) + (layers - 1) * sequence_ns(m, cell, p, false, p.threads);
   const double rounds = double(ceil_div(layers, p.threads));
   const double behind = double(chain_steps(p) * ((layers < p.threads ? layers : p.threads) - 1)) / double(p.steps);
-  return is_sooner(m, cell, p, sequence_ns(m, cell, p, false, 1) * (rounds + behind), layers * sequence_ns(m, cell, p, false, p.threads));
+  const double together = (own > own_first ? own : own_first) + own * (rounds - 1 + behind);
+  // Threads that wait for each other lose much on cores that others use too: not for a few microseconds.
+  return together + kChainSaves < in_turn && is_sooner(m, cell, p, together, in_turn);
 }
 
 }  // namespace rnnkernels

@@ -224,7 +224,7 @@ inline int64_t partial_row(const Machine& m, const CellInfo& cell, const Problem
   return ceil_div(p.hidden, m.lanes) * 2 * most;
 }
 
-// Tells a panel's weights from others: what has the same one is the same, but for one chance in 2^128.
+// Tells a panel's weights from others: what has the same one is the same, but for at most one chance in 2^64.
 struct Fingerprint {
   uint64_t bits[2];
   bool operator==(const Fingerprint& other) const { return bits[0] == other.bits[0] && bits[1] == other.bits[1]; }

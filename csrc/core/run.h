@@ -51,8 +51,9 @@ struct Given {
   int64_t token, row;
 };
 
-// What becomes of packed weights that are kept: they are as they must be; a panel is packed anew where its weights changed; all are packed.
-enum class Pack { Never, Changed, All };
+// What becomes of packed weights that are kept: they are as they must be; all are packed; all are, and it is noted of what; those panels are
+// whose weights are not what was noted.
+enum class Pack { Never, All, Noted, Changed };
 
 // N = number of tokens, G = room() of the cell; storage type unless said otherwise.
 struct Forward {

@@ -249,7 +249,7 @@ void test_fingerprints(const cpu::Isa& isa) {
     for (uint32_t change : {uint32_t(1), kSign}) {
       words[i] ^= change;
       look();
-      for (size_t other : {i + 1, i + 16, i + 64, i + 128}) {
+      for (size_t other : {i + 1, i + 16, i + 32, i + 64}) {
         if (other >= words.size()) continue;
         words[other] ^= change;
         look();
@@ -261,6 +261,14 @@ void test_fingerprints(const cpu::Isa& isa) {
       }
       words[i] ^= change;
     }
+    // A change that a chain turns into one of the sign, and the sign itself a stripe later.
+    for (int bit : {16, 18})
+      for (size_t stripe : {16, 32, 64}) {
+        if (i + stripe >= words.size()) continue;
+        words[i] ^= uint32_t(1) << bit, words[i + stripe] ^= kSign;
+        look();
+        words[i] ^= uint32_t(1) << bit, words[i + stripe] ^= kSign;
+      }
   }
   for (uint32_t& word : words) word ^= kSign;
   look();

@@ -192,13 +192,14 @@ int main() {
   check(apart(100, 1, 64, 2) && apart(100, 8, 64, 2), "small sequences gain side by side");
   check(!apart(100, 1, 64, 1) && !apart(1, 1, 64, 2) && !apart(100, 0, 64, 2), "one thread, one step or no rows gain nothing");
   check(!apart(100, 1, 4096, 2) && !apart(100, 512, 64, 16), "matrices beyond L2 and batches for many threads gain nothing");
-  const auto chained = [&](int64_t steps, int64_t batch, int64_t hidden, int threads, int layers) {
+  const auto chained = [&](int64_t steps, int64_t batch, int64_t hidden, int threads, int layers, int64_t input = 64) {
     const Problem p{0, Storage::F32, steps, batch, hidden, hidden, hidden, nullptr, false, false, false, threads};
-    return gains_chained(wide, kCells[0], p, layers);
+    return gains_chained(wide, kCells[0], p, input, layers);
   };
   check(chained(100, 1, 64, 2, 2) && chained(100, 1, 64, 4, 3) && chained(1000, 1, 128, 2, 4), "small layers gain in a chain");
   check(!chained(100, 1, 64, 1, 2) && !chained(100, 1, 64, 2, 1) && !chained(8, 1, 64, 2, 2),
         "one thread, one layer, few steps gain nothing");
+  check(!chained(100, 1, 64, 2, 2, 4096), "a first layer that reads much gains nothing");
   check(!chained(100, 1, 4096, 2, 2) && !chained(100, 512, 64, 16, 2), "large matrices and batches for many threads gain nothing");
   int tilings = 0, fitting = 0;
   for (const CellInfo& cell : kCells)

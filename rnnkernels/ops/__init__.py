@@ -21,10 +21,10 @@ from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
 from .autograd import Both, Sequence
-from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, grouped, problem
+from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped, problem
 from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, checked_once, forget_seen, hidden_size
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
-from .load import heats, is_modified, load_page, modified, source_of
+from .load import compile_for, heats, is_modified, load_page, modified, source_of
 from .packed import Packed, Remembered, keeping, weight_type
 from .packed import check as check_packed
 from .transforms import Forward, is_batched, is_forward_mode, is_transformed
@@ -74,6 +74,7 @@ def set_isa(name: str | None) -> None:
     """
     _C.set_isa(name or "")
     forget_seen()
+    cpu.gains_chained.cache_clear()
 
 
 def plan(
@@ -293,8 +294,9 @@ def chain_gains(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Seq[
     spec, above = CELLS[cell], weights[1][0]  # which reads what the first layer gives
     if not spec.input_gates or above is None or above.dim() != 2:
         return False
+    compile_for(_C.isa(), cell)
     s = Sizes(spec, False, input.shape[0], input.shape[1], above.shape[0] // spec.input_gates, above.shape[1])
-    return cpu.gains_chained(s, input.dtype, len(weights), torch.get_num_threads())
+    return cpu.gains_chained(s, input.dtype, input.shape[2], len(weights), torch.get_num_threads())
 
 
 class _Eager(NamedTuple):
@@ -359,8 +361,8 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
         if t is not None:
             plain = plain and (type(t) is Tensor or type(t) is torch.nn.Parameter)
             needs_grad = needs_grad or t.requires_grad
-            if i and not t.is_contiguous():
-                tensors[i] = t.contiguous()
+            if i and (not t.is_contiguous() or (not compiling and (t.is_neg() or t._is_zerotensor()))):
+                tensors[i] = dense(t)
     # A traced graph is run with and without gradients.
     needs_grad = needs_grad and (torch.is_grad_enabled() or tracing)
     if needs_grad:

@@ -119,7 +119,7 @@ class Weights(NamedTuple):
     v: Tensor | None
 
     def dense(self) -> Weights:
-        return Weights(*(None if w is None else w.contiguous() for w in self))
+        return Weights(*(None if w is None else dense(w) for w in self))
 
 
 class Rows(NamedTuple):
@@ -192,6 +192,13 @@ def empty(like: Tensor, shape: Seq[int]) -> Tensor:
     if t.nbytes >= 2 << 20 and t.device.type == "cpu":
         _C.prefer_large_pages(t.data_ptr(), t.nbytes)
     return t
+
+
+def dense(t: Tensor) -> Tensor:
+    """Its numbers in memory as a kernel reads them: one after the other, none of them still to be negated or made."""
+    if t.is_neg() or t._is_zerotensor():
+        t = t.resolve_neg() if t.is_neg() else torch.zeros(t.shape, dtype=t.dtype, device=t.device)
+    return t.contiguous()
 
 
 def address(t: Tensor | None) -> int:

@@ -12,7 +12,17 @@ from torch import Tensor
 from . import engines
 from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights
 
-__all__ = ["Call", "check_lengths", "check_reset_mask", "check_reset_states", "checked", "expect", "hidden_size"]
+__all__ = [
+    "Call",
+    "check_lengths",
+    "check_reset_mask",
+    "check_reset_states",
+    "checked",
+    "checked_once",
+    "expect",
+    "forget_seen",
+    "hidden_size",
+]
 
 
 def expect(name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
@@ -102,7 +112,8 @@ def checked_once(call: Call, leaves: Seq[Tensor | None]) -> Sizes:
         return checked(call, True)
     for t in call.given:
         kinds.append(t.requires_grad)
-    options = (call.states is None, len(call.given), call.module, call.reverse, call.engine, call.recompute, call.return_states)
+    counts = (None if call.states is None else len(call.states), len(call.given))
+    options = (counts, call.module, call.reverse, call.engine, call.recompute, call.return_states)
     key = (CELLS.get(call.cell), dtype, options, call.lengths is None, call.reset_mask is None, call.units is None, *kinds)
     sizes = _seen.get(key)
     if sizes is None:

@@ -22,6 +22,7 @@ from .cells import (
     Weights,
     address,
     before_each_token,
+    dense,
     empty,
     given_each_token,
     grad_given,
@@ -96,12 +97,13 @@ def side_by_side(chained: bool = False) -> Iterator[None]:
     """The forward or the backward calls inside do not depend on each other; or, ``chained``, they are forward calls and each reads what the
     one before it gives. They run when the block ends, on a thread each. Their results are not there before.
     """
+    around = thread.waiting, thread.chained
     thread.waiting, thread.chained = [], chained
     try:
         yield
         waiting = thread.waiting
     finally:
-        thread.waiting, thread.chained = None, False
+        thread.waiting, thread.chained = around
     calls: list[Any] = [w.call for w in waiting]
     if chained:
         _C.forward_chain(calls, torch.get_num_threads())
@@ -120,9 +122,9 @@ def gains_side_by_side(s: Sizes, dtype: torch.dtype, input_size: int, training: 
 
 
 @functools.lru_cache(maxsize=1024)
-def gains_chained(s: Sizes, dtype: torch.dtype, layers: int, threads: int) -> bool:
+def gains_chained(s: Sizes, dtype: torch.dtype, input_size: int, layers: int, threads: int) -> bool:
     """Whether so many such layers, each of which reads the one below, are sooner done at the same time than one after the other."""
-    return _C.gains_chained(problem(s, dtype, s.output, Rows(), False, threads), layers)
+    return _C.gains_chained(problem(s, dtype, s.output, Rows(), False, threads), input_size, layers)
 
 
 def forward(
@@ -140,7 +142,7 @@ def forward(
     for training, moments of a cell that has them.
     """
     H, P = s.hidden, s.output
-    tokens = input.contiguous()
+    tokens = dense(input)
     *around, _ = tokens.shape
     N = math.prod(around)
     keeps = training and not s.recompute
@@ -218,7 +220,7 @@ def recompute(
     """The kept values from the states. All tokens are one step of as many rows; a cell of several stages, and where not everything takes
     part in every step, the sequence runs again.
     """
-    tokens = input.flatten(0, -2).contiguous()
+    tokens = dense(input.flatten(0, -2))
     N = tokens.shape[0]
     kept = new_kept(s, input, N)
     if len(s.cell.stages) > 1 or s.cut:
@@ -277,11 +279,11 @@ def backward(
 ) -> tuple[list[Tensor | None], Tensor]:
     """Gradients in the order of `needs`, and those of all slots, ``[N, room · H]``; past a row's end anything."""
     cell, H = s.cell, s.hidden
-    tokens = input.contiguous()
+    tokens = dense(input)
     if kept is None:
         kept, overwrite = recompute(s, input, states, weights, rows, output, history, given, resets), True
-    upstream = [None if g is None else g.contiguous() for g in grad_states]
-    finals = [None if g is None else g.contiguous() for g in grad_final]
+    upstream = [None if g is None else dense(g) for g in grad_states]
+    finals = [None if g is None else dense(g) for g in grad_final]
     task = problem(s, input.dtype, input.shape[-1], rows, True, thread.threads)
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.

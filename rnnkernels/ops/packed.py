@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from .cells import Sizes, Weights, empty
+from .cells import Rows, Sizes, Weights, empty, problem
 
 __all__ = ["Pack", "Packed", "Remembered", "check", "keeping", "weight_type"]
 
@@ -48,29 +48,30 @@ class Pack(enum.IntEnum):
     """What a call does about the packed weights that it is given, as the compiled module numbers it."""
 
     NEVER = 0
-    CHANGED = 1  # the panels whose weights are not those that they were made of
-    ALL = 2
+    ALL = 1
+    NOTED = 2  # all, and it is noted of which weights each panel is made
+    CHANGED = 3  # the panels whose weights are not those
 
 
-# What nobody asked for is kept up to so many bytes a layer and direction.
+# What nobody asked for is kept up to so many bytes a layer, direction and way to cut it.
 _UNASKED = 64 << 20
 
 
 @functools.lru_cache(maxsize=1024)
-def _keeping(s: Sizes, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> Sizes:
-    return s._replace(weight_type=weight_type(weight_dtype, dtype), keeps=True)
+def _keeping(s: Sizes, dtype: torch.dtype, input_size: int, weight_dtype: torch.dtype | None) -> Sizes | None:
+    keeps = s._replace(weight_type=weight_type(weight_dtype, dtype), keeps=True)
+    if weight_dtype is None and _C.packing(problem(keeps, dtype, input_size, Rows(), False, 1))[0] > _UNASKED:
+        return None
+    return keeps
 
 
 def keeping(s: Sizes, input: Tensor, packed: Packed | Remembered | None) -> Sizes | None:
     """The call as one that keeps packed weights; None: it is not to, and nobody has asked that it do."""
     if packed is None or s.engine != "cpu":
         return None
-    if packed.weight_dtype is None:
-        cell, H, P = s.cell, s.hidden, s.output
-        numbers = cell.input_gates * H * input.shape[-1] + cell.hidden_gates * H * P + cell.projected * P * H
-        if s.complete or s.module or numbers * max(4, input.itemsize) > _UNASKED:
-            return None
-    return _keeping(s, input.dtype, packed.weight_dtype)
+    if packed.weight_dtype is None and (s.complete or s.module):
+        return None
+    return _keeping(s, input.dtype, input.shape[-1], packed.weight_dtype)
 
 
 def _room(bytes: int) -> Tensor:
@@ -100,7 +101,7 @@ class Remembered:
                 found.pop(old, None)
             found[shape] = memory
 
-        return memory, Pack.ALL if own is None else Pack.CHANGED, done
+        return memory, Pack.NOTED if own is None else Pack.CHANGED, done
 
     def __reduce__(self) -> Any:
         return type(self), ()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .cells import Rows, Sizes, Weights, number
+from .cells import Rows, Sizes, Weights, dense, number
 
 __all__ = ["backward", "fits"]
 
@@ -53,7 +53,7 @@ def backward(
         return t.shape[:-1] == input.shape[:-1]
 
     after = [by_step(t) for t in (output, *history)]
-    upstream = [None if g is None else by_step(g.contiguous()) for g in grad_states]
+    upstream = [None if g is None else by_step(dense(g)) for g in grad_states]
     leaves: list[Tensor | None] = [input, *weights, *states, *given]
     total: list[Tensor | None] = [None] * len(leaves)
     first_given = 1 + _WEIGHTS + len(states)

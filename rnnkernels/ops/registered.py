@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .cells import CELLS, Rows, Sizes, Weights, grad_shapes, number, parted
+from .cells import CELLS, Rows, Sizes, Weights, dense, grad_shapes, number, parted
 from .checks import Call, checked, expect, hidden_size
 from .engines import RUNS
 from .transforms import Fold, Leaves, apart, one_sample, stacked
@@ -40,7 +40,7 @@ def _op_forward(*args: Any) -> list[Tensor]:
     """
     call = _call(args)
     s = checked(call, True)
-    states, given, resets = ([t.contiguous() for t in tensors] for tensors in (call.states or (), call.given, call.reset_states))
+    states, given, resets = ([dense(t) for t in tensors] for tensors in (call.states or (), call.given, call.reset_states))
     run = RUNS[s.engine].forward(s, call.training, call.input, states, call.weights().dense(), call.rows(), given, resets)
     output, final, kept, history = run
     # Places that forward does not fill: an op's results are the same each time.
@@ -116,19 +116,19 @@ def _op_backward(*args: Any) -> list[Tensor]:
         back.grad_states,
         back.grad_final,
         input,
-        [state.contiguous() for state in states],
+        [dense(state) for state in states],
         call.weights().dense(),
         call.rows(),
-        output.contiguous(),
-        None if kept is None else kept.contiguous(),
-        [h.contiguous() for h in history],
-        [t.contiguous() for t in call.given],
-        [t.contiguous() for t in call.reset_states],
+        dense(output),
+        None if kept is None else dense(kept),
+        [dense(h) for h in history],
+        [dense(t) for t in call.given],
+        [dense(t) for t in call.reset_states],
         False,
     )
     # An op's results are memory of their own, and a given number's gradient lies among the gates'.
     first = counts[0] - others
-    return [input.new_empty(0) if grad is None else grad if i < first else grad.contiguous() for i, grad in enumerate(grads)]
+    return [input.new_empty(0) if grad is None else grad if i < first else dense(grad) for i, grad in enumerate(grads)]
 
 
 def _op_backward_fake(*args: Any) -> list[Tensor]:

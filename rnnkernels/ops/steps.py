@@ -26,6 +26,7 @@ from .cells import (
     Weights,
     address,
     before_each_token,
+    dense,
     empty,
     given_each_token,
     grad_given,
@@ -112,7 +113,7 @@ def forward(
     for training, moments of a cell that has them.
     """
     H, keeps = s.hidden, training and not s.recompute
-    tokens = input.flatten(0, -2).contiguous()
+    tokens = dense(input.flatten(0, -2))
     N = tokens.shape[0]
     gates = new_kept(s, input, N) if keeps else empty(input, (N, s.cell.input_gates * H))
     _input_gates(s, gates, tokens, weights)
@@ -149,7 +150,7 @@ def recompute(
     given: Seq[Tensor],
 ) -> Tensor:
     """The kept values from the states: all tokens as one step of as many rows."""
-    tokens = input.flatten(0, -2).contiguous()
+    tokens = dense(input.flatten(0, -2))
     N = tokens.shape[0]
     kept = new_kept(s, input, N)
     _input_gates(s, kept, tokens, weights)
@@ -323,8 +324,8 @@ def backward(
     gates = kept if overwrite else kept.clone() if len(cell.stages) > 1 else torch.empty_like(kept)
     wanted = needs[1 + len(weights) :]
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, wanted[: len(states)], strict=True)]
-    upstream = [None if g is None else g.contiguous().view(y.shape[0], g.shape[-1]) for g in grad_states]
-    finals = [None if g is None else g.contiguous() for g in grad_final]
+    upstream = [None if g is None else dense(g).view(y.shape[0], g.shape[-1]) for g in grad_states]
+    finals = [None if g is None else dense(g) for g in grad_final]
     if s.batch:
         walk = _walk_back_together if s.engine in PERSISTENT else _walk_back
         walk(s, gates, kept, upstream, finals, initial, states, weights, rows.sizes, y, history)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .. import _C
 from . import sequence
-from .cells import Rows, Sizes, Weights, address, empty, place_given, problem, stage_blocks, vectors
+from .cells import Rows, Sizes, Weights, address, dense, empty, place_given, problem, stage_blocks, vectors
 from .checks import Call, checked
 from .packed import check, weight_type
 
@@ -137,8 +137,8 @@ class _Packed(_Stack):
             self._native.pack(i, address(dense.ih), address(dense.bias_ih), address(dense.bias_hh), *addresses, given)
 
     def load(self, states: Seq[Tensor] | None, rows: Seq[int]) -> None:
-        dense = [state.contiguous() for state in states or ()]
-        self._native.load([state.data_ptr() for state in dense], rows)
+        given = [dense(state) for state in states or ()]
+        self._native.load([state.data_ptr() for state in given], rows)
 
     def store(self) -> list[Tensor]:
         states = [self._like.new_empty(len(self._sizes), self._sizes[0].batch, width) for width in self.widths]
@@ -146,7 +146,7 @@ class _Packed(_Stack):
         return states
 
     def run(self, x: Tensor) -> Tensor:
-        x, y = x.contiguous(), torch.empty_like(self._output)
+        x, y = dense(x), torch.empty_like(self._output)
         self._step(x.data_ptr(), y.data_ptr())
         return y
 

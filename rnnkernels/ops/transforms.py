@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from . import peer, products, tangents, traced
-from .cells import Rows, Sizes, Weights, before_each_step, before_each_token, grouped, number, parted
+from .cells import Rows, Sizes, Weights, before_each_step, before_each_token, dense, grouped, number, parted
 from .checks import check_lengths
 from .engines import RUNS
 
@@ -98,9 +98,9 @@ class Leaves(NamedTuple):
         return (*self.rows, self.input, *self.weights, *self.states, *self.given, *self.resets)
 
     def dense(self) -> Leaves:
-        lists = ([t.contiguous() for t in tensors] for tensors in (self.states, self.given, self.resets))
-        rows = Rows(*(None if t is None else t.contiguous() for t in self.rows))
-        return Leaves(rows, self.input.contiguous(), self.weights.dense(), *lists)
+        lists = ([dense(t) for t in tensors] for tensors in (self.states, self.given, self.resets))
+        rows = Rows(*(None if t is None else dense(t) for t in self.rows))
+        return Leaves(rows, dense(self.input), self.weights.dense(), *lists)
 
 
 def _histories(s: Sizes) -> int:
@@ -418,7 +418,7 @@ def _run_back(
     s: Sizes, needs: Seq[bool], leaves: Leaves, made: Seq[Any], grad_states: Seq[Tensor | None], grad_final: Seq[Tensor | None]
 ) -> tuple[list[Tensor | None], Tensor]:
     own = leaves.dense()
-    output, kept, *history = (None if t is None else t.contiguous() for t in made)
+    output, kept, *history = (None if t is None else dense(t) for t in made)
     found: tuple[list[Tensor | None], Tensor] = RUNS[s.engine].backward(
         s,
         needs,

@@ -28,7 +28,8 @@ Schedule schedule(const Problem& p, const Page& page, bool backward) { return pl
 Packing packing(const Problem& p, const Page& page) {
   const Machine m = machine(current(), p);
   const Schedule s = plan(m, page.cell, p, false);
-  Packing found{layout(m, page.cell, p, s, false).packed_bytes, {m.lanes}};
+  Packing found{layout(m, page.cell, p, s, false).packed_bytes,
+                {p.cell, int(p.storage), int(p.weight_type), p.input, p.hidden, p.output, m.lanes}};
   for (int stage = 0; stage < page.cell.stages; ++stage) {
     found.shape.push_back(s.blocks[stage]);
     found.shape.push_back(s.input_blocks[stage]);
@@ -242,7 +243,9 @@ void backward(const std::vector<const Backward*>& calls) {
   each_apart(calls, int(calls.size()), [](size_t, const Backward& g, const Page& page) { backward(g, page); });
 }
 
-bool gains_chained(const Problem& p, int layers) { return rnnkernels::gains_chained(machine(current(), p), page_of(p).cell, p, layers); }
+bool gains_chained(const Problem& p, int64_t first_input, int layers) {
+  return rnnkernels::gains_chained(machine(current(), p), page_of(p).cell, p, first_input, layers);
+}
 void forward_chain(const std::vector<const Forward*>& calls, int threads) {
   std::vector<Progress> progress(calls.size());
   each_apart(calls, threads,

@@ -29,7 +29,7 @@ std::string fits(const Problem&, const Page&);
 int lanes(const Problem&);  // of the chosen instruction set's numbers
 Schedule schedule(const Problem&, const Page&, bool backward);
 int64_t workspace_bytes(const Problem&, const Page&, bool backward);
-// How many bytes packed weights take, and what tells whether those of one problem serve another with the same weights.
+// How many bytes packed weights take, and what tells whether those of one problem serve another with the same weights: sizes, types, cuts.
 struct Packing {
   int64_t bytes;
   std::vector<int64_t> shape;
@@ -45,7 +45,8 @@ void backward(const std::vector<const Backward*>&);
 bool gains_apart(const Problem&, bool training);
 // Chained problems, each of which reads the output of the one before it, at the same time on up to so many threads.
 void forward_chain(const std::vector<const Forward*>&, int threads);
-bool gains_chained(const Problem&, int layers);
+// Whether so many such problems, the first of which reads an input of another width, are sooner done so.
+bool gains_chained(const Problem&, int64_t first_input, int layers);
 
 // The yardstick: one stage of one step by plain loops, for rows whose products somebody else has formed: sums [rows][H slots · width] in
 // storage type, null for zero; backward has them for summed_rows rows.

@@ -10,7 +10,7 @@ inline void* packed_in(const Forward& f) { return f.problem.keeps_packed ? f.pac
 
 // What is known of them from an earlier call.
 inline Packer::Kept kept_in(const Forward& f, int64_t prints) {
-  if (!f.problem.keeps_packed) return {};
+  if (!f.problem.keeps_packed || f.pack == Pack::All) return {};
   return {static_cast<Fingerprint*>(at(f.packed, prints)), f.pack};
 }
 

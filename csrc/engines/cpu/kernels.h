@@ -172,37 +172,42 @@ struct Words {
   typedef uint32_t Vector __attribute__((vector_size(bytes)));
 };
 
-// Each word of a stripe has a chain of its own, so that this is as fast as memory. A chain's step is a bijection both of what it has and of
-// what it takes in: one changed word is never lost, and of several in one chain one case in 2^32, of those in n chains one in 2^32n.
+// Each word of a stripe has two chains of its own, so that this is nearly as fast as memory. A chain's step is a bijection both of what it
+// has and of what it takes in: one changed word is never lost, and of changes that fall into one word of their stripes one case in 2^64.
 template <class V>
 Fingerprint fingerprint(const void* const* stretches, int count, int64_t bytes) {
-  constexpr int size = V::lanes > 4 ? V::lanes * 4 : 16, chains = 4;
+  constexpr int size = V::lanes > 4 ? V::lanes * 4 : 16, words = size / 4, parts = 4;
   using Vector = typename Words<size>::Vector;
-  Vector chain[chains];
-  for (int c = 0; c < chains; ++c)
-    for (int i = 0; i < size / 4; ++i) chain[c][i] = uint32_t(c * size + i + 1) * 0x85ebca6bu;
+  Vector one[parts], other[parts];
+  for (int c = 0; c < parts; ++c)
+    for (int i = 0; i < words; ++i) {
+      one[c][i] = uint32_t(c * words + i + 1) * 0x85ebca6bu;
+      other[c][i] = uint32_t(c * words + i + 1) * 0xc2b2ae35u;
+    }
   const auto take = [&](const char* from) {
-    for (int c = 0; c < chains; ++c) {
+    for (int c = 0; c < parts; ++c) {
       Vector x;
       memcpy(&x, from + c * size, size);
-      x ^= chain[c];
-      chain[c] = (x << 13 | x >> 19) * 0x9e3779b1u;
+      const Vector a = one[c] ^ x, b = other[c] + x;
+      one[c] = (a << 13 | a >> 19) * 0x9e3779b1u;
+      other[c] = (b << 15 | b >> 17) * 0xcc9e2d51u;
     }
   };
   for (int s = 0; s < count; ++s) {
     const char* const from = static_cast<const char*>(stretches[s]);
     int64_t at = 0;
-    for (; at + size * chains <= bytes; at += size * chains) take(from + at);
-    char last[size * chains] = {};
+    for (; at + size * parts <= bytes; at += size * parts) take(from + at);
+    char last[size * parts] = {};
     memcpy(last, from + at, size_t(bytes - at));
     if (at < bytes) take(last);
   }
   Fingerprint found{{uint64_t(bytes), ~uint64_t(bytes)}};
-  for (int c = 0; c < chains; ++c)
-    for (int i = 0; i < size / 4; ++i) {
-      found.bits[0] = (found.bits[0] ^ chain[c][i]) * 0x9e3779b97f4a7c15u;
+  for (int c = 0; c < parts; ++c)
+    for (int i = 0; i < words; ++i) {
+      const uint64_t both = uint64_t(one[c][i]) << 32 | other[c][i];
+      found.bits[0] = (found.bits[0] ^ both) * 0x9e3779b97f4a7c15u;
       found.bits[0] ^= found.bits[0] >> 29;
-      found.bits[1] = (found.bits[1] + chain[c][i]) * 0xc2b2ae3d27d4eb4fu;
+      found.bits[1] = (found.bits[1] + both) * 0xc2b2ae3d27d4eb4fu;
       found.bits[1] ^= found.bits[1] >> 32;
     }
   return found;
