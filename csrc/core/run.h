@@ -51,8 +51,8 @@ struct Given {
   int64_t token, row;
 };
 
-// What becomes of packed weights that are kept: they are as they must be; all are packed; all are, and it is noted of what; those panels are
-// whose weights are not what was noted.
+// What becomes of packed weights that are kept: they are as they must be; all are packed; all are, and it is noted of which weights; those
+// panels are whose weights are not what was noted.
 enum class Pack { Never, All, Noted, Changed };
 
 // N = number of tokens, G = room() of the cell; storage type unless said otherwise.
