@@ -69,7 +69,7 @@ def keeping(s: Sizes, input: Tensor, packed: Packed | Remembered | None) -> Size
     """The call as one that keeps packed weights; None: it is not to, and nobody has asked that it do."""
     if packed is None or s.engine != "cpu":
         return None
-    if packed.weight_dtype is None and (s.complete or s.module):
+    if packed.weight_dtype is None and s.complete:
         return None
     return _keeping(s, input.dtype, input.shape[-1], packed.weight_dtype)
 

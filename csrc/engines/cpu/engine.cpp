@@ -119,7 +119,7 @@ void backward(const Backward& g, const Page& page) {
     for (int s = 0; s < w.cell.stages; ++s) {
       void* const packed = at(g.workspace, w.memory.packed[s]);
       packer.pack_transposed(w.products[s], w.plan_.blocks[s], g.weights[s < last ? s + 1 : 0], packed);
-      packer.clear_below_blocks(s, true, packed);
+      packer.clear_below_blocks(s, packed);
     }
     products.start(me);
     w.clear_past_ends(me, p.input, g.grad_input);

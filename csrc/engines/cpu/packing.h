@@ -39,26 +39,29 @@ class Packer {
     if (product.type != WeightType::Numbers) return pack_narrow(s, weights, packed, workspace, kept);
     if (!w.p.units) return pack(product, blocks, weights, packed, kept);
     each_panel(product, blocks, [&](int64_t panel) {
+      if (!is_new(product, blocks, weights, panel, kept)) return;
       w.storage.pack(weights, product, blocks, panel, panel + 1, panel * blocks * w.m.lanes / w.p.module * w.p.module, packed);
+      clear_below_blocks(s, false, panel, packed);
     });
-    clear_below_blocks(s, false, packed);
   }
 
-  // Zeros for what lies below the blocks of the matrix in this member's panels of it, as far as a product reads them.
-  void clear_below_blocks(int s, bool transposed, void* packed) const {
+  // Zeros for what lies below the blocks of the transposed matrix in this member's panels of it, as far as a product reads them.
+  void clear_below_blocks(int s, void* packed) const {
     if (!w.p.units) return;
-    const int64_t hidden = w.p.hidden, module = w.p.module, width = w.plan_.blocks[s] * w.m.lanes;
-    const auto block = [&](int64_t unit) { return std::min(unit, hidden - 1) / module; };
-    each_panel(w.products[s], w.plan_.blocks[s], [&](int64_t panel) {
-      const int64_t first = block(panel * width), last = block(panel * width + width - 1);
-      for (int64_t k = (first + transposed) * module; k < std::min((last + transposed) * module, hidden); ++k)
-        for (int64_t i = 0; i < width; ++i)
-          if (transposed ? block(k) > block(panel * width + i) : block(k) < block(panel * width + i))
-            std::memset(at(packed, ((panel * hidden + k) * width + i) * w.number_bytes), 0, size_t(w.number_bytes));
-    });
+    each_panel(w.products[s], w.plan_.blocks[s], [&](int64_t panel) { clear_below_blocks(s, true, panel, packed); });
   }
 
  private:
+  void clear_below_blocks(int s, bool transposed, int64_t panel, void* packed) const {
+    const int64_t hidden = w.p.hidden, module = w.p.module, width = w.plan_.blocks[s] * w.m.lanes;
+    const auto block = [&](int64_t unit) { return std::min(unit, hidden - 1) / module; };
+    const int64_t first = block(panel * width), last = block(panel * width + width - 1);
+    for (int64_t k = (first + transposed) * module; k < std::min((last + transposed) * module, hidden); ++k)
+      for (int64_t i = 0; i < width; ++i)
+        if (transposed ? block(k) > block(panel * width + i) : block(k) < block(panel * width + i))
+          std::memset(at(packed, ((panel * hidden + k) * width + i) * w.number_bytes), 0, size_t(w.number_bytes));
+  }
+
   template <class Take>
   void each_panel(const Product& product, int blocks, const Take& take) const {
     if (!product.depth || w.p.complete) return;
