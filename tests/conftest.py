@@ -23,6 +23,12 @@ def restore() -> Iterator[None]:
 
 
 @pytest.fixture
+def two_threads(restore: None) -> None:
+    """What runs at the same time needs two, whatever the machine has."""
+    torch.set_num_threads(2)
+
+
+@pytest.fixture
 def poison(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Fresh memory holds NaN, and all memory is fresh, so that what a kernel reads without having written it shows."""
     monkeypatch.setattr(ops.cpu.thread, "KEPT", -1)

@@ -13,15 +13,7 @@ from torch import Tensor
 import rnnkernels
 from rnnkernels import ops
 
-pytestmark = pytest.mark.usefixtures("poison")
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("poison", "two_threads")
 
 
 @contextlib.contextmanager
