@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import DTYPES, IN_TORCH, PRESETS, Case, select
+from bench.cases import DTYPES, IN_TORCH, PRESETS, RECURRENCE, Case, select
 from bench.memory import peak_of_step, saved_for_backward
 from bench.peers import OURS, PEERS, TORCH
 from bench.roofs import Roofs
@@ -39,7 +39,8 @@ def run(arguments: argparse.Namespace) -> int:
     require("rich", "bench")
     if arguments.saved:
         return saved([case for case in cases if case.training and case.cell in IN_TORCH], arguments.json)
-    from bench.show import show
+    from bench.recurrence import recurrence, show_recurrence
+    from bench.show import show, show_roofs
 
     roofs, found = Roofs(), []
     peers = list(dict.fromkeys([TORCH.name, *arguments.peers, OURS.name]))
@@ -47,18 +48,25 @@ def run(arguments: argparse.Namespace) -> int:
         task = progress.add_task("", total=len(cases))
         for case in cases:
             progress.update(task, description=case.id)
-            found.append(run_case(case, peers, arguments.budget, roofs))
+            if arguments.preset == RECURRENCE:
+                found.append(recurrence(case, arguments.budget, roofs))
+            else:
+                found.append(run_case(case, peers, arguments.budget, roofs))
             progress.advance(task)
     whole = report(arguments.preset, found, roofs, arguments.threads)
     destination = arguments.json or str(RESULTS / f"{arguments.preset}-{date.today().isoformat()}.json")
     if destination != "-":
         Path(destination).parent.mkdir(parents=True, exist_ok=True)
     out = console(stderr=destination == "-")
-    show(whole, out)
+    if arguments.preset == RECURRENCE:
+        show_recurrence(found, out)
+        show_roofs(whole["roofs"], out)
+    else:
+        show(whole, out)
     write_json(whole, destination)
     if destination != "-":
         out.print(f"written: {os.path.relpath(destination)}")
-    return 1 if any(case["wrong"] for case in found) else 0
+    return 1 if any(case.get("wrong") for case in found) else 0
 
 
 def saved(cases: Sequence[Case], destination: str | None) -> int:

@@ -33,6 +33,8 @@ PERIODS = (1, 2, 4, 8, 16, 32, 64, 128)
 RESET_SHARE = 0.02
 # The longest loop that is given to torch.compile.
 COMPILED_STEPS = 20
+# A preset of its own kind: not whole calls but what more steps cost, beside the roof (bench/recurrence.py).
+RECURRENCE = "recurrence"
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -180,6 +182,7 @@ PRESETS = {
     "packed": (Preset(tuple(IN_TORCH), ("inference", "streaming"), (100,), (1, 8), (256, 512, 1024)),),
     "derivatives": (Preset(tuple(IN_TORCH), DERIVATIVES, (100,), (1, 16, 64), (128, 256)),),
     "bidirectional": (Preset(tuple(IN_TORCH), PASSES, (100,), (1, 8, 32), (64, 128, 256), bidirectional=True),),
+    RECURRENCE: (Preset(tuple(IN_TORCH), PASSES, (100,), (1, 8, 32, 128), (64, 128, 256, 512, 1024)),),
     "memory": (Preset(("lstm", "gru"), ("training",), (100, 400), (1, 64), (256,)),),
     "figures": (
         Preset(("lstm",), ("inference",), (100,), (1,), (64, 128, 256, 512, 1024)),

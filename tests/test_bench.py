@@ -13,6 +13,7 @@ from bench import peers, roofs, tables, timing
 from bench.__main__ import main
 from bench.cases import COMPILED_STEPS, LAYOUTS, OTHERS, PADDED, PRESETS, Case, select
 from bench.memory import peak_of_step, saved_for_backward
+from bench.recurrence import recurrence
 from bench.run import report, run_case
 from bench.timing import MIN_SAMPLES, Timing, measure
 
@@ -39,6 +40,7 @@ SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
         ("compiled", 4 * len(OTHERS)),
         ("inside", 3 * 4 * 2 * 2 * 2),
         ("clockwork", 2 * 2 * 2),
+        ("recurrence", 3 * 2 * 4 * 5),
     ],
 )
 def test_presets(preset, size):
@@ -49,7 +51,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    names = "quick grid stream cells compiled inside clockwork packed derivatives bidirectional memory figures"
+    names = "quick grid stream cells compiled inside clockwork packed derivatives bidirectional recurrence memory figures"
     assert set(PRESETS) == set(names.split())
 
 
@@ -268,6 +270,24 @@ def test_no_floor_without_measurements(monkeypatch):
     machine = roofs.Roofs(flops={("float32", 1): 1e11})
     assert machine.floor(SMALL) is None
     assert machine.facts()["bandwidth"][0]["gb_per_second"] is None
+
+
+def test_the_recurrence_alone_is_what_more_steps_cost(monkeypatch):
+    case = Case("gru", "inference", "float32", T=200, B=2, I=64, H=48, threads=1)
+    machine = measured(monkeypatch, bandwidth=1e-3, barrier=0.25)  # a roof so low that no noise reaches it
+    found = recurrence(case, 0, machine)
+    assert (found["I"], found["floor"]["roof"]) == (1, "cache")
+    slowest = machine.floor(replace(case, I=1)).seconds
+    assert 0 < found["seconds"]["median"] < slowest
+    assert found["share"] == slowest / found["seconds"]["median"]
+
+
+def test_the_recurrence_alone_on_the_command_line(tmp_path, capsys):
+    path = tmp_path / "recurrence.json"
+    command = ["run", "--preset", "recurrence", "--filter", "srn/.*/B1/.*H64/", "--threads", "1", "--budget", "0", "--json", str(path)]
+    assert main(command) == 0
+    assert [case["pass"] for case in json.loads(path.read_text())["cases"]] == ["inference", "training"]
+    assert "the recurrence alone" in capsys.readouterr().out
 
 
 def test_saved_memory_counts_each_storage_once():
