@@ -77,7 +77,7 @@ void forward(const Forward& f, const Page& page) { forward(f, page, nullptr, nul
 namespace {
 
 // The units of a tile from `first` on that take no part in the step: their state's gradient goes on as it is, and they have no gates.
-void hold_back(const Walk& w, const BackwardStep& step, RowSet rows, int64_t unit, int64_t first, const void* sums) {
+void hold_back(const Walk& w, const BackwardStep& step, const RowSet& rows, int64_t unit, int64_t first, const void* sums) {
   const int64_t panel_units = w.plan_.blocks[0] * w.m.lanes, begin = std::max(unit, first);
   const int64_t units = std::min(unit + panel_units, w.width(0)) - begin;
   if (units <= 0) return;
@@ -185,7 +185,7 @@ void backward(const Backward& g, const Page& page) {
               if (p.units) depth.end = std::min(depth.end, p.units[w.step(n - 1, false)]);
               return depth;
             },
-            [&](RowSet rows, int64_t unit, const void* sums) {
+            [&](const RowSet& rows, int64_t unit, const void* sums) {
               if (unit < units) w.page.backward[s](step, rows, unit, units, w.plan_.blocks[s], sums);
               if (p.units && unit + w.plan_.blocks[s] * w.m.lanes > units) hold_back(w, step, rows, unit, units, sums);
             });
@@ -210,7 +210,7 @@ void backward(const Backward& g, const Page& page) {
       const int64_t panel_units = w.plan_.blocks[last] * w.m.lanes;
       w.tiles(
           me, last, p.batch, units, !p.complete, false, g.workspace, side, [&](int64_t unit) { return w.readers(last, unit); },
-          [&](RowSet rows, int64_t unit, const void* sums) {
+          [&](const RowSet& rows, int64_t unit, const void* sums) {
             for (int r = 0; r < rows.count; ++r)
               finish(rows[r], unit, std::min(panel_units, units - unit), at(sums, r * panel_units * w.number_bytes));
           });

@@ -292,7 +292,7 @@ RNN_FN void put_sums(const V* e, int n, double* to) {
 }
 
 template <class Cell, int stage, class V, class S>
-void forward(const ForwardStep& step, RowSet rows, int64_t unit, int64_t end, int blocks, const void* sums) {
+void forward(const ForwardStep& step, const RowSet& rows, int64_t unit, int64_t end, int blocks, const void* sums) {
   constexpr int L = V::lanes, columns = InfoOf<Cell>::value.hidden_slots(stage), vectors = InfoOf<Cell>::value.vectors;
   constexpr int count = InfoOf<Cell>::value.stage[stage].sums;
   for (int b = 0; b < blocks && unit + b * L < end; ++b) {
@@ -310,7 +310,7 @@ void forward(const ForwardStep& step, RowSet rows, int64_t unit, int64_t end, in
 }
 
 template <class Cell, int stage, class V, class S>
-void backward(const BackwardStep& step, RowSet rows, int64_t unit, int64_t end, int blocks, const void* sums) {
+void backward(const BackwardStep& step, const RowSet& rows, int64_t unit, int64_t end, int blocks, const void* sums) {
   constexpr int L = V::lanes, vectors = InfoOf<Cell>::value.vectors, count = InfoOf<Cell>::value.stage[stage].back_sums;
   for (int b = 0; b < blocks && unit + b * L < end; ++b) {
     const int64_t u = unit + b * L;

@@ -10,7 +10,8 @@
 namespace rnnkernels::cpu {
 
 // The rows of a tile: first, first + stride, … of the batch or, where rows end in any order, of the longest first. Threads that share a
-// batch take turns row by row, so that a ragged batch stays balanced.
+// batch take turns row by row, so that a ragged batch stays balanced. Pages get it by reference: a copy on the stack, read in one piece just
+// after it was written in several, would wait for all stores before it, those of the page before among them.
 struct RowSet {
   int64_t first;
   int count, stride;
@@ -53,8 +54,8 @@ struct StorageOps {
 
 struct PageOps {
   // The pointwise part of a stage for a tile of rows and `blocks` vectors of units from `unit` on, as far as `end`; null sums are zero.
-  using Forward = void (*)(const ForwardStep&, RowSet, int64_t unit, int64_t end, int blocks, const void* sums);
-  using Backward = void (*)(const BackwardStep&, RowSet, int64_t unit, int64_t end, int blocks, const void* sums);
+  using Forward = void (*)(const ForwardStep&, const RowSet&, int64_t unit, int64_t end, int blocks, const void* sums);
+  using Backward = void (*)(const BackwardStep&, const RowSet&, int64_t unit, int64_t end, int blocks, const void* sums);
   Forward forward[kMaxStages];
   Backward backward[kMaxStages];
 };
