@@ -163,6 +163,12 @@ void fill(int64_t (&to)[n], const CellInfo& cell, const Problem& p) {
   for (int i = 0; i < cell.states; ++i) to[i] = width_of(p, cell.state_width(i));
 }
 
+#if RNNKERNELS_CUDA
+void need_some(size_t calls) {
+  if (calls < 1 || calls > size_t(kSequences)) throw std::invalid_argument("a launch is of one or two sequences");
+}
+#endif
+
 void need_cuda() {
 #if !RNNKERNELS_CUDA
   throw std::invalid_argument("this build has no CUDA part");
@@ -219,10 +225,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
   m.def("gains_apart", cpu::gains_apart);
   m.def("gains_chained", cpu::gains_chained);
-  // What the persistent engine would do on a device of so many multiprocessors, so much shared memory a block and so many blocks a cluster:
-  // how blocks exchange, how many along units and rows, bytes of shared memory, whether it fits.
-  m.def("tiling", [](const Problem& p, bool backward, int multiprocessors, int64_t shared_bytes, int cluster_blocks) {
-    const Tiling t = tile({multiprocessors, shared_bytes, cluster_blocks}, registry[p.cell], p, backward);
+  // What the persistent engine would do with so many sequences at once on a device of so many multiprocessors, so much shared memory a
+  // block and so many blocks a cluster: how blocks exchange, how many along units and rows, bytes of shared memory, whether it fits.
+  m.def("tiling", [](const Problem& p, bool backward, int multiprocessors, int64_t shared_bytes, int cluster_blocks, int sequences) {
+    const Tiling t = tile({multiprocessors, shared_bytes, cluster_blocks}, registry[p.cell], p, backward, sequences);
     const char* const how = t.exchange == Exchange::None ? "none" : t.exchange == Exchange::Near ? "near" : "grid";
     return py::make_tuple(how, t.unit_ctas, t.row_tiles, t.shared_bytes, t.fits);
   });
@@ -387,22 +393,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return py::make_tuple(d.multiprocessors, d.shared_bytes, d.cluster_blocks);
   });
   m.def("cuda_why_not", cuda::fits);
+  m.def("cuda_gains_together", cuda::gains_together);
   m.def("cuda_workspace_bytes", cuda::workspace_bytes);
-  m.def("cuda_forward", [](const Problem& p, Address gates, int64_t gates_row, const Addresses& weights, const Addresses& vectors,
-                           const Addresses& initial, const Addresses& final, Address output, const Addresses& history, Address workspace,
-                           Address offsets, int device, Address stream) {
-    const Forward f = forward_call(p, gates, gates_row, weights, vectors, initial, final, output, history, workspace);
+  m.def("cuda_forward_call", forward_call);
+  m.def("cuda_backward_call", backward_call);
+  m.def("cuda_forward", [](const std::vector<const Forward*>& calls, Address offsets, int device, Address stream) {
+    need_some(calls.size());
     py::gil_scoped_release release;
-    cuda::forward(f, pointer<const int64_t>(offsets), device, pointer(stream));
+    cuda::forward(calls, pointer<const int64_t>(offsets), device, pointer(stream));
   });
-  m.def("cuda_backward", [](const Problem& p, Address kept, Address grad_gates, const Addresses& weights, const Addresses& vectors,
-                            const Addresses& initial, Address output, const Addresses& history, const Addresses& grad_states,
-                            const Addresses& grad_final, const Addresses& grad_initial, Address workspace, Address offsets, int device,
-                            Address stream) {
-    const Backward g =
-        backward_call(p, kept, grad_gates, weights, vectors, initial, output, history, grad_states, grad_final, grad_initial, workspace);
+  m.def("cuda_backward", [](const std::vector<const Backward*>& calls, Address offsets, int device, Address stream) {
+    need_some(calls.size());
     py::gil_scoped_release release;
-    cuda::backward(g, pointer<const int64_t>(offsets), device, pointer(stream));
+    cuda::backward(calls, pointer<const int64_t>(offsets), device, pointer(stream));
   });
 #endif
 }

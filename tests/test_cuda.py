@@ -107,6 +107,29 @@ def test_networks_of_several_sequences_are_the_cpus(make: Any) -> None:
     torch.testing.assert_close(found[0].cpu(), expected[0], rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("size", [(33, 3), (64, 17), (512, 16), (1024, 1)], ids=lambda size: f"H{size[0]}-B{size[1]}")
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_two_directions_in_one_launch(kind: str, size: tuple[int, int], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, batch = size
+    layer = getattr(rnnkernels, kind)(5, hidden, bidirectional=True, engine="persistent").to("cuda", dtype)
+    x = torch.randn(50, batch, 5, device="cuda", dtype=dtype, requires_grad=True)
+
+    def results() -> list[torch.Tensor]:
+        output, final = layer(x)
+        grads = torch.autograd.grad(output.float().square().sum(), [x, *layer.parameters()])
+        return [output, *(final if isinstance(final, tuple) else (final,)), *grads]
+
+    both = results()
+    again = results()
+    monkeypatch.setattr(ops.steps, "_gains", lambda *_: False)
+    apart = results()
+    for a, b, c in zip(both, again, apart, strict=True):
+        assert torch.equal(a, b)
+        # Each way has its own cut, and with it its own order of sums.
+        torch.testing.assert_close(a, c, rtol=0, atol=40 * torch.finfo(dtype).eps * float(c.abs().max()))
+
+
 def test_tf32_only_when_torch_allows_it(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors, sizes, upstream = arguments("lstm", *SHAPES["wide"], dtype=torch.float32)
     truth = run(oracle, "lstm", tensors, sizes, upstream, False, torch.float64)

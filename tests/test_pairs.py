@@ -12,6 +12,7 @@ from torch import Tensor
 
 import rnnkernels
 from rnnkernels import ops
+from rnnkernels.ops import steps as steps_engine
 
 pytestmark = pytest.mark.usefixtures("poison", "two_threads")
 
@@ -130,3 +131,91 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     with apart(monkeypatch, True) as runs:
         assert torch.autograd.gradcheck(lambda x, h, c, *_: (layer(x, (h, c))[0], *layer(x, (h, c))[1]), (x, h, c, *layer.parameters()))
     assert set(runs) == {2}
+
+
+@contextlib.contextmanager
+def as_if_persistent(monkeypatch: pytest.MonkeyPatch, gains: bool) -> Iterator[list[int]]:
+    """The stepwise engine in the persistent one's place: its walks wait to be launched. How many were launched at a time."""
+    launches: list[int] = []
+    walk, walk_back, steps = steps_engine._walk, steps_engine._walk_back, steps_engine._waiting
+
+    class Module:
+        """The compiled module, with what a build for GPUs has beyond it."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ops._C, name)
+
+        def cuda_gains_together(self, *_: Any) -> bool:
+            return gains
+
+        def cuda_workspace_bytes(self, task: Any, backward: bool, device: int, sequences: int) -> int:
+            return 8
+
+        def cuda_forward(self, calls: list[Any], *_: Any) -> None:
+            launches.append(len(calls))
+            for call in calls:
+                call()
+
+        cuda_backward = cuda_forward
+
+    def together(s: Any, training: bool, gates: Tensor, *rest: Any) -> list[Tensor]:
+        final = [gates.new_full((s.batch, width), torch.nan) for width in s.widths]
+
+        def call() -> None:
+            for to, found in zip(final, walk(s, training, gates, *rest), strict=True):
+                to.copy_(found)
+
+        steps.run(steps_engine._Launch(None, False, lambda _: call, torch.empty(0), (-1, 0), None, ()))
+        return final
+
+    def back_together(*arguments: Any) -> None:
+        *of_walk, done = arguments
+        steps.run(steps_engine._Launch(None, True, lambda _: lambda: walk_back(*of_walk), torch.empty(0), (-1, 0), done, ()))
+
+    with monkeypatch.context() as patch:
+        steps_engine._gains.cache_clear()
+        patch.setattr(steps_engine, "_C", Module())
+        patch.setattr(steps_engine, "PERSISTENT", ("stepwise",))
+        patch.setattr(steps_engine, "_walk_together", together)
+        patch.setattr(steps_engine, "_walk_back_together", back_together)
+        yield launches
+    steps_engine._gains.cache_clear()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_two_directions_are_one_launch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    layer.engine = "stepwise"
+    x = torch.randn(9, 3, 5, dtype=layer.weight_ih_l0.dtype, requires_grad=True)
+    upstream = torch.randn(9, 3, 2 * (3 if name == "projected" else 7), dtype=x.dtype)
+    expected = results(layer, x, upstream)
+    packed = torch.nn.utils.rnn.pack_padded_sequence(x, [9, 4, 2])
+    of_packed = results(layer, packed, None)
+    for gains in (True, False):
+        with as_if_persistent(monkeypatch, gains) as launches:
+            found = results(layer, x, upstream)
+            for a, b in zip(results(layer, packed, None), of_packed, strict=True):
+                assert torch.equal(a, b)
+            with torch.autocast("cpu"):  # of which what follows a launch must not hear
+                y = layer(x)[0]
+                assert y.dtype == torch.bfloat16 or x.dtype == torch.float64 or name == "GRU"
+                y.sum().backward()
+        assert set(launches) == ({2} if gains else {1})
+        assert all(map(torch.equal, found, expected))
+
+
+def test_what_follows_a_launch_of_one_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight_ih, weight_hh = torch.randn(6, 2, 5, requires_grad=True), torch.randn(21, 5), torch.randn(21, 7, requires_grad=True)
+    upstream = torch.randn(6, 2, 7)
+    calls = [ops.Call("gru", x, None, weight_ih, weight_hh, *[None] * 4, reverse=back, engine="stepwise") for back in (False, True)]
+    expected = torch.autograd.grad(ops.run(calls[0])[0], [x, weight_hh], upstream)
+    with as_if_persistent(monkeypatch, True) as launches:
+        (output, _), _ = ops.pair(calls)
+        found = torch.autograd.grad(output, [x, weight_hh], upstream)
+        layer = rnnkernels.LSTM(5, 7, bidirectional=True, engine="stepwise", recompute=True)  # backward reads what its own forward gives
+        layer(x)[0].sum().backward()
+        layer(x[:, :0])[0].sum().backward()
+    assert launches[:2] == [2, 1]
+    assert 2 not in launches[2:]
+    assert all(map(torch.equal, found, expected))

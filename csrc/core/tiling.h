@@ -1,7 +1,7 @@
 // How the persistent CUDA engine cuts a problem: pure functions of the problem and the device, tested without one.
 //
-// A grid of row_tiles × unit_ctas blocks. A block keeps its units' rows of every stage's matrix on the chip for the whole sequence and does
-// them for the rows of its tile; blocks of one tile hand state to each other, tiles never meet.
+// A grid of sequences × row_tiles × unit_ctas blocks. A block keeps its units' rows of every stage's matrix on the chip for the whole
+// sequence and does them for the rows of its tile; blocks of one tile hand state to each other, tiles never meet.
 #pragma once
 
 #include "core/plan.h"
@@ -11,6 +11,7 @@ namespace rnnkernels {
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kPacketsAtOnce = 8;   // that a thread asks for before it waits for the first: each is a trip to L2
 constexpr int kRowsAtOnce = 64;     // at most: rows whose operand is in shared memory at a time
+constexpr int kSequences = 2;       // of one launch, at most: the directions of a layer, which do not depend on each other
 constexpr int kClusterBlocks = 8;   // of one cluster, at most: the portable size
 constexpr int kClusterNumber = 90;  // architectures from this one on have clusters
 
@@ -75,6 +76,7 @@ struct StageTiling {
 struct Tiling {
   Exchange exchange;
   int unit_ctas, row_tiles, tile_rows;
+  int sequences;     // of one launch, of the same sizes; blocks of the first come first
   int rows_at_once;  // as many as there is shared memory for their operand
   StageTiling stage[kMaxStages];
   // Offsets in shared memory.
@@ -86,8 +88,11 @@ struct Tiling {
   int64_t between;             // forward, several stages: [tile_rows][kept][block_units] numbers
   int64_t staged[kMaxStages];  // backward: gate gradients on their way out, [group][columns][block_units] numbers
   int64_t shared_bytes;
-  int64_t packet_count, workspace_bytes;  // in device memory: packets first
+  int64_t packet_count, workspace_bytes;  // in device memory, of each sequence: packets first
   bool fits;
+
+  RNN_FN int sequence_blocks() const { return unit_ctas * row_tiles; }
+  int blocks() const { return sequences * sequence_blocks(); }
 };
 
 inline int power_of_two(int64_t n) {
@@ -105,6 +110,7 @@ inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, Exchan
   t.rows_at_once = rows_at_once;
   t.unit_ctas = unit_ctas;
   t.row_tiles = row_tiles;
+  t.sequences = 1;
   t.tile_rows = int(ceil_div(p.batch > 1 ? p.batch : 1, row_tiles));
   t.fits = true;
   int64_t bytes = 0, partial = 0;
@@ -194,24 +200,24 @@ inline double step_cycles(const Device& device, const CellInfo& cell, const Prob
     }
     cycles += groups * 200 + rows * g.block_units * 40 / 128;
   }
-  const double blocks = double(t.unit_ctas) * t.row_tiles;
-  return cycles * double(ceil_div(int64_t(blocks), device.multiprocessors));
+  return cycles * double(ceil_div(int64_t(t.blocks()), device.multiprocessors));
 }
 
 // The fastest cut that fits by that guess; fits is false where none does.
-inline Tiling tile(const Device& device, const CellInfo& cell, const Problem& p, bool backward) {
+inline Tiling tile(const Device& device, const CellInfo& cell, const Problem& p, bool backward, int sequences = 1) {
   Tiling best{};
   double best_cycles = 0;
   const int64_t batch = p.batch > 1 ? p.batch : 1;
   const bool matrix = cell.has_matrix();
   const auto consider = [&](Exchange exchange, int unit_ctas, int64_t row_tiles) {
     row_tiles = ceil_div(batch, ceil_div(batch, row_tiles));  // no tile without rows
-    if (row_tiles > (1 << 20) || (exchange == Exchange::Grid && unit_ctas * row_tiles > device.multiprocessors)) return;
+    if (row_tiles > (1 << 20) || (exchange == Exchange::Grid && sequences * unit_ctas * row_tiles > device.multiprocessors)) return;
     Tiling t = tile(cell, p, backward, exchange, unit_ctas, int(row_tiles));
     const int least = product_shape(p).tensor ? 8 : 1;
     while (t.fits && t.rows_at_once > least && (t.shared_bytes > device.shared_bytes || t.rows_at_once >= 2 * t.tile_rows))
       t = tile(cell, p, backward, exchange, unit_ctas, int(row_tiles), t.rows_at_once / 2);
     if (!t.fits || t.shared_bytes > device.shared_bytes) return;
+    t.sequences = sequences;
     const double cycles = step_cycles(device, cell, p, t);
     if (!best.fits || cycles < best_cycles) best = t, best_cycles = cycles;
   };
@@ -226,9 +232,16 @@ inline Tiling tile(const Device& device, const CellInfo& cell, const Problem& p,
       if (matrix && n <= device.cluster_blocks) consider(Exchange::Near, n, row_tiles);
       if (matrix && n > 1) consider(Exchange::Grid, n, row_tiles);
     }
-    if (matrix && n > 1) consider(Exchange::Grid, n, device.multiprocessors / n);
+    if (const int together = device.multiprocessors / (n * sequences); matrix && n > 1 && together) consider(Exchange::Grid, n, together);
   }
   return best;
+}
+
+// Whether two such sequences in one launch are sooner done than in two, one after the other, by that guess; where one of them does not fit,
+// nor do two.
+inline bool gains_together(const Device& device, const CellInfo& cell, const Problem& p, bool backward) {
+  const Tiling one = tile(device, cell, p, backward), two = tile(device, cell, p, backward, 2);
+  return one.fits && two.fits && step_cycles(device, cell, p, two) < 2 * step_cycles(device, cell, p, one);
 }
 
 }  // namespace rnnkernels

@@ -186,7 +186,7 @@ std::string fault(const std::string& cell_name, const Case& c, bool backward, co
     g.output = output.data();
     for (int i = 0; i < cell.states; ++i) g.history[i] = history.data(), g.grad_initial[i] = final[i].data();
     workspace = workspace_of<cuda::Exact, float>(cell, p, t, g.weights, true);
-    const cuda::PersistentBackward r{g, t, offsets.data(), workspace.data()};
+    const cuda::PersistentBackward r{{g}, t, offsets.data(), {workspace.data()}};
     ended = grid.run([&](Grid::Cta& cta) { cuda::persistent_backward<Cell, float, cuda::Exact>(cta, r); });
   } else {
     Forward f{};
@@ -197,7 +197,7 @@ std::string fault(const std::string& cell_name, const Case& c, bool backward, co
     f.output = output.data();
     for (int i = 0; i < cell.states; ++i) f.history[i] = history.data(), f.final[i] = final[i].data();
     workspace = workspace_of<cuda::Exact, float>(cell, p, t, f.weights, false);
-    const cuda::PersistentForward r{f, t, offsets.data(), workspace.data()};
+    const cuda::PersistentForward r{{f}, t, offsets.data(), {workspace.data()}};
     ended = grid.run([&](Grid::Cta& cta) { cuda::persistent_forward<Cell, float, cuda::Exact>(cta, r); });
   }
   if (!ended) return name + " waits for ever";

@@ -26,11 +26,11 @@ class Grid {
   };
 
   Grid(const Tiling& t, unsigned seed) : tiling_(t), random_(seed) {
-    for (int b = 0; b < t.unit_ctas * t.row_tiles; ++b) {
+    for (int b = 0; b < t.blocks(); ++b) {
       shared_.emplace_back(static_cast<size_t>(t.shared_bytes) + 16, char(0xff));  // NaN wherever nobody wrote
       block_barriers_.emplace_back();
     }
-    tile_barriers_.resize(size_t(t.row_tiles));
+    tile_barriers_.resize(size_t(t.sequences * t.row_tiles));
     warps_.resize(shared_.size() * kWarps);
   }
 

@@ -113,7 +113,7 @@ void test_tiling(const Device& device, const CellInfo& cell, const Problem& p, b
                  backward ? "backward" : "forward", device.multiprocessors);
   };
   const ProductShape& shape = product_shape(p);
-  if (t.exchange == Exchange::Grid && t.unit_ctas * t.row_tiles > device.multiprocessors) where("more blocks than multiprocessors");
+  if (t.exchange == Exchange::Grid && t.blocks() > device.multiprocessors) where("more blocks than multiprocessors");
   if (t.exchange == Exchange::Near && t.unit_ctas > device.cluster_blocks) where("more blocks than a cluster has");
   if (t.shared_bytes > device.shared_bytes) where("more shared memory than there is");
   if (int64_t(t.tile_rows) * t.row_tiles < p.batch) where("rows without a block");
@@ -211,11 +211,21 @@ int main() {
             for (bool backward : {false, true}) {
               const int64_t output = cell.projected() ? (hidden + 1) / 2 : hidden;
               const Problem p{0, storage, 100, batch, 40, hidden, output, nullptr, false, true, false, 1, products};
-              const Tiling t = tile(device, cell, p, backward);
-              if (t.fits) test_tiling(device, cell, p, backward, t);
-              ++tilings;
-              fitting += t.fits;
+              for (int sequences : {1, 2}) {
+                const Tiling t = tile(device, cell, p, backward, sequences);
+                check(t.sequences == sequences || !t.fits, "a tiling of another number of sequences");
+                if (t.fits) test_tiling(device, cell, p, backward, t);
+                ++tilings;
+                fitting += t.fits;
+              }
             }
+  const auto together = [](int64_t batch, int64_t hidden, Storage storage) {
+    const Problem p{0, storage, 100, batch, hidden, hidden, hidden, nullptr, false, true, false, 1};
+    return gains_together({132, 227 << 10, 8}, kCells[4], p, false) && gains_together({132, 227 << 10, 8}, kCells[4], p, true);
+  };
+  check(together(1, 64, Storage::F32) && together(16, 512, Storage::BF16) && together(1, 512, Storage::F32),
+        "two directions that leave multiprocessors idle gain in one launch");
+  check(!together(1, 1024, Storage::F32), "two directions whose weights do not fit on the chip together gain nothing");
   std::printf("%d tilings, %d fit\n", tilings, fitting);
   for (int64_t n : {0, 1, 5, 64})
     for (int groups : {1, 2, 7})

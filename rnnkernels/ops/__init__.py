@@ -121,10 +121,10 @@ def plan(
     if chosen == "stepwise":
         return {**facts, "schedule": "a product by torch and one run of the cell a step", "reason": why}
     index = index_of(torch.device(device))
-    exchange, unit_ctas, row_tiles, shared, _ = _C.tiling(task, training, *_C.cuda_device(index))
+    exchange, unit_ctas, row_tiles, shared, _ = _C.tiling(task, training, *_C.cuda_device(index), 1)
     how = {"near": "in clusters" if unit_ctas > 1 else "apart", "grid": "all together", "none": "apart"}[exchange]
     schedule = f"{unit_ctas} × {row_tiles} blocks of units × rows, {how}, {shared} bytes of shared memory each"
-    return {**facts, "bytes_workspace": _C.cuda_workspace_bytes(task, training, index), "schedule": schedule, "reason": why}
+    return {**facts, "bytes_workspace": _C.cuda_workspace_bytes(task, training, index, 1), "schedule": schedule, "reason": why}
 
 
 def _cpu_plan(sizes: Sizes, task: _C.Problem, training: bool) -> dict[str, Any]:
@@ -263,15 +263,15 @@ def run(call: Call, packed: Packed | Remembered | None = None) -> tuple[Tensor, 
 
 
 def pair(calls: Seq[Call], packed: Seq[Packed | Remembered | None] = (None, None)) -> Seq[tuple[Tensor, ...]]:
-    """Two calls of :func:`sequence` of the same sizes that do not depend on each other, side by side on a thread each where that is sooner
-    done. The bits are the same either way.
+    """Two calls of :func:`sequence` of the same sizes that do not depend on each other, side by side on a thread each, or on a GPU in one
+    launch, where that is sooner done. The bits are the same either way.
     """
     begun = [_begun(call, place) for call, place in zip(calls, packed, strict=True)]
     first, second = begun
     if not (isinstance(first, _Eager) and isinstance(second, _Eager) and first.gains(second)):
         return [one.finished() if isinstance(one, _Eager) else one for one in begun]
     if not first.call.training:
-        with cpu.side_by_side():
+        with RUNS[first.s.engine].side_by_side():
             return first.finished(), second.finished()
     parts = (first.s, first.rows, len(first.tensors)), (second.s, second.rows)
     results = Both.apply(*parts, *first.tensors, *second.tensors)  # type: ignore[no-untyped-call]
@@ -312,9 +312,11 @@ class _Eager(NamedTuple):
         """Whether the two are sooner done side by side."""
         s, input = self.s, self.call.input
         same = s._replace(reverse=other.s.reverse) == other.s and self.call.training == other.call.training
-        if s.engine != "cpu" or not same or input.dtype != other.call.input.dtype:
+        theirs = other.call.input
+        if not same or input.dtype != theirs.dtype or input.device != theirs.device:
             return False
-        return cpu.gains_side_by_side(s, input.dtype, input.shape[-1], self.call.training)
+        found: bool = RUNS[s.engine].gains_side_by_side(s, input, self.call.training)
+        return found
 
     def finished(self) -> tuple[Tensor, ...]:
         s, input, tensors = self.s, self.call.input, self.tensors

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterable
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import cpu, parts
+from . import parts
 from .cells import Rows, Sizes, grouped
 from .engines import RUNS
 from .transforms import gradients, is_legacy_batched, is_transformed
@@ -56,34 +57,41 @@ class Sequence(torch.autograd.Function):
         return (output, *final, *(history[: len(s.cell.states) - 1] if s.returns else []))
 
     @staticmethod
-    def backward(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> Any:
-        s: Sizes = ctx.sizes
-        if all(grad is None for grad in (grad_output, *others)):  # as after a second derivative, which reads the output's values alone
-            return (None,) * len(ctx.needs_input_grad)
-        grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
-        input, *saved = ctx.saved_tensors
-        rows, (output, kept) = Rows(*saved[:_ROWS]), saved[_ROWS : _ROWS + 2]
-        weights, rest, given, resets = grouped(s, saved[_ROWS + 2 :])
-        # The rest are initial states, if there were any, and histories.
-        n = len(rest) - len(s.cell.states) + 1 - (s.cell.moments > 0)
-        overwrite = ctx.own and _last_use()
-        grad_states = [grad_output, *grad_history]
-        if differentiated_again((*grad_states, *grad_final)):
-            if ctx.bias_ih is not None and ctx.bias_ih._version != ctx.bias_version:
-                raise RuntimeError("bias_ih: it was changed in place since forward, and a derivative of gradients needs it as it was")
-            own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
-            return (None, None, *gradients(s, ctx.needs_input_grad[2:], own, (output, kept, *rest[n:]), grad_states, grad_final))
-        needs = ctx.needs_input_grad[2:]
-        if kept is None and parts.fits(s, rows):
-            return (None, None, *parts.backward(s, needs, grad_states, grad_final, input, rest[:n], weights, output, rest[n:], given))
-        of_call = (input, rest[:n], weights, rows, output, kept, rest[n:], given, resets)
-        grads, _ = RUNS[s.engine].backward(s, needs, grad_states, grad_final, *of_call, overwrite)
-        return (None, None, *grads)
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (None, None, *_gradients(ctx, *grads))
+
+
+def _gradients(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> Seq[Tensor | None]:
+    """Of the tensors that :class:`Sequence` takes; within a ``side_by_side`` they may be there only after it."""
+    s: Sizes = ctx.sizes
+    needs = ctx.needs_input_grad[2:]
+    if all(grad is None for grad in (grad_output, *others)):  # as after a second derivative, which reads the output's values alone
+        return (None,) * len(needs)
+    grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
+    input, *saved = ctx.saved_tensors
+    rows, (output, kept) = Rows(*saved[:_ROWS]), saved[_ROWS : _ROWS + 2]
+    weights, rest, given, resets = grouped(s, saved[_ROWS + 2 :])
+    # The rest are initial states, if there were any, and histories.
+    n = len(rest) - len(s.cell.states) + 1 - (s.cell.moments > 0)
+    overwrite = ctx.own and _last_use()
+    grad_states = [grad_output, *grad_history]
+    if differentiated_again((*grad_states, *grad_final)):
+        if ctx.bias_ih is not None and ctx.bias_ih._version != ctx.bias_version:
+            raise RuntimeError("bias_ih: it was changed in place since forward, and a derivative of gradients needs it as it was")
+        own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
+        return gradients(s, needs, own, (output, kept, *rest[n:]), grad_states, grad_final)
+    if kept is None and parts.fits(s, rows):
+        return parts.backward(s, needs, grad_states, grad_final, input, rest[:n], weights, output, rest[n:], given)
+    of_call = (input, rest[:n], weights, rows, output, kept, rest[n:], given, resets)
+    grads: list[Tensor | None]
+    grads, _ = RUNS[s.engine].backward(s, needs, grad_states, grad_final, *of_call, overwrite)
+    return grads
 
 
 class _Half:
     """What :class:`Sequence` finds in the place of autograd's context where two calls are one."""
 
+    sizes: Sizes
     saved_tensors: tuple[Tensor | None, ...]
     needs_input_grad: tuple[bool, ...]
 
@@ -95,14 +103,14 @@ class _Half:
 
 
 class Both(torch.autograd.Function):
-    """Two calls of :class:`Sequence` for the CPU engine, side by side: ``apply((sizes, rows, tensors), (sizes, rows), *tensors)``, the
+    """Two calls of :class:`Sequence` for the same engine, side by side: ``apply((sizes, rows, tensors), (sizes, rows), *tensors)``, the
     first's tensors so many, -> the results of both.
     """
 
     @staticmethod
     def forward(ctx: Any, one: tuple[Sizes, Rows, int], other: tuple[Sizes, Rows], *tensors: Any) -> Any:
         (s, rows, count), halves = one, (_Half(), _Half())
-        with cpu.side_by_side():
+        with RUNS[s.engine].side_by_side():
             first = Sequence.forward(halves[0], s, rows, *tensors[:count])
             results = (*first, *Sequence.forward(halves[1], *other, *tensors[count:]))
         ctx.set_materialize_grads(False)
@@ -120,8 +128,8 @@ class Both(torch.autograd.Function):
         one.saved_tensors, other.saved_tensors = tensors[:saved], tensors[saved:]
         one.needs_input_grad, other.needs_input_grad = (False, False, *needs[:count]), (False, False, *needs[count:])
         again = differentiated_again(grads)
-        with contextlib.nullcontext() if again else cpu.side_by_side():
-            first = Sequence.backward(one, *grads[:results])
-            second = Sequence.backward(other, *grads[results:])
+        with contextlib.nullcontext() if again else RUNS[one.sizes.engine].side_by_side():
+            first = _gradients(one, *grads[:results])
+            second = _gradients(other, *grads[results:])
         del one.saved_tensors, other.saved_tensors
-        return (None, None, *first[2:], *second[2:])
+        return (None, None, *first, *second)

@@ -205,7 +205,7 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _tf32_allowed() -> bool:
+def tf32_allowed() -> bool:
     try:
         return bool(torch.backends.cuda.matmul.allow_tf32)
     except RuntimeError:  # torch's newer setting was used, and forbids reading the older one
@@ -244,7 +244,7 @@ def _problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training
         training,
         s.complete,
         threads,
-        1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and _tf32_allowed() else 0,
+        1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and tf32_allowed() else 0,
         address(rows.lengths),
         address(rows.resets),
         address(rows.units),

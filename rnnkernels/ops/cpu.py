@@ -114,11 +114,11 @@ def side_by_side(chained: bool = False) -> Iterator[None]:
             w.done()
 
 
-def gains_side_by_side(s: Sizes, dtype: torch.dtype, input_size: int, training: bool) -> bool:
+def gains_side_by_side(s: Sizes, input: Tensor, training: bool) -> bool:
     """Whether two such sequences side by side, on a thread each, are sooner done than one after the other with all threads."""
     if s.recompute or s.given or s.resets or s.module:
         return False  # what these leave to do is done right after the kernel
-    return _C.gains_apart(problem(s, dtype, input_size, Rows(), training), training)
+    return _C.gains_apart(problem(s, input.dtype, input.shape[-1], Rows(), training), training)
 
 
 @functools.lru_cache(maxsize=1024)

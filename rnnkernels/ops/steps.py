@@ -7,11 +7,13 @@ torch's.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
-from typing import ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +39,7 @@ from .cells import (
     problem,
     stage_blocks,
     summed_bias,
+    tf32_allowed,
     vectors,
 )
 
@@ -64,6 +67,76 @@ def device_of(t: Tensor) -> tuple[int, int]:
         return -1, 0
     index = t.device.index
     return index, torch.cuda.current_stream(index).cuda_stream
+
+
+class _Launch(NamedTuple):
+    """A persistent kernel's call, but for its workspace, whose size depends on how many are launched together."""
+
+    task: _C.Problem
+    backward: bool
+    call: Callable[[int], _C.Forward | _C.Backward]
+    offsets: Tensor
+    place: tuple[int, int]
+    done: Callable[[], None] | None
+    held: tuple[Any, ...]  # what must live until it is launched
+
+
+class _Waiting(threading.local):
+    """Calls of one thread of Python's that wait for each other, to be one launch."""
+
+    def __init__(self) -> None:
+        self.launches: list[_Launch] | None = None
+
+    def run(self, launch: _Launch) -> None:
+        """Now, or once both are there; ``done`` follows."""
+        if self.launches is None:
+            _launch([launch])
+        else:
+            self.launches.append(launch)
+
+
+_waiting = _Waiting()
+
+
+def _launch(launches: list[_Launch]) -> None:
+    task, backward, _, offsets, place, *_ = launches[0]
+    bytes = _C.cuda_workspace_bytes(task, backward, place[0], len(launches))
+    workspaces = [torch.empty(bytes, dtype=torch.uint8, device=offsets.device) for _ in launches]
+    calls: list[Any] = [launch.call(workspace.data_ptr()) for launch, workspace in zip(launches, workspaces, strict=True)]
+    run: Any = _C.cuda_backward if backward else _C.cuda_forward
+    run(calls, offsets.data_ptr(), *place)
+    for launch in launches:
+        if launch.done is not None:
+            launch.done()
+
+
+@contextlib.contextmanager
+def side_by_side() -> Iterator[None]:
+    """The two forward or the two backward calls inside, of a persistent engine and of the same sizes, do not depend on each other. They are
+    one launch when the block ends; what follows from it is not there before.
+    """
+    around, _waiting.launches = _waiting.launches, []
+    try:
+        yield
+        launches = _waiting.launches
+    finally:
+        _waiting.launches = around
+    if launches:  # of two whose gradients nobody asked for there is none
+        _launch(launches)
+
+
+def gains_side_by_side(s: Sizes, input: Tensor, training: bool) -> bool:
+    """Whether two such sequences are sooner done in one launch than in two."""
+    if s.engine not in PERSISTENT or s.recompute or not s.batch:
+        return False
+    return _gains(s, input.dtype, training, device_of(input)[0], tf32_allowed())
+
+
+@functools.lru_cache(maxsize=1024)
+def _gains(s: Sizes, dtype: torch.dtype, training: bool, index: int, tf32: bool) -> bool:
+    """``tf32`` is a setting of torch's that the problem depends on."""
+    task = problem(s, dtype, 0, Rows(), training)
+    return all(_C.cuda_gains_together(task, backward, index) for backward in ([False, True] if training else [False]))
 
 
 class _Steps:
@@ -175,12 +248,12 @@ def _walk_together(
     history: Seq[Tensor],
     given: list[tuple[int, int, int]],
 ) -> list[Tensor]:
-    index, stream = device_of(gates)
+    place = device_of(gates)
     task = problem(s, gates.dtype, 0, Rows(), training)
     final = [gates.new_empty(s.batch, width) for width in s.widths]
     offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
-    workspace = torch.empty(_C.cuda_workspace_bytes(task, False, index), dtype=torch.uint8, device=gates.device)
-    _C.cuda_forward(
+    call = functools.partial(
+        _C.cuda_forward_call,
         task,
         gates.data_ptr(),
         gates.shape[1],
@@ -190,11 +263,8 @@ def _walk_together(
         [state.data_ptr() for state in final],
         output.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
-        workspace.data_ptr(),
-        offsets.data_ptr(),
-        index,
-        stream,
     )
+    _waiting.run(_Launch(task, False, call, offsets, place, None, (gates, states, weights, final, output, history)))
     return final
 
 
@@ -315,7 +385,7 @@ def backward(
     resets: Seq[Tensor],
     overwrite: bool,
 ) -> tuple[list[Tensor | None], Tensor]:
-    """Gradients in the order of `needs`, and those of all slots, ``[N, room · H]``."""
+    """Gradients in the order of `needs`, and those of all slots, ``[N, room · H]``; within :func:`side_by_side` they are there after it."""
     cell, H, P = s.cell, s.hidden, s.output
     tokens, y = input.flatten(0, -2), output.view(-1, P)
     if kept is None:
@@ -326,25 +396,35 @@ def backward(
     initial = [torch.empty_like(state) if need else None for state, need in zip(states, wanted[: len(states)], strict=True)]
     upstream = [None if g is None else dense(g).view(y.shape[0], g.shape[-1]) for g in grad_states]
     finals = [None if g is None else dense(g) for g in grad_final]
+    found: list[Tensor | None] = []
+
+    @_in_given_dtypes
+    def finish() -> None:
+        """What is left to products over all tokens."""
+        grads: list[Tensor | None] = [None] * (1 + len(weights))
+        after = [y, *history]
+        x_gates = gates[:, : cell.input_gates * H]
+        if needs[0]:
+            grads[0] = torch.zeros_like(input) if weights.ih is None else torch.mm(x_gates, weights.ih).view(input.shape)
+        if needs[1]:
+            grads[1] = products.grad_ih(s, gates, tokens)
+        if needs[2]:
+            grads[2] = products.grad_hh(s, gates, kept, before_each_token(s, y, states[0] if states else None, rows.sizes))
+        if needs[3] or needs[4]:
+            grads[3:5] = (grad if need else None for grad, need in zip(products.bias_grads(s, gates), needs[3:5], strict=True))
+        if needs[5]:
+            grads[5] = products.grad_hr(s, gates, kept)
+        if needs[6]:
+            grads[6] = products.grad_vectors(s, gates, kept, states, after, rows.sizes)
+        found.extend([*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows.sizes)])
+
+    if s.batch and s.engine in PERSISTENT:
+        _walk_back_together(s, gates, kept, upstream, finals, initial, states, weights, rows.sizes, y, history, finish)
+        return found, gates
     if s.batch:
-        walk = _walk_back_together if s.engine in PERSISTENT else _walk_back
-        walk(s, gates, kept, upstream, finals, initial, states, weights, rows.sizes, y, history)
-    grads: list[Tensor | None] = [None] * (1 + len(weights))
-    after = [y, *history]
-    x_gates = gates[:, : cell.input_gates * H]
-    if needs[0]:
-        grads[0] = torch.zeros_like(input) if weights.ih is None else torch.mm(x_gates, weights.ih).view(input.shape)
-    if needs[1]:
-        grads[1] = products.grad_ih(s, gates, tokens)
-    if needs[2]:
-        grads[2] = products.grad_hh(s, gates, kept, before_each_token(s, y, states[0] if states else None, rows.sizes))
-    if needs[3] or needs[4]:
-        grads[3:5] = (grad if need else None for grad, need in zip(products.bias_grads(s, gates), needs[3:5], strict=True))
-    if needs[5]:
-        grads[5] = products.grad_hr(s, gates, kept)
-    if needs[6]:
-        grads[6] = products.grad_vectors(s, gates, kept, states, after, rows.sizes)
-    return [*grads, *initial, *grad_given(s, gates, given, wanted[len(states) :], input.shape[:-1], rows.sizes)], gates
+        _walk_back(s, gates, kept, upstream, finals, initial, states, weights, rows.sizes, y, history)
+    finish()
+    return found, gates
 
 
 def _walk_back_together(
@@ -359,12 +439,13 @@ def _walk_back_together(
     rows: Tensor | None,
     y: Tensor,
     history: Seq[Tensor],
+    done: Callable[[], None],
 ) -> None:
-    index, stream = device_of(gates)
+    place = device_of(gates)
     task = problem(s, gates.dtype, 0, Rows(), True)
     offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
-    workspace = torch.empty(_C.cuda_workspace_bytes(task, True, index), dtype=torch.uint8, device=gates.device)
-    _C.cuda_backward(
+    call = functools.partial(
+        _C.cuda_backward_call,
         task,
         (gates if len(s.cell.stages) > 1 else kept).data_ptr(),
         gates.data_ptr(),
@@ -376,11 +457,8 @@ def _walk_back_together(
         [address(g) for g in upstream],
         [address(g) for g in finals],
         [address(g) for g in initial],
-        workspace.data_ptr(),
-        offsets.data_ptr(),
-        index,
-        stream,
     )
+    _waiting.run(_Launch(task, True, call, offsets, place, done, (gates, kept, upstream, finals, initial, states, weights, y, history)))
 
 
 def _walk_back(

@@ -32,10 +32,10 @@ class Block {
     Word stage[Info::value.stages][kHeldItems][kItemWords];
   };
 
-  RNN_FN Block(Cta& cta, const Problem& p, const Tiling& tiling, const int64_t* offsets, uint64_t* packets)
-      : cta(cta), p(p), t(tiling), offsets(offsets), packets(packets), arithmetic(p) {
+  RNN_FN Block(Cta& cta, const Problem& p, bool reverse, const Tiling& tiling, const int64_t* offsets, uint64_t* packets)
+      : cta(cta), p(p), reverse(reverse), t(tiling), offsets(offsets), packets(packets), arithmetic(p) {
     place = cta.block() % t.unit_ctas;
-    first_row = int64_t(cta.block() / t.unit_ctas) * t.tile_rows;
+    first_row = int64_t(cta.block() / t.unit_ctas % t.row_tiles) * t.tile_rows;
     rows = int(p.batch - first_row < t.tile_rows ? p.batch - first_row : t.tile_rows);
     RNN_UNROLL
     for (int s = 0; s < Info::value.stages; ++s) {
@@ -47,7 +47,7 @@ class Block {
   }
 
   RNN_FN float* numbers(int64_t offset) const { return reinterpret_cast<float*>(cta.shared() + offset); }
-  RNN_FN int64_t step(int64_t n, bool from_start) const { return p.reverse != from_start ? n : p.steps - 1 - n; }
+  RNN_FN int64_t step(int64_t n, bool from_start) const { return reverse != from_start ? n : p.steps - 1 - n; }
   // How many of the tile's rows take part in a step.
   RNN_FN int active(int64_t step) const {
     const int64_t n = offsets[step + 1] - offsets[step] - first_row;
@@ -191,6 +191,7 @@ class Block {
 
   Cta& cta;
   const Problem& p;
+  const bool reverse;
   const Tiling& t;
   const int64_t* const offsets;
   uint64_t* const packets;

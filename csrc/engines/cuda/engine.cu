@@ -90,14 +90,14 @@ struct Cut {
   int together;  // blocks that the device holds at once
 };
 
-Cut cut_of(const Problem& p, bool backward, int index) {
+Cut cut_of(const Problem& p, bool backward, int index, int sequences) {
   struct Known {
     int cell;
     Storage storage;
     int64_t batch, hidden, output;
     Products products;
     bool backward;
-    int device;
+    int device, sequences;
     Cut cut;
   };
   static std::mutex mutex;
@@ -105,15 +105,18 @@ Cut cut_of(const Problem& p, bool backward, int index) {
   const std::lock_guard<std::mutex> lock(mutex);
   for (const Known& k : known)
     if (k.cell == p.cell && k.storage == p.storage && k.batch == p.batch && k.hidden == p.hidden && k.output == p.output &&
-        k.products == p.products && k.backward == backward && k.device == index)
+        k.products == p.products && k.backward == backward && k.device == index && k.sequences == sequences)
       return k.cut;
   if (known.size() == 64) known.clear();
   const Device d = device(index);
-  const Tiling t = tile(d, registry[p.cell], p, backward);
+  const Tiling t = tile(d, registry[p.cell], p, backward, sequences);
   const int together = t.fits ? kernels_of(p).residents(backward, t, d.multiprocessors) : 0;
-  known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, p.products, backward, index, {t, together}});
+  known.push_back({p.cell, p.storage, p.batch, p.hidden, p.output, p.products, backward, index, sequences, {t, together}});
   return known.back().cut;
 }
+
+// Blocks that have to be on the device at once: all that wait for each other.
+int needed(const Tiling& t) { return t.exchange == Exchange::Grid ? t.blocks() : t.unit_ctas; }
 
 // Every stage's matrix into the workspace, in the order in which the blocks' threads load it.
 void pack_weights(const Problem& p, const Tiling& t, const void* const* weights, bool backward, void* workspace, void* stream) {
@@ -142,47 +145,63 @@ std::string fits(const Problem& p, bool backward, int index) {
   if (!kernels.forward) return "the persistent engine computes in float32: float64 runs stepwise";
   if (p.steps >= int64_t(1) << 32) return "the persistent engine counts steps in 32 bits";
   const Use device_of_call(index);
-  const auto [t, together] = cut_of(p, backward, index);
+  const auto [t, together] = cut_of(p, backward, index, 1);
   if (!t.fits) {
     const Device d = device(index);
     return std::string("the weights of ") + cell.name + " with hidden size " + std::to_string(p.hidden) +
            " do not fit into the registers and the shared memory of " + std::to_string(d.multiprocessors) + " multiprocessors with " +
            std::to_string(d.shared_bytes) + " bytes each";
   }
-  const int blocks = t.unit_ctas * t.row_tiles;
-  if (together < (t.exchange == Exchange::Grid ? blocks : t.unit_ctas))
+  if (together < needed(t))
     return "the device holds " + std::to_string(together) + " blocks of the persistent engine at once, and it needs " +
-           std::to_string(blocks);
+           std::to_string(needed(t));
   return "";
 }
 
 namespace {
 
-Tiling fitting(const Problem& p, bool backward, int index) {
-  const Tiling t = cut_of(p, backward, index).tiling;
+Tiling fitting(const Problem& p, bool backward, int index, int sequences) {
+  const Tiling t = cut_of(p, backward, index, sequences).tiling;
   if (!t.fits) throw CudaError("persistent engine", "it was asked for what does not fit");
   return t;
 }
 
 }  // namespace
 
-int64_t workspace_bytes(const Problem& p, bool backward, int index) {
+bool gains_together(const Problem& p, bool backward, int index) {
   const Use device_of_call(index);
-  return fitting(p, backward, index).workspace_bytes;
+  if (!fits(p, backward, index).empty() || !rnnkernels::gains_together(device(index), registry[p.cell], p, backward)) return false;
+  const auto [t, together] = cut_of(p, backward, index, 2);
+  return together >= needed(t);
 }
 
-void forward(const Forward& f, const int64_t* offsets, int index, void* stream) {
+int64_t workspace_bytes(const Problem& p, bool backward, int index, int sequences) {
   const Use device_of_call(index);
-  const Tiling t = fitting(f.problem, false, index);
-  pack_weights(f.problem, t, f.weights, false, f.workspace, stream);
-  kernels_of(f.problem).forward({f, t, offsets, f.workspace}, stream);
+  return fitting(p, backward, index, sequences).workspace_bytes;
 }
 
-void backward(const Backward& g, const int64_t* offsets, int index, void* stream) {
+void forward(const std::vector<const Forward*>& calls, const int64_t* offsets, int index, void* stream) {
   const Use device_of_call(index);
-  const Tiling t = fitting(g.problem, true, index);
-  pack_weights(g.problem, t, g.weights, true, g.workspace, stream);
-  kernels_of(g.problem).backward({g, t, offsets, g.workspace}, stream);
+  const Problem& p = calls[0]->problem;
+  PersistentForward r{{}, fitting(p, false, index, int(calls.size())), offsets, {}};
+  for (size_t i = 0; i < calls.size(); ++i) {
+    r.f[i] = *calls[i];
+    r.workspace[i] = calls[i]->workspace;
+    pack_weights(p, r.tiling, calls[i]->weights, false, calls[i]->workspace, stream);
+  }
+  kernels_of(p).forward(r, stream);
+}
+
+void backward(const std::vector<const Backward*>& calls, const int64_t* offsets, int index, void* stream) {
+  const Use device_of_call(index);
+  const Problem& p = calls[0]->problem;
+  PersistentBackward r{{}, fitting(p, true, index, int(calls.size())), offsets, {}};
+  for (size_t i = 0; i < calls.size(); ++i) {
+    r.g[i] = *calls[i];
+    r.workspace[i] = calls[i]->workspace;
+    pack_weights(p, r.tiling, calls[i]->weights, true, calls[i]->workspace, stream);
+  }
+  kernels_of(p).backward(r, stream);
 }
 
 void forward_step(const Problem& p, int stage, const ForwardStep& step, int64_t rows, const void* sums, int index, void* stream) {

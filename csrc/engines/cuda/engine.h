@@ -4,6 +4,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "core/step.h"
 #include "core/tiling.h"
@@ -42,12 +43,16 @@ Device device(int index);
 
 // Empty if the persistent engine can run it on the device, otherwise the reason why not.
 std::string fits(const Problem&, bool backward, int device);
-int64_t workspace_bytes(const Problem&, bool backward, int device);
+// Whether two such sequences that do not depend on each other should be one launch.
+bool gains_together(const Problem&, bool backward, int device);
+// For each of so many sequences of one launch.
+int64_t workspace_bytes(const Problem&, bool backward, int device, int sequences);
 
-// Pointers are the device's; offsets [T + 1] say where each step's tokens start; workspace holds workspace_bytes(). On the stream given, of
-// the device given. The input's product is in f.gates already; sums over tokens are left to the caller.
-void forward(const Forward&, const int64_t* offsets, int device, void* stream);
-void backward(const Backward&, const int64_t* offsets, int device, void* stream);
+// One launch for up to kSequences calls whose problems differ in their direction alone. Pointers are the device's; offsets [T + 1] say
+// where each step's tokens start; a call's workspace holds workspace_bytes(). On the stream given, of the device given. The input's product
+// is in f.gates already; sums over tokens are left to the caller.
+void forward(const std::vector<const Forward*>&, const int64_t* offsets, int device, void* stream);
+void backward(const std::vector<const Backward*>&, const int64_t* offsets, int device, void* stream);
 
 // Stage s of one step for `rows` rows; sums: [rows][H slots · width] in storage type, null for zero; backward has them for summed_rows
 // rows.

@@ -183,7 +183,7 @@ struct Launch {
   cudaLaunchAttribute attribute{};
 
   Launch(const Tiling& t, void* stream) {
-    config.gridDim = dim3(unsigned(t.unit_ctas) * unsigned(t.row_tiles));
+    config.gridDim = dim3(unsigned(t.blocks()));
     config.blockDim = dim3(kThreads);
     config.dynamicSmemBytes = size_t(t.shared_bytes);
     config.stream = static_cast<cudaStream_t>(stream);
@@ -214,8 +214,9 @@ template <class Argument>
 void launch_together(void (*kernel)(Argument), const Argument& argument, void* stream) {
   const Tiling& t = argument.tiling;
   allow_shared_memory(reinterpret_cast<const void*>(kernel));
-  if (t.packet_count)
-    check(cudaMemsetAsync(argument.workspace, 0, size_t(t.packet_count) * sizeof(uint64_t), static_cast<cudaStream_t>(stream)), "packets");
+  for (int i = 0; i < t.sequences && t.packet_count; ++i)
+    check(cudaMemsetAsync(argument.workspace[i], 0, size_t(t.packet_count) * sizeof(uint64_t), static_cast<cudaStream_t>(stream)),
+          "packets");
   const Launch launch(t, stream);
   void* arguments[] = {const_cast<Argument*>(&argument)};
   check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments), "launch of a persistent kernel");

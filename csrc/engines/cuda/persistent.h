@@ -9,19 +9,20 @@ namespace rnnkernels::cuda {
 
 using Number = scalar::F32;
 
-// Problem::rows is a host pointer; blocks read where each step's tokens start.
+// Sequences that do not depend on each other: the problem is that of all, but for its direction. Problem::rows is a host pointer; blocks
+// read where each step's tokens start.
 struct PersistentForward {
-  Forward f;
+  Forward f[kSequences];
   Tiling tiling;
-  const int64_t* offsets;  // [T + 1]
-  void* workspace;         // packets: zeros; the weights as pack() leaves them
+  const int64_t* offsets;       // [T + 1]
+  void* workspace[kSequences];  // packets: zeros; the weights as pack() leaves them
 };
 
 struct PersistentBackward {
-  Backward g;  // for a cell of several stages kept and grad_gates are the same memory, which the stages hand on to each other
+  Backward g[kSequences];  // for a cell of several stages kept and grad_gates are the same memory, which the stages hand on to each other
   Tiling tiling;
   const int64_t* offsets;
-  void* workspace;
+  void* workspace[kSequences];
 };
 
 template <class T>
@@ -57,15 +58,14 @@ struct Fetched {
 // Stage s of the forward walk's visit n, and the stages after it.
 template <int s, class Cell, class S, class Arithmetic, class Cta>
 RNN_FN void forward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const typename Block<Cell, S, Arithmetic, Cta>::Held& held,
-                           const PersistentForward& r, int64_t n, int64_t step, int count) {
+                           const Forward& f, int64_t n, int64_t step, int count) {
   using Info = InfoOf<Cell>;
   constexpr int stages = Info::value.stages, states = Info::value.states, vectors = Info::value.vectors, kept = Info::value.kept;
   if constexpr (s < stages) {
-    const Forward& f = r.f;
-    const Problem& p = f.problem;
-    const Tiling& t = r.tiling;
+    const Problem& p = b.p;
+    const Tiling& t = b.t;
     const StageTiling& g = t.stage[s];
-    const int64_t before = p.reverse ? step + 1 : step - 1;
+    const int64_t before = b.reverse ? step + 1 : step - 1;
     const int known = n == 0 ? 0 : b.active(before) < count ? b.active(before) : count;  // rows that had a visit before
     const int64_t token = b.offsets[step] + b.first_row, u0 = b.unit0[s];
     constexpr int columns = Info::value.hidden_slots(s), operand = Info::value.stage[s].operand, group = Arithmetic::shape.group;
@@ -133,7 +133,7 @@ RNN_FN void forward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const typen
         fetch(first + ahead + rows);
       }
     }
-    forward_stages<s + 1>(b, held, r, n, step, count);
+    forward_stages<s + 1>(b, held, f, n, step, count);
   }
 }
 
@@ -141,12 +141,14 @@ template <class Cell, class S, class Arithmetic, class Cta>
 RNN_FN void persistent_forward(Cta& cta, const PersistentForward& r) {
   constexpr int stages = InfoOf<Cell>::value.stages, states = InfoOf<Cell>::value.states;
   using Block = cuda::Block<Cell, S, Arithmetic, Cta>;
-  const Forward& f = r.f;
-  const Block b(cta, f.problem, r.tiling, r.offsets, static_cast<uint64_t*>(r.workspace));
+  const int sequence = cta.block() / r.tiling.sequence_blocks();
+  const Forward& f = r.f[sequence];
+  void* const workspace = r.workspace[sequence];
+  const Block b(cta, r.f[0].problem, f.problem.reverse, r.tiling, r.offsets, static_cast<uint64_t*>(workspace));
   typename Block::Held held;
   each<stages>([&](auto index) {
     constexpr int s = decltype(index)::value;
-    if constexpr (InfoOf<Cell>::value.hidden_slots(s) > 0) b.template load_weights<s>(held, r.workspace);
+    if constexpr (InfoOf<Cell>::value.hidden_slots(s) > 0) b.template load_weights<s>(held, workspace);
   });
   const auto each_state = [&](const auto& each) {
     RNN_UNROLL
@@ -160,12 +162,12 @@ RNN_FN void persistent_forward(Cta& cta, const PersistentForward& r) {
   };
   each_state([&](int i, int64_t at, float& state) { state = number_at<S>(f.initial[i], at); });
   b.open();
-  for (int64_t n = 0; n < f.problem.steps; ++n) {
+  for (int64_t n = 0; n < b.p.steps; ++n) {
     const int64_t step = b.step(n, true);
     const int count = b.active(step);
     if (count > 0)
-      forward_stages<0>(b, held, r, n, step, count);
-    else if (!f.problem.reverse)
+      forward_stages<0>(b, held, f, n, step, count);
+    else if (!b.reverse)
       break;  // rows only leave
   }
   b.close();
@@ -175,7 +177,7 @@ RNN_FN void persistent_forward(Cta& cta, const PersistentForward& r) {
 // Stage s of the backward walk's visit n, and the stages before it.
 template <int s, class Cell, class S, class Arithmetic, class Cta>
 RNN_FN void backward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const typename Block<Cell, S, Arithmetic, Cta>::Held& held,
-                            const PersistentBackward& r, int64_t n, int64_t step, int count) {
+                            const Backward& g, int64_t n, int64_t step, int count) {
   using Info = InfoOf<Cell>;
   if constexpr (s >= 0) {
     constexpr int stages = Info::value.stages, states = Info::value.states, vectors = Info::value.vectors;
@@ -183,15 +185,14 @@ RNN_FN void backward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const type
     constexpr int reader = last ? 0 : s + 1, columns = Info::value.hidden_slots(s), group = Arithmetic::shape.group;
     constexpr bool reads = Info::value.hidden_slots(reader) > 0;
     constexpr int places = vectors ? vectors : 1;
-    const Backward& g = r.g;
-    const Problem& p = g.problem;
-    const Tiling& t = r.tiling;
+    const Problem& p = b.p;
+    const Tiling& t = b.t;
     const int64_t u0 = b.unit0[s], width = t.stage[s].units;
     const int units = t.stage[s].block_units;
     const int64_t begin = b.offsets[step], token = begin + b.first_row;
-    const int64_t after = p.reverse ? step - 1 : step + 1;  // the step that the walk visited before
+    const int64_t after = b.reverse ? step - 1 : step + 1;  // the step that the walk visited before
     const int known = !last ? count : n == 0 ? 0 : b.active(after) < count ? b.active(after) : count;
-    const int64_t before = p.reverse ? step + 1 : step - 1;
+    const int64_t before = b.reverse ? step + 1 : step - 1;
     const bool has_before = before >= 0 && before < p.steps;
 
     BackwardStep x{};
@@ -242,7 +243,7 @@ RNN_FN void backward_stages(const Block<Cell, S, Arithmetic, Cta>& b, const type
         }
       }
     }
-    backward_stages<s - 1>(b, held, r, n, step, count);
+    backward_stages<s - 1>(b, held, g, n, step, count);
   }
 }
 
@@ -251,13 +252,15 @@ RNN_FN void persistent_backward(Cta& cta, const PersistentBackward& r) {
   constexpr int stages = InfoOf<Cell>::value.stages, states = InfoOf<Cell>::value.states, last = stages - 1;
   constexpr bool returns = InfoOf<Cell>::value.hidden_slots(0) > 0;
   using Block = cuda::Block<Cell, S, Arithmetic, Cta>;
-  const Backward& g = r.g;
-  const Problem& p = g.problem;
-  const Block b(cta, p, r.tiling, r.offsets, static_cast<uint64_t*>(r.workspace));
+  const int sequence = cta.block() / r.tiling.sequence_blocks();
+  const Backward& g = r.g[sequence];
+  void* const workspace = r.workspace[sequence];
+  const Problem& p = r.g[0].problem;
+  const Block b(cta, p, g.problem.reverse, r.tiling, r.offsets, static_cast<uint64_t*>(workspace));
   typename Block::Held held;
   each<stages>([&](auto index) {
     constexpr int s = decltype(index)::value, reader = s < last ? s + 1 : 0;
-    if constexpr (InfoOf<Cell>::value.hidden_slots(reader) > 0) b.template load_weights<s>(held, r.workspace);
+    if constexpr (InfoOf<Cell>::value.hidden_slots(reader) > 0) b.template load_weights<s>(held, workspace);
   });
   const auto each_state = [&](int i, const auto& each) {
     const int s = i == 0 ? last : 0;
@@ -273,8 +276,8 @@ RNN_FN void persistent_backward(Cta& cta, const PersistentBackward& r) {
     const int64_t step = b.step(n, false);
     const int count = b.active(step);
     if (count > 0)
-      backward_stages<last>(b, held, r, n, step, count);
-    else if (p.reverse)
+      backward_stages<last>(b, held, g, n, step, count);
+    else if (b.reverse)
       break;
   }
   cta.sync();
@@ -289,7 +292,7 @@ RNN_FN void persistent_backward(Cta& cta, const PersistentBackward& r) {
       const int some = b.rows - first < b.t.rows_at_once ? b.rows - first : b.t.rows_at_once;
       if (returns)
         b.receive(
-            last, first, some, [&](int row) { return (p.reverse ? b.steps_of(row) : p.steps) - 1; },
+            last, first, some, [&](int row) { return (b.reverse ? b.steps_of(row) : p.steps) - 1; },
             [](int, int64_t) { return narrow<S>(0.0f); });
       for (int ahead = 0; ahead < some; ahead += group) {
         const int rows = some - ahead < group ? some - ahead : group;
