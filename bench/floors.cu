@@ -1,6 +1,6 @@
 // What the CUDA engines cannot beat on this device: the price of a barrier, of a hop between blocks, of everybody reading what everybody
 // wrote (microseconds each), the rates of a copy (bytes a second) and of fragment products from registers (multiply-adds a second). Prints
-// JSON. Built and run by bench/gpu.sh.
+// JSON. Built and run by bench/gpu.sh. torn_packets must be 0: the engine relies on 16 bytes being loaded and stored in one piece.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -10,7 +10,7 @@
 
 namespace cg = cooperative_groups;
 
-constexpr int kSteps = 2000, kThreads = 256;
+constexpr int kSteps = 2000, kThreads = 256, kAtOnce = 4;
 constexpr int kWords = 1 << 28;  // of device memory: 2 GiB, many times the L2
 
 #define CHECK(call)                                                                                    \
@@ -18,6 +18,8 @@ constexpr int kWords = 1 << 28;  // of device memory: 2 GiB, many times the L2
     const cudaError_t error = (call);                                                                  \
     if (error != cudaSuccess) std::printf("%s: %s\n", #call, cudaGetErrorString(error)), std::exit(1); \
   } while (0)
+
+__device__ unsigned torn_packets;
 
 __device__ uint64_t load(const uint64_t* p) {
   uint64_t x;
@@ -41,25 +43,46 @@ __global__ void hop(uint64_t* packets, int) {
   }
 }
 
-// The persistent engine's exchange and nothing else: every block writes its share of n packets and reads all of them.
-__global__ void exchange(uint64_t* packets, int n) {
-  uint64_t sum = 0;
-  for (uint64_t i = 1; i <= kSteps; ++i) {
-    uint64_t* side = packets + (i & 1) * n;
-    for (int k = blockIdx.x * kThreads + threadIdx.x; k < n; k += gridDim.x * kThreads) store(side + k, i << 32 | k);
-    for (int first = threadIdx.x; first < n; first += 8 * kThreads) {
-      uint64_t word[8];
-      for (int j = 0; j < 8; ++j)
-        if (first + j * kThreads < n) word[j] = load(side + first + j * kThreads);
-      for (int j = 0; j < 8; ++j)
-        if (first + j * kThreads < n) {
-          while (word[j] >> 32 != i) word[j] = load(side + first + j * kThreads);
-          sum += word[j];
-        }
+// 12 bytes and their epoch, as the persistent engine's.
+struct Packet {
+  uint64_t low, high;
+};
+__device__ Packet packet_of(uint32_t k, uint32_t epoch) {
+  const uint32_t word = (k + 1) * 2654435761u ^ epoch;
+  return {uint64_t(~word) << 32 | word, uint64_t(epoch) << 32 | (word ^ k)};
+}
+__device__ Packet load(const Packet* p) {
+  Packet x;
+  asm volatile("{\n.reg .b128 x;\nld.relaxed.gpu.global.b128 x, [%2];\nmov.b128 {%0, %1}, x;\n}" : "=l"(x.low), "=l"(x.high) : "l"(p));
+  return x;
+}
+__device__ void store(Packet* p, Packet x) {
+  asm volatile("{\n.reg .b128 x;\nmov.b128 x, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], x;\n}" ::"l"(p), "l"(x.low), "l"(x.high));
+}
+
+// The persistent engine's exchange and nothing else: every block writes its share of n packets and reads all of them. Counts those that
+// were not as they had been written.
+__global__ void exchange(uint64_t* memory, int n) {
+  Packet* const packets = reinterpret_cast<Packet*>(memory);
+  unsigned torn = 0;
+  for (uint32_t i = 1; i <= kSteps; ++i) {
+    Packet* const side = packets + (i & 1) * n;
+    for (int k = blockIdx.x * kThreads + threadIdx.x; k < n; k += gridDim.x * kThreads) store(side + k, packet_of(k, i));
+    for (int first = threadIdx.x; first < n; first += kAtOnce * kThreads) {
+      Packet found[kAtOnce];
+      for (int j = 0; j < kAtOnce; ++j)
+        if (first + j * kThreads < n) found[j] = load(side + first + j * kThreads);
+      for (int j = 0; j < kAtOnce; ++j) {
+        const int k = first + j * kThreads;
+        if (k >= n) continue;
+        while (found[j].high >> 32 != i) found[j] = load(side + k);
+        const Packet expected = packet_of(k, i);
+        torn += found[j].low != expected.low || found[j].high != expected.high;
+      }
     }
     __syncthreads();
   }
-  if (sum == 1) packets[0] = sum;
+  if (torn) atomicAdd(&torn_packets, torn);
 }
 
 __global__ void copy(uint64_t* packets, int n) {
@@ -96,7 +119,7 @@ double microseconds(void* kernel, int blocks, uint64_t* packets, int n, bool tog
   CHECK(cudaEventCreate(&end));
   float best = 1e30f;
   for (int repeat = 0; repeat < 5; ++repeat) {
-    CHECK(cudaMemset(packets, 0, n == kWords ? 64 : size_t(2 * n + 64) * sizeof(uint64_t)));
+    CHECK(cudaMemset(packets, 0, n == kWords ? 64 : size_t(2 * n + 64) * sizeof(Packet)));
     void* arguments[] = {&packets, &n};
     CHECK(cudaEventRecord(start));
     if (together)
@@ -123,8 +146,11 @@ int main() {
   std::printf(", \"cluster_barrier_4\": %.3f", microseconds((void*)cluster_barrier<4>, 4, packets, 0, false));
   std::printf(", \"cluster_barrier_8\": %.3f", microseconds((void*)cluster_barrier<8>, 8, packets, 0, false));
 #endif
-  for (int n : {128, 512, 1024, 8192, 65536})
+  for (int n : {43, 128, 512, 1024, 8192, 21846})
     std::printf(", \"exchange_%d\": %.3f", n, microseconds((void*)exchange, blocks, packets, n, true));
+  unsigned torn = 0;
+  CHECK(cudaMemcpyFromSymbol(&torn, torn_packets, sizeof torn));
+  std::printf(", \"torn_packets\": %u", torn);
   // The whole launch is one step of these two.
   std::printf(", \"copy_bytes_a_second\": %.4g",
               kWords * 8.0 / (microseconds((void*)copy, blocks * 8, packets, kWords, false) * kSteps * 1e-6));

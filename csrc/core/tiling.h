@@ -9,7 +9,9 @@
 namespace rnnkernels {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kPacketsAtOnce = 8;   // that a thread asks for before it waits for the first: each is a trip to L2
+constexpr int kPacketWords = 3;  // of operand in a packet of four words; the last is its epoch
+constexpr int kPacketBytes = 16;
+constexpr int kPacketsAtOnce = 4;   // that a thread asks for before it waits for the first: each is a trip to L2
 constexpr int kRowsAtOnce = 64;     // at most: rows whose operand is in shared memory at a time
 constexpr int kSequences = 2;       // of one launch, at most: the directions of a layer, which do not depend on each other
 constexpr int kClusterBlocks = 8;   // of one cluster, at most: the portable size
@@ -38,6 +40,9 @@ struct ProductShape {
   int panel_rows;   // at most
   int word_values;  // numbers of the operand in 4 bytes
   int held;         // items that a thread keeps in registers, as many as the compiler finds room for
+
+  // Of each stage's matrix; a cell of several has more to remember besides.
+  RNN_FN constexpr int held_of(int stages) const { return stages == 1 ? held : (held - 1) / stages; }
 };
 
 inline constexpr ProductShape kExactShape{false, 8, 4, 1, 32, 1, 28}, kTf32Shape{true, 32, 16, 2, 16, 1, 10},
@@ -67,10 +72,14 @@ struct StageTiling {
   int64_t packed;   // offset in the workspace of all items, [block of the tile][item][word][thread]
   // What it sends, a row of the batch: send_columns × column_words words from each block.
   int send_columns, column_words;
-  int64_t packets;  // [2][rows][send_words] from here on: offset in shared memory (Near) or packets in device memory (Grid)
+  int64_t packets;  // [2][rows][send_packets] from here on: offset in shared memory (Near) or packets in device memory (Grid)
 
   RNN_FN int items() const { return passes * per_slice; }
-  RNN_FN int send_words(int unit_ctas) const { return unit_ctas * send_columns * column_words; }
+  // Words from a block, and from all of a tile; packets likewise.
+  RNN_FN int share() const { return send_columns * column_words; }
+  RNN_FN int send_words(int unit_ctas) const { return unit_ctas * share(); }
+  RNN_FN int share_packets() const { return (share() + kPacketWords - 1) / kPacketWords; }
+  RNN_FN int send_packets(int unit_ctas) const { return unit_ctas * share_packets(); }
 };
 
 struct Tiling {
@@ -149,7 +158,7 @@ inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, Exchan
       g.per_slice = int(ceil_div(ceil_div(words, shape.item_depth), g.slices));
       if (over > 1) g.per_slice |= 1;  // slices of one warp read at once: from different banks
       g.operand_words = g.per_slice * g.slices * shape.item_depth;
-      g.held = shape.held / cell.stages < most_held ? shape.held / cell.stages : most_held;
+      g.held = shape.held_of(cell.stages) < most_held ? shape.held_of(cell.stages) : most_held;
       if (g.held > g.per_slice) g.held = g.per_slice;
       g.weights = take(int64_t(g.items() - g.held) * shape.item_words * kThreads * 16);
       if (g.operand_words > t.operand_row) t.operand_row = g.operand_words;
@@ -158,11 +167,11 @@ inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, Exchan
       if (int64_t(g.slices) * shape.group > partial) partial = int64_t(g.slices) * shape.group;
     }
     if (backward) t.staged[s] = take(int64_t(shape.group) * cell.hidden_slots(s) * g.block_units * 4);
-    const int64_t words_sent = 2 * int64_t(g.send_words(unit_ctas));
-    if (exchange == Exchange::Near) g.packets = take(words_sent * t.tile_rows * 8);
+    const int64_t sent = 2 * int64_t(g.send_packets(unit_ctas));
+    if (exchange == Exchange::Near) g.packets = take(sent * t.tile_rows * kPacketBytes);
     if (exchange == Exchange::Grid) {
       g.packets = t.packet_count;
-      t.packet_count += words_sent * p.batch;
+      t.packet_count += sent * p.batch;
     }
   }
   // Fragments of two rows are read at once: an odd number of half lines between them keeps them in different banks.
@@ -172,7 +181,7 @@ inline Tiling tile(const CellInfo& cell, const Problem& p, bool backward, Exchan
   for (int i = 0; i < cell.states; ++i) t.state[i] = take(int64_t(t.tile_rows) * t.stage[i == 0 ? cell.stages - 1 : 0].block_units * 4);
   if (!backward && cell.stages > 1) t.between = take(int64_t(t.tile_rows) * cell.kept * t.stage[0].block_units * 4);
   t.shared_bytes = bytes;
-  t.workspace_bytes = ceil_div(t.packet_count, 2) * 16;
+  t.workspace_bytes = t.packet_count * kPacketBytes;
   for (int s = 0; s < cell.stages; ++s) {
     t.stage[s].packed = t.workspace_bytes;
     t.workspace_bytes += int64_t(unit_ctas) * t.stage[s].items() * shape.item_words * kThreads * 16;
@@ -185,13 +194,13 @@ inline double step_cycles(const Device& device, const CellInfo& cell, const Prob
   const ProductShape& shape = product_shape(p);
   const double rows = t.tile_rows, groups = double(ceil_div(t.tile_rows, shape.group));
   const double hop = t.exchange == Exchange::Grid ? 1200 : t.unit_ctas > 1 ? 500 : 150;
-  const double packet_rate = t.exchange == Exchange::Grid ? 4 : 16;  // a cycle, into one multiprocessor
+  const double packet_rate = t.exchange == Exchange::Grid ? 2 : 8;  // a cycle, into one multiprocessor
   double cycles = 0;
   for (int s = 0; s < cell.stages; ++s) {
     const StageTiling& g = t.stage[s];
     const double items = g.items(), in_shared = items - g.held;
     if (g.operand_words) {
-      cycles += hop + rows * t.stage[g.source].send_words(t.unit_ctas) / packet_rate;
+      cycles += hop + rows * t.stage[g.source].send_packets(t.unit_ctas) / packet_rate;
       // An item: 4 × 256 multiply-adds a row at 128 a cycle; or on each of 8 warps two fragments for 8 rows, some 8 cycles each on a
       // quarter.
       const double thrice = p.products == Products::ThreeTf32 ? 3 : 1;

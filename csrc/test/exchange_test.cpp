@@ -32,8 +32,8 @@ struct Program {
 // neither load nor store only follow; a barrier after a barrier adds nothing.
 std::vector<Program> programs_of(const Grid& grid, int* packets) {
   std::vector<Program> programs;
-  std::map<const uint64_t*, int> numbers;
-  const auto number = [&](const uint64_t* p) { return numbers.emplace(p, int(numbers.size())).first->second; };
+  std::map<const void*, int> numbers;
+  const auto number = [&](const void* p) { return numbers.emplace(p, int(numbers.size())).first->second; };
   for (size_t thread = 0; thread < grid.events().size(); ++thread) {
     Program program{int(thread) / kThreads, {}};
     const std::vector<Grid::Event>& events = grid.events()[thread];
@@ -226,7 +226,7 @@ int main() {
     for (const Case& c :
          {Case{7, 1, 2, false, false, grid, 2, 8}, Case{5, 1, 3, false, false, grid, 3, 8}, Case{4, 2, 2, true, false, grid, 2, 8},
           Case{4, 2, 2, true, true, grid, 2, 8}, Case{4, 2, 2, false, false, grid, 2, 1}, Case{5, 1, 2, false, false, near, 2, 8},
-          Case{4, 2, 2, true, true, near, 2, 1}})
+          Case{4, 2, 2, true, true, near, 2, 1}, Case{4, 1, 8, false, false, grid, 2, 8}})
       test<Srn<Tanh>>("srn", c, backward);
     for (const Case& c : {Case{4, 1, 2, false, false, grid, 2, 8}, Case{2, 2, 2, true, true, grid, 2, 8}})
       test<ResetBefore>("two stages", c, backward);

@@ -21,7 +21,7 @@ class Grid {
   // What a thread did that another may notice. A sync is that of its block.
   struct Event {
     enum Kind { Load, Store, Sync } kind;
-    const uint64_t* address;
+    const void* address;
     uint32_t epoch;
   };
 
@@ -48,26 +48,26 @@ class Grid {
       const int cluster = grid->tiling_.unit_ctas;
       grid->sync(grid->tile_barriers_[size_t(block_ / cluster)], kThreads * cluster, *this);
     }
-    uint64_t load(const uint64_t* p) const {
+    cuda::Packet load(const cuda::Packet* p) const {
       grid->sometimes_yield(*this);
-      grid->note(*this, {Event::Load, p, cuda::epoch_of(*p)});
+      grid->note(*this, {Event::Load, p, p->epoch});
       return *p;
     }
-    void store(uint64_t* p, uint64_t x) const {
-      grid->note(*this, {Event::Store, p, cuda::epoch_of(x)});
+    void store(cuda::Packet* p, const cuda::Packet& x) const {
+      grid->note(*this, {Event::Store, p, x.epoch});
       *p = x;
       ++grid->progress_;
       grid->sometimes_yield(*this);
     }
-    uint64_t load_near(const uint64_t* p) const {
+    cuda::Packet load_near(const cuda::Packet* p) const {
       check(grid->owns(block_, p), "a load from outside the block's shared memory");
       return load(p);
     }
-    void store_near(int peer, uint64_t* p, uint64_t x) const {
+    void store_near(int peer, cuda::Packet* p, const cuda::Packet& x) const {
       check(grid->owns(block_, p), "an address outside the block's shared memory");
       const int64_t offset = reinterpret_cast<char*>(p) - shared();
       const int cluster = grid->tiling_.unit_ctas;
-      store(reinterpret_cast<uint64_t*>(grid->shared(block_ / cluster * cluster + peer) + offset), x);
+      store(reinterpret_cast<cuda::Packet*>(grid->shared(block_ / cluster * cluster + peer) + offset), x);
     }
     template <cuda::Fragment kind>
     void mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t* b) const {
@@ -152,9 +152,9 @@ class Grid {
     char* p = shared_[size_t(block)].data();
     return p + (16 - reinterpret_cast<uintptr_t>(p) % 16) % 16;
   }
-  bool owns(int block, const uint64_t* p) {
+  bool owns(int block, const cuda::Packet* p) {
     const int64_t offset = reinterpret_cast<const char*>(p) - shared(block);
-    return offset >= 0 && offset + 8 <= tiling_.shared_bytes;
+    return offset >= 0 && offset + kPacketBytes <= tiling_.shared_bytes;
   }
   Fiber& fiber(const Cta& cta) { return fibers_[size_t(cta.block_) * kThreads + size_t(cta.thread_)]; }
   void note(const Cta& cta, Event event) {
@@ -229,7 +229,7 @@ class Grid {
 template <class Arithmetic, class S>
 std::vector<uint64_t> workspace_of(const CellInfo& cell, const Problem& p, const Tiling& t, const void* const* weights, bool backward) {
   std::vector<uint64_t> workspace(size_t(t.workspace_bytes / 8 + 2), ~uint64_t(0));
-  std::fill_n(workspace.begin(), t.packet_count, 0);
+  std::fill_n(workspace.begin(), t.packet_count * kPacketBytes / 8, 0);
   for (int s = 0; s < cell.stages; ++s) {
     const cuda::Matrix matrix = cuda::matrix_of(cell, p, weights, backward, s);
     if (!matrix.weights) continue;

@@ -125,9 +125,10 @@ void test_tiling(const Device& device, const CellInfo& cell, const Problem& p, b
     const StageTiling& g = t.stage[s];
     if (int64_t(g.block_units) * t.unit_ctas < g.units) where("units without a block");
     if (s == 0 && int64_t(g.block_units) * (t.unit_ctas - 1) >= g.units) where("a block without units");
-    const int64_t sent = 2 * int64_t(g.send_words(t.unit_ctas)) * 8;
+    const int64_t sent = 2 * int64_t(g.send_packets(t.unit_ctas)) * kPacketBytes;
+    if (g.share_packets() * kPacketWords < g.share()) where("words without a packet");
     if (t.exchange == Exchange::Near) shared.push_back({g.packets, sent * t.tile_rows});
-    if (t.exchange == Exchange::Grid) memory.push_back({g.packets * 8, sent * p.batch});
+    if (t.exchange == Exchange::Grid) memory.push_back({g.packets * kPacketBytes, sent * p.batch});
     if (backward) shared.push_back({t.staged[s], int64_t(shape.group) * cell.hidden_slots(s) * g.block_units * 4});
     if (!g.operand_words) continue;
     const int over = shape.tensor ? 1 : 32 / g.panel_rows;
@@ -135,7 +136,7 @@ void test_tiling(const Device& device, const CellInfo& cell, const Problem& p, b
     if (g.passes * g.across * g.panel_rows < g.block_units * g.columns) where("rows of the matrix without a panel");
     if (g.operand_words < t.stage[g.source].send_words(t.unit_ctas) || t.operand_row < g.operand_words)
       where("an operand longer than its place");
-    if (g.held > shape.held / cell.stages || g.held > g.per_slice) where("more in registers than there is");
+    if (g.held > shape.held_of(cell.stages) || g.held > g.per_slice) where("more in registers than there is");
     shared.push_back({g.weights, int64_t(g.items() - g.held) * shape.item_words * kThreads * 16});
     memory.push_back({g.packed, int64_t(t.unit_ctas) * g.items() * shape.item_words * kThreads * 16});
     partial = std::max(partial, int64_t(g.slices) * shape.group);

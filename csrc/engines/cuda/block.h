@@ -2,19 +2,20 @@
 // code is one thread's; Cta is what that knows of the machine (its place, barriers, shared memory, loads and stores that other blocks see,
 // the tensor cores), so that the same code runs on a GPU and, thread by thread in any order, on a host.
 //
-// State travels between blocks as packets: 4 bytes of operand and the epoch that they belong to in one 8-byte word, so that whoever sees
-// the epoch has the numbers, and no barrier or fence is needed. The visit of the walk numbered n, from 0, writes epoch n + 1 to the side (n
-// & 1) of its buffer. Two sides suffice: a block writes visit n + 1 only after it has read visit n from every block of its tile, and each
-// of those had read visit n - 1 before it wrote visit n.
+// State travels between blocks as packets: 12 bytes of operand and the epoch that they belong to, loaded and stored in one piece, so that
+// whoever sees the epoch has the numbers, and no barrier or fence is needed. The visit of the walk numbered n, from 0, writes epoch n + 1
+// to the side (n & 1) of its buffer. Two sides suffice: a block writes visit n + 1 only after it has read visit n from every block of its
+// tile, and each of those had read visit n - 1 before it wrote visit n.
 #pragma once
 
 #include "engines/cuda/packing.h"
 
 namespace rnnkernels::cuda {
 
-RNN_FN uint64_t packet(uint32_t payload, uint32_t epoch) { return uint64_t(epoch) << 32 | payload; }
-RNN_FN uint32_t payload_of(uint64_t packet) { return uint32_t(packet); }
-RNN_FN uint32_t epoch_of(uint64_t packet) { return uint32_t(packet >> 32); }
+struct alignas(kPacketBytes) Packet {
+  uint32_t word[kPacketWords], epoch;
+};
+
 RNN_FN uint32_t epoch_of_visit(int64_t visit) { return uint32_t(visit + 1); }
 RNN_FN int side_of_visit(int64_t visit) { return int(visit & 1); }
 
@@ -25,14 +26,14 @@ class Block {
  public:
   using Info = InfoOf<Cell>;
   static constexpr ProductShape shape = Arithmetic::shape;
-  static constexpr int kHeldItems = shape.held / Info::value.stages, kItemWords = shape.item_words;
+  static constexpr int kHeldItems = shape.held_of(Info::value.stages), kItemWords = shape.item_words;
 
   // The items of weights that a thread keeps in registers.
   struct Held {
     Word stage[Info::value.stages][kHeldItems][kItemWords];
   };
 
-  RNN_FN Block(Cta& cta, const Problem& p, bool reverse, const Tiling& tiling, const int64_t* offsets, uint64_t* packets)
+  RNN_FN Block(Cta& cta, const Problem& p, bool reverse, const Tiling& tiling, const int64_t* offsets, Packet* packets)
       : cta(cta), p(p), reverse(reverse), t(tiling), offsets(offsets), packets(packets), arithmetic(p) {
     place = cta.block() % t.unit_ctas;
     first_row = int64_t(cta.block() / t.unit_ctas % t.row_tiles) * t.tile_rows;
@@ -70,8 +71,8 @@ class Block {
   RNN_FN void open() const {
     if (t.exchange == Exchange::Near)
       for (int s = 0; s < Info::value.stages; ++s)
-        for (int i = cta.thread(); i < 2 * t.tile_rows * t.stage[s].send_words(t.unit_ctas); i += kThreads)
-          reinterpret_cast<uint64_t*>(cta.shared() + t.stage[s].packets)[i] = 0;
+        for (int i = cta.thread(); i < 2 * t.tile_rows * t.stage[s].send_packets(t.unit_ctas); i += kThreads)
+          reinterpret_cast<Packet*>(cta.shared() + t.stage[s].packets)[i] = {};
     meet();
   }
   // Nobody leaves while others may still write into its memory.
@@ -133,35 +134,37 @@ class Block {
   // known(row, k).
   template <class Visit, class Known>
   RNN_FN void receive(int s, int first, int count, const Visit& visit, const Known& known) const {
-    const StageTiling& g = t.stage[s];
+    const StageTiling &g = t.stage[s], &source = t.stage[g.source];
     uint32_t* const operand = reinterpret_cast<uint32_t*>(cta.shared() + t.operand);
-    const int sent = t.stage[g.source].send_words(t.unit_ctas), all = count * g.operand_words;
+    const int share = source.share(), from_block = source.share_packets(), of_row = source.send_packets(t.unit_ctas), all = count * of_row;
     for (int begin = cta.thread(); begin < all; begin += kPacketsAtOnce * kThreads) {
-      uint64_t* from[kPacketsAtOnce];
-      uint64_t word[kPacketsAtOnce];
+      const Packet* from[kPacketsAtOnce];
+      Packet packet[kPacketsAtOnce];
       RNN_UNROLL
       for (int j = 0; j < kPacketsAtOnce; ++j) {
-        const int i = begin + j * kThreads, row = first + i / g.operand_words, k = i % g.operand_words;
-        from[j] = i < all && k < sent && visit(row) != kNoVisit ? buffer(g.source, visit(row), row) + k : nullptr;
-        if (from[j]) word[j] = look(from[j]);
+        const int i = begin + j * kThreads, row = first + i / of_row;
+        from[j] = i < all && visit(row) != kNoVisit ? buffer(g.source, visit(row), row) + i % of_row : nullptr;
+        if (from[j]) packet[j] = look(from[j]);
       }
       RNN_UNROLL
       for (int j = 0; j < kPacketsAtOnce; ++j) {
-        const int i = begin + j * kThreads, row = first + i / g.operand_words, k = i % g.operand_words;
+        const int i = begin + j * kThreads, row = first + i / of_row, block = i % of_row / from_block;
         if (i >= all) continue;
-        uint32_t numbers = 0;
-        if (from[j]) {
-          for (uint32_t tries = 0; epoch_of(word[j]) != epoch_of_visit(visit(row)); word[j] = look(from[j])) cta.waiting(++tries);
-          numbers = payload_of(word[j]);
-        } else if (k < sent) {
-          numbers = join<S>([&](int v) {
+        if (from[j])
+          for (uint32_t tries = 0; packet[j].epoch != epoch_of_visit(visit(row)); packet[j] = look(from[j])) cta.waiting(++tries);
+        RNN_UNROLL
+        for (int w = 0; w < kPacketWords; ++w) {
+          const int word = i % from_block * kPacketWords + w, k = block * share + word;
+          if (word >= share) continue;
+          operand[(row - first) * t.operand_row + k] = from[j] ? packet[j].word[w] : join<S>([&](int v) {
             const int64_t at = on_wire<Arithmetic>(t, s, k, v);
             return at < 0 ? narrow<S>(0.0f) : known(row, at);
           });
         }
-        operand[(row - first) * t.operand_row + k] = numbers;
       }
     }
+    const int sent = source.send_words(t.unit_ctas), rest = g.operand_words - sent;  // a product goes through whole items
+    for (int i = cta.thread(); i < count * rest; i += kThreads) operand[i / rest * t.operand_row + sent + i % rest] = 0;
     cta.sync();
   }
 
@@ -169,16 +172,21 @@ class Block {
   template <class Get>
   RNN_FN void send(int s, int64_t visit, int first, int count, const Get& number) const {
     const StageTiling& g = t.stage[s];
-    const int words = g.send_columns * g.column_words;
-    for (int i = cta.thread(); i < count * words; i += kThreads) {
-      const int row = first + i / words, word = i % words, c = word / g.column_words, u = word % g.column_words * shape.word_values;
-      const uint32_t payload = join<S>([&](int v) { return narrow<S>(u + v < units[s] ? number(row, c, u + v) : 0.0f); });
-      const uint64_t packed = packet(payload, epoch_of_visit(visit));
-      uint64_t* const to = buffer(s, visit, row) + place * words + word;
+    const int packets_of_row = g.share_packets();
+    for (int i = cta.thread(); i < count * packets_of_row; i += kThreads) {
+      const int row = first + i / packets_of_row, at = i % packets_of_row;
+      Packet packet;
+      packet.epoch = epoch_of_visit(visit);
+      RNN_UNROLL
+      for (int w = 0; w < kPacketWords; ++w) {
+        const int word = at * kPacketWords + w, c = word / g.column_words, u = word % g.column_words * shape.word_values;
+        packet.word[w] = join<S>([&](int v) { return narrow<S>(word < g.share() && u + v < units[s] ? number(row, c, u + v) : 0.0f); });
+      }
+      Packet* const to = buffer(s, visit, row) + place * packets_of_row + at;
       if (t.exchange == Exchange::Grid)
-        cta.store(to, packed);
+        cta.store(to, packet);
       else
-        for (int peer = 0; peer < t.unit_ctas; ++peer) cta.store_near(peer, to, packed);
+        for (int peer = 0; peer < t.unit_ctas; ++peer) cta.store_near(peer, to, packet);
     }
   }
 
@@ -194,7 +202,7 @@ class Block {
   const bool reverse;
   const Tiling& t;
   const int64_t* const offsets;
-  uint64_t* const packets;
+  Packet* const packets;
   const Arithmetic arithmetic;
   int place, rows;
   int64_t first_row;
@@ -213,13 +221,14 @@ class Block {
     const StageTiling& g = t.stage[s];
     return reinterpret_cast<Word*>(cta.shared() + g.weights) + (i - g.held * kItemWords) * kThreads + cta.thread();
   }
-  RNN_FN uint64_t* buffer(int s, int64_t visit, int row) const {
+  RNN_FN Packet* buffer(int s, int64_t visit, int row) const {
     const StageTiling& g = t.stage[s];
+    const int of_row = g.send_packets(t.unit_ctas);
     if (t.exchange == Exchange::Near)
-      return reinterpret_cast<uint64_t*>(cta.shared() + g.packets) + (side_of_visit(visit) * t.tile_rows + row) * g.send_words(t.unit_ctas);
-    return packets + g.packets + (side_of_visit(visit) * p.batch + first_row + row) * g.send_words(t.unit_ctas);
+      return reinterpret_cast<Packet*>(cta.shared() + g.packets) + (side_of_visit(visit) * t.tile_rows + row) * of_row;
+    return packets + g.packets + (side_of_visit(visit) * p.batch + first_row + row) * of_row;
   }
-  RNN_FN uint64_t look(const uint64_t* from) const { return t.exchange == Exchange::Grid ? cta.load(from) : cta.load_near(from); }
+  RNN_FN Packet look(const Packet* from) const { return t.exchange == Exchange::Grid ? cta.load(from) : cta.load_near(from); }
 };
 
 }  // namespace rnnkernels::cuda

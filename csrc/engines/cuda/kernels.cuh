@@ -15,6 +15,14 @@
 
 namespace rnnkernels::cuda {
 
+// A packet as the halves of a register of 128 bits.
+struct Two {
+  uint64_t low, high;
+  Two() = default;
+  RNN_FN explicit Two(const Packet& p) : low(uint64_t(p.word[1]) << 32 | p.word[0]), high(uint64_t(p.epoch) << 32 | p.word[2]) {}
+  RNN_FN Packet packet() const { return {{uint32_t(low), uint32_t(low >> 32), uint32_t(high)}, uint32_t(high >> 32)}; }
+};
+
 // What a thread knows of the machine, on the machine itself.
 struct DeviceCta {
   RNN_FN int block() const {
@@ -50,37 +58,45 @@ struct DeviceCta {
 #endif
   }
 
-  // Device memory that blocks of the grid exchange packets through.
-  RNN_FN uint64_t load(const uint64_t* from) const {
-    uint64_t word = 0;
+  // Device memory that blocks of the grid exchange packets through. A .b128 is one access, as a vector of four words would not be.
+  RNN_FN Packet load([[maybe_unused]] const Packet* from) const {
+    Two x{};
 #ifdef __CUDA_ARCH__
-    asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(word) : "l"(from));
+    asm volatile("{\n.reg .b128 x;\nld.relaxed.gpu.global.b128 x, [%2];\nmov.b128 {%0, %1}, x;\n}" : "=l"(x.low), "=l"(x.high) : "l"(from));
 #endif
-    return word;
+    return x.packet();
   }
-  RNN_FN void store(uint64_t* to, uint64_t word) const {
+  RNN_FN void store([[maybe_unused]] Packet* to, const Packet& packet) const {
+    [[maybe_unused]] const Two x(packet);
 #ifdef __CUDA_ARCH__
-    asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(word));
+    asm volatile("{\n.reg .b128 x;\nmov.b128 x, {%1, %2};\nst.relaxed.gpu.global.b128 [%0], x;\n}" ::"l"(to), "l"(x.low), "l"(x.high));
 #endif
   }
   // Shared memory that blocks of a cluster exchange packets through: each reads its own and writes everybody's.
-  RNN_FN uint64_t load_near(const uint64_t* from) const {
-    uint64_t word = 0;
+  RNN_FN Packet load_near([[maybe_unused]] const Packet* from) const {
+    Two x{};
 #if RNN_HAS_CLUSTERS
-    asm volatile("ld.relaxed.cluster.shared::cta.u64 %0, [%1];" : "=l"(word) : "r"(unsigned(__cvta_generic_to_shared(from))));
+    asm volatile("{\n.reg .b128 x;\nld.relaxed.cluster.shared::cta.b128 x, [%2];\nmov.b128 {%0, %1}, x;\n}"
+                 : "=l"(x.low), "=l"(x.high)
+                 : "r"(unsigned(__cvta_generic_to_shared(from))));
 #elif defined(__CUDA_ARCH__)
-    asm volatile("ld.relaxed.cta.shared.u64 %0, [%1];" : "=l"(word) : "r"(unsigned(__cvta_generic_to_shared(from))));
+    asm volatile("{\n.reg .b128 x;\nld.relaxed.cta.shared.b128 x, [%2];\nmov.b128 {%0, %1}, x;\n}"
+                 : "=l"(x.low), "=l"(x.high)
+                 : "r"(unsigned(__cvta_generic_to_shared(from))));
 #endif
-    return word;
+    return x.packet();
   }
-  RNN_FN void store_near([[maybe_unused]] int peer, uint64_t* to, uint64_t word) const {
+  RNN_FN void store_near([[maybe_unused]] int peer, [[maybe_unused]] Packet* to, const Packet& packet) const {
+    [[maybe_unused]] const Two x(packet);
 #if RNN_HAS_CLUSTERS
     asm volatile(
-        "{\n.reg .u32 there;\nmapa.shared::cluster.u32 there, %0, %1;\nst.relaxed.cluster.shared::cluster.u64 [there], %2;\n}" ::"r"(
-            unsigned(__cvta_generic_to_shared(to))),
-        "r"(peer), "l"(word));
+        "{\n.reg .b128 x;\n.reg .u32 there;\nmov.b128 x, {%2, %3};\nmapa.shared::cluster.u32 there, %0, %1;\n"
+        "st.relaxed.cluster.shared::cluster.b128 [there], x;\n}" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+        "r"(peer), "l"(x.low), "l"(x.high));
 #elif defined(__CUDA_ARCH__)
-    asm volatile("st.relaxed.cta.shared.u64 [%0], %1;" ::"r"(unsigned(__cvta_generic_to_shared(to))), "l"(word));
+    asm volatile(
+        "{\n.reg .b128 x;\nmov.b128 x, {%1, %2};\nst.relaxed.cta.shared.b128 [%0], x;\n}" ::"r"(unsigned(__cvta_generic_to_shared(to))),
+        "l"(x.low), "l"(x.high));
 #endif
   }
 
@@ -215,8 +231,7 @@ void launch_together(void (*kernel)(Argument), const Argument& argument, void* s
   const Tiling& t = argument.tiling;
   allow_shared_memory(reinterpret_cast<const void*>(kernel));
   for (int i = 0; i < t.sequences && t.packet_count; ++i)
-    check(cudaMemsetAsync(argument.workspace[i], 0, size_t(t.packet_count) * sizeof(uint64_t), static_cast<cudaStream_t>(stream)),
-          "packets");
+    check(cudaMemsetAsync(argument.workspace[i], 0, size_t(t.packet_count) * kPacketBytes, static_cast<cudaStream_t>(stream)), "packets");
   const Launch launch(t, stream);
   void* arguments[] = {const_cast<Argument*>(&argument)};
   check(cudaLaunchKernelExC(&launch.config, reinterpret_cast<const void*>(kernel), arguments), "launch of a persistent kernel");

@@ -144,7 +144,7 @@ RNN_FN void persistent_forward(Cta& cta, const PersistentForward& r) {
   const int sequence = cta.block() / r.tiling.sequence_blocks();
   const Forward& f = r.f[sequence];
   void* const workspace = r.workspace[sequence];
-  const Block b(cta, r.f[0].problem, f.problem.reverse, r.tiling, r.offsets, static_cast<uint64_t*>(workspace));
+  const Block b(cta, r.f[0].problem, f.problem.reverse, r.tiling, r.offsets, static_cast<Packet*>(workspace));
   typename Block::Held held;
   each<stages>([&](auto index) {
     constexpr int s = decltype(index)::value;
@@ -256,7 +256,7 @@ RNN_FN void persistent_backward(Cta& cta, const PersistentBackward& r) {
   const Backward& g = r.g[sequence];
   void* const workspace = r.workspace[sequence];
   const Problem& p = r.g[0].problem;
-  const Block b(cta, p, g.problem.reverse, r.tiling, r.offsets, static_cast<uint64_t*>(workspace));
+  const Block b(cta, p, g.problem.reverse, r.tiling, r.offsets, static_cast<Packet*>(workspace));
   typename Block::Held held;
   each<stages>([&](auto index) {
     constexpr int s = decltype(index)::value, reader = s < last ? s + 1 : 0;
