@@ -1,6 +1,6 @@
 // What the CUDA engines cannot beat on this device: the price of a barrier, of a hop between blocks, of everybody reading what everybody
 // wrote (microseconds each), the rates of a copy (bytes a second) and of fragment products from registers (multiply-adds a second). Prints
-// JSON. Built and run by bench/gpu.sh. torn_packets must be 0: the engine relies on 16 bytes being loaded and stored in one piece.
+// JSON. Built and run by bench/gpu.sh. Fails if a packet was torn: the engine relies on 16 bytes being loaded and stored in one piece.
 #include <cooperative_groups.h>
 #include <cuda_runtime.h>
 
@@ -10,7 +10,7 @@
 
 namespace cg = cooperative_groups;
 
-constexpr int kSteps = 2000, kThreads = 256, kAtOnce = 4;
+constexpr int kSteps = 2000, kThreads = 256, kAtOnce = 4, kNear = 1024;
 constexpr int kWords = 1 << 28;  // of device memory: 2 GiB, many times the L2
 
 #define CHECK(call)                                                                                    \
@@ -85,6 +85,40 @@ __global__ void exchange(uint64_t* memory, int n) {
   if (torn) atomicAdd(&torn_packets, torn);
 }
 
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+// Likewise through the shared memory of a cluster's blocks: every block writes its share into that of all.
+__global__ void __cluster_dims__(8) exchange_near(uint64_t*, int n) {
+  __shared__ Packet packets[2 * kNear];
+  for (int i = threadIdx.x; i < 2 * kNear; i += kThreads) packets[i] = {};
+  cg::this_cluster().sync();
+  unsigned torn = 0;
+  for (uint32_t i = 1; i <= kSteps; ++i) {
+    Packet* const side = packets + (i & 1) * kNear;
+    for (int k = blockIdx.x % 8 * kThreads + threadIdx.x; k < n; k += 8 * kThreads)
+      for (int peer = 0; peer < 8; ++peer) {
+        const Packet x = packet_of(k, i);
+        asm volatile(
+            "{\n.reg .b128 x;\n.reg .u32 there;\nmov.b128 x, {%2, %3};\nmapa.shared::cluster.u32 there, %0, %1;\n"
+            "st.relaxed.cluster.shared::cluster.b128 [there], x;\n}" ::"r"(unsigned(__cvta_generic_to_shared(side + k))),
+            "r"(peer), "l"(x.low), "l"(x.high));
+      }
+    for (int k = threadIdx.x; k < n; k += kThreads) {
+      Packet found;
+      do
+        asm volatile("{\n.reg .b128 x;\nld.relaxed.cluster.shared::cta.b128 x, [%2];\nmov.b128 {%0, %1}, x;\n}"
+                     : "=l"(found.low), "=l"(found.high)
+                     : "r"(unsigned(__cvta_generic_to_shared(side + k))));
+      while (found.high >> 32 != i);
+      const Packet expected = packet_of(k, i);
+      torn += found.low != expected.low || found.high != expected.high;
+    }
+    __syncthreads();
+  }
+  if (torn) atomicAdd(&torn_packets, torn);
+  cg::this_cluster().sync();
+}
+#endif
+
 __global__ void copy(uint64_t* packets, int n) {
   const int half = n / 2;
   for (int64_t i = int64_t(blockIdx.x) * kThreads + threadIdx.x; i < half / 2; i += int64_t(gridDim.x) * kThreads)
@@ -148,6 +182,9 @@ int main() {
 #endif
   for (int n : {43, 128, 512, 1024, 8192, 21846})
     std::printf(", \"exchange_%d\": %.3f", n, microseconds((void*)exchange, blocks, packets, n, true));
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+  for (int n : {43, 512, kNear}) std::printf(", \"exchange_near_%d\": %.3f", n, microseconds((void*)exchange_near, 8, packets, n, false));
+#endif
   unsigned torn = 0;
   CHECK(cudaMemcpyFromSymbol(&torn, torn_packets, sizeof torn));
   std::printf(", \"torn_packets\": %u", torn);
@@ -157,4 +194,5 @@ int main() {
   std::printf(", \"fragment_multiply_adds_a_second\": %.4g",
               double(blocks) * 8 * 8 * 2048 / (microseconds((void*)fragments, blocks, packets, 0, false) * 1e-6));
   std::printf("}\n");
+  return torn != 0;
 }

@@ -37,7 +37,7 @@ def recurrence(case: Case, budget: float, roofs: Roofs) -> dict[str, Any]:
         torch.set_num_threads(before)
     seconds = [more - less for more, less in zip(twice, once, strict=True)]
     found = {**case.facts(), "seconds": asdict(spread(seconds)), "floor": floor and asdict(floor), "share": None}
-    if floor is not None:
+    if floor is not None and found["seconds"]["low"] > 0 and all(seconds):  # else the difference is lost in the noise
         now = [floor.seconds * of_roof / at_best for of_roof in yardstick[0]]
         found["share"] = asdict(spread([low / taken for low, taken in zip(now, seconds, strict=True)]))
     return found
@@ -47,7 +47,8 @@ def show_recurrence(cases: Iterable[dict[str, Any]], console: Console) -> None:
     table = Table("cell", "pass", "B", "H", "threads", "µs/step (quartiles)", "roof", "share (quartiles)", title="the recurrence alone")
     for case in cases:
         low, median, high = (case["seconds"][name] / case["T"] * 1e6 for name in ("low", "median", "high"))
-        roof = (case["floor"]["roof"], "{median:.0%} ({low:.0%}–{high:.0%})".format(**case["share"])) if case["floor"] else ("n/a", "")
+        share = "{median:.0%} ({low:.0%}–{high:.0%})".format(**case["share"]) if case["share"] else "n/a"
+        roof = (case["floor"]["roof"], share) if case["floor"] else ("n/a", "")
         sizes = (str(case[name]) for name in ("B", "H", "threads"))
         table.add_row(label(case), case["pass"], *sizes, f"{median:.3g} ({low:.3g}–{high:.3g})", *roof)
     console.print(table)

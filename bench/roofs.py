@@ -8,6 +8,7 @@ floor is the lower of the two ways. The products outside the loop add their flop
 from __future__ import annotations
 
 import importlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -27,10 +28,11 @@ TRIES = 5
 
 @dataclass(frozen=True)
 class Floor:
-    """Seconds, and which roof takes most of them."""
+    """Seconds, which roof takes most of them, and on how many threads the recurrence is."""
 
     seconds: float
     roof: str
+    threads: int = 1
 
 
 def kernel_measure(name: str) -> Any:
@@ -42,27 +44,45 @@ def kernel_measure(name: str) -> Any:
 class Roofs:
     """Measured on demand, once for each size."""
 
-    flops: dict[tuple[str, int], float] = field(default_factory=dict)
+    flops: dict[tuple[str, int], tuple[float, tuple[int, int, int]]] = field(default_factory=dict)
     bandwidths: dict[tuple[int, int], float | None] = field(default_factory=dict)
     barriers: dict[int, float | None] = field(default_factory=dict)
+    elapsed: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict)  # seconds of the measurements that are kept
 
     def flop_rate(self, dtype: str, threads: int) -> float:
         """Flops a second of torch.mm."""
+        return self.product(dtype, threads)[0]
+
+    def product(self, dtype: str, threads: int) -> tuple[float, tuple[int, int, int]]:
+        """That rate, and m, k, n of the product that had it."""
         if (dtype, threads) not in self.flops:
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
-                self.flops[dtype, threads] = max(product_rate(*sizes, DTYPES[dtype]) for sizes in PRODUCTS)
+                self.flops[dtype, threads] = max((product_rate(*sizes, DTYPES[dtype]), sizes) for sizes in PRODUCTS)
             finally:
                 torch.set_num_threads(before)
         return self.flops[dtype, threads]
+
+    def best(self, name: str, *arguments: int) -> float | None:
+        """What the compiled module measures, at its shortest; None where this build has it not."""
+        measure = kernel_measure(name)
+        if measure is None:
+            return None
+        found: list[tuple[float, float]] = []
+        for _ in range(TRIES):
+            start = time.perf_counter()
+            value = measure(*arguments)
+            found.append((time.perf_counter() - start, value))
+        self.elapsed[name, arguments], value = min(found)
+        return value
 
     def bandwidth(self, total: int, threads: int) -> float | None:
         """Bytes a second, all threads together, each reading its share of `total` bytes again and again."""
         share = -(-total // threads)
         if (share, threads) not in self.bandwidths:
-            measure = kernel_measure("measure_bandwidth")
-            self.bandwidths[share, threads] = max(measure(share, threads) for _ in range(TRIES)) * 1e9 if measure else None
+            rate = self.best("measure_bandwidth", share, threads)
+            self.bandwidths[share, threads] = None if rate is None else rate * 1e9
         return self.bandwidths[share, threads]
 
     def barrier(self, threads: int) -> float | None:
@@ -70,8 +90,8 @@ class Roofs:
         if threads == 1:
             return 0.0
         if threads not in self.barriers:
-            measure = kernel_measure("measure_barrier")
-            self.barriers[threads] = min(measure(threads) for _ in range(TRIES)) * 1e-6 if measure else None
+            microseconds = self.best("measure_barrier", threads)
+            self.barriers[threads] = None if microseconds is None else microseconds * 1e-6
         return self.barriers[threads]
 
     def recurrent(self, case: Case, threads: int) -> Floor | None:
@@ -79,9 +99,9 @@ class Roofs:
         if bandwidth is None or barrier is None:
             return None
         return max(
-            Floor(case.recurrent_flops / self.flop_rate(case.dtype, threads), "flops"),
-            Floor(case.weight_bytes * case.sweeps / bandwidth, "cache"),
-            Floor(barrier * case.sweeps, "barrier"),
+            Floor(case.recurrent_flops / self.flop_rate(case.dtype, threads), "flops", threads),
+            Floor(case.weight_bytes * case.sweeps / bandwidth, "cache", threads),
+            Floor(barrier * case.sweeps, "barrier", threads),
             key=lambda floor: floor.seconds,
         )
 
@@ -97,23 +117,26 @@ class Roofs:
             return None
         loop = min(known, key=lambda floor: floor.seconds)
         outside = case.outside_flops / self.flop_rate(case.dtype, case.threads)
-        return Floor(loop.seconds + outside, loop.roof if loop.seconds >= outside else "outside flops")
+        if loop.seconds >= outside:
+            return Floor(loop.seconds + outside, loop.roof, loop.threads)
+        return Floor(loop.seconds + outside, "outside flops", case.threads)
 
     def yardstick(self, floor: Floor, case: Case) -> tuple[Callable[[], object], float]:
-        """What is timed beside a case to see how high its roof is at the moment, and the seconds that it takes where `floor` is right."""
+        """What is timed beside a case to see how high its roof is at the moment, and the seconds it took when the roof was measured."""
         if floor.roof in ("flops", "outside flops"):
-            m, k, n = PRODUCTS[0]
-            return product(m, k, n, DTYPES[case.dtype]), 2 * m * k * n / self.flop_rate(case.dtype, case.threads)
-        share = -(-case.weight_bytes // case.threads)
-        measure = partial(kernel_measure("measure_bandwidth"), share, case.threads)
-        if floor.roof == "barrier":
-            measure = partial(kernel_measure("measure_barrier"), case.threads)
-        return measure, min(elapsed(measure, 1) for _ in range(TRIES))
+            rate, sizes = self.product(case.dtype, floor.threads)
+            m, k, n = sizes
+            return product(m, k, n, DTYPES[case.dtype]), 2 * m * k * n / rate
+        share = -(-case.weight_bytes // floor.threads)
+        name, arguments = (
+            ("measure_barrier", (floor.threads,)) if floor.roof == "barrier" else ("measure_bandwidth", (share, floor.threads))
+        )
+        return partial(kernel_measure(name), *arguments), self.elapsed[name, arguments]
 
     def facts(self) -> dict[str, Any]:
         """For the report; None where the compiled module does not measure."""
         return {
-            "matrix_product": [{"dtype": d, "threads": n, "gflops": rate / 1e9} for (d, n), rate in sorted(self.flops.items())],
+            "matrix_product": [{"dtype": d, "threads": n, "gflops": rate / 1e9} for (d, n), (rate, _) in sorted(self.flops.items())],
             "bandwidth": [
                 {"bytes_per_thread": size, "threads": n, "gb_per_second": rate and rate / 1e9}
                 for (size, n), rate in sorted(self.bandwidths.items(), key=lambda item: item[0])

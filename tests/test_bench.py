@@ -250,7 +250,7 @@ def measured(monkeypatch, bandwidth, barrier):
     answers = {"measure_bandwidth": lambda size, threads: bandwidth * threads, "measure_barrier": lambda threads: barrier}
     monkeypatch.setattr(roofs, "kernel_measure", answers.get)
     machine = roofs.Roofs()
-    machine.flops = {("float32", 1): 1e11, ("float32", 2): 2e11}
+    machine.flops = {("float32", 1): (1e11, (8, 8, 8)), ("float32", 2): (2e11, (8, 8, 8))}
     return machine
 
 
@@ -267,7 +267,7 @@ def test_the_floor_is_the_roof_that_binds(monkeypatch):
 
 def test_no_floor_without_measurements(monkeypatch):
     monkeypatch.setattr(roofs, "kernel_measure", lambda name: None)
-    machine = roofs.Roofs(flops={("float32", 1): 1e11})
+    machine = roofs.Roofs(flops={("float32", 1): (1e11, (8, 8, 8))})
     assert machine.floor(SMALL) is None
     assert machine.facts()["bandwidth"][0]["gb_per_second"] is None
 

@@ -264,7 +264,7 @@ def run(call: Call, packed: Packed | Remembered | None = None) -> tuple[Tensor, 
 
 def pair(calls: Seq[Call], packed: Seq[Packed | Remembered | None] = (None, None)) -> Seq[tuple[Tensor, ...]]:
     """Two calls of :func:`sequence` of the same sizes that do not depend on each other, side by side on a thread each, or on a GPU in one
-    launch, where that is sooner done. The bits are the same either way.
+    launch, where that is sooner done. On a CPU the bits are the same either way.
     """
     begun = [_begun(call, place) for call, place in zip(calls, packed, strict=True)]
     first, second = begun
@@ -313,7 +313,7 @@ class _Eager(NamedTuple):
         s, input = self.s, self.call.input
         same = s._replace(reverse=other.s.reverse) == other.s and self.call.training == other.call.training
         theirs = other.call.input
-        if not same or input.dtype != theirs.dtype or input.device != theirs.device:
+        if not same or input.dtype != theirs.dtype or input.device != theirs.device or self.rows.sizes is not other.rows.sizes:
             return False
         found: bool = RUNS[s.engine].gains_side_by_side(s, input, self.call.training)
         return found

@@ -129,12 +129,12 @@ def gains_side_by_side(s: Sizes, input: Tensor, training: bool) -> bool:
     """Whether two such sequences are sooner done in one launch than in two."""
     if s.engine not in PERSISTENT or s.recompute or not s.batch:
         return False
-    return _gains(s, input.dtype, training, device_of(input)[0], tf32_allowed())
+    return _gains(s._replace(steps=1), input.dtype, training, device_of(input)[0], tf32_allowed())
 
 
 @functools.lru_cache(maxsize=1024)
 def _gains(s: Sizes, dtype: torch.dtype, training: bool, index: int, tf32: bool) -> bool:
-    """``tf32`` is a setting of torch's that the problem depends on."""
+    """For any number of steps. ``tf32`` is a setting of torch's that the problem depends on."""
     task = problem(s, dtype, 0, Rows(), training)
     return all(_C.cuda_gains_together(task, backward, index) for backward in ([False, True] if training else [False]))
 

@@ -58,7 +58,8 @@ struct DeviceCta {
 #endif
   }
 
-  // Device memory that blocks of the grid exchange packets through. A .b128 is one access, as a vector of four words would not be.
+  // Device memory that blocks of the grid exchange packets through. That a .b128 is one access is more than PTX's memory model says, which
+  // ends at 64 bits; libcu++ relies on it for atomics of 16 bytes, and bench/floors.cu looks.
   RNN_FN Packet load([[maybe_unused]] const Packet* from) const {
     Two x{};
 #ifdef __CUDA_ARCH__
