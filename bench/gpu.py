@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 import rnnkernels
+from bench.cases import DTYPES
 
 PEER = "torch.nn"
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 LAYERS = {"lstm": (torch.nn.LSTM, rnnkernels.LSTM), "gru": (torch.nn.GRU, rnnkernels.GRU), "srn": (torch.nn.RNN, rnnkernels.RNN)}
 
 

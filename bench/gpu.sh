@@ -32,8 +32,8 @@ for part in $parts; do
       nvcc -std=c++17 -O3 -gencode arch=compute_90a,code=sm_90a bench/floors.cu -o build/floors && build/floors | tee "$out/floors.json" || status=1
       ;;
     bench)
-      "$python" bench/gpu.py --out "$out/gpu.json" 2>&1 | tee "$out/bench.log" || status=1
-      "$python" bench/gpu.py --bidirectional --hidden 128 512 --batch 1 16 --out "$out/bidirectional.json" 2>&1 | tee -a "$out/bench.log" || status=1
+      "$python" -m bench.gpu --out "$out/gpu.json" 2>&1 | tee "$out/bench.log" || status=1
+      "$python" -m bench.gpu --bidirectional --hidden 128 512 --batch 1 16 --out "$out/bidirectional.json" 2>&1 | tee -a "$out/bench.log" || status=1
       ;;
     *) echo "no such part: $part" && exit 2 ;;
   esac

@@ -13,6 +13,7 @@ from torch import Tensor
 import rnnkernels
 from rnnkernels import ops
 from rnnkernels.ops import steps as steps_engine
+from rnnkernels.ops.together import Waiting
 
 pytestmark = pytest.mark.usefixtures("poison", "two_threads")
 
@@ -137,7 +138,8 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 def as_if_persistent(monkeypatch: pytest.MonkeyPatch, gains: bool) -> Iterator[list[int]]:
     """The stepwise engine in the persistent one's place: its walks wait to be launched. How many were launched at a time."""
     launches: list[int] = []
-    walk, walk_back, steps = steps_engine._walk, steps_engine._walk_back, steps_engine._waiting
+    walk, walk_back, run = steps_engine._walk, steps_engine._walk_back, steps_engine._together.run
+    place = lambda: torch.empty(0), (-1, 0)
 
     class Module:
         """The compiled module, with what a build for GPUs has beyond it."""
@@ -166,12 +168,12 @@ def as_if_persistent(monkeypatch: pytest.MonkeyPatch, gains: bool) -> Iterator[l
             for to, found in zip(final, walk(s, training, gates, *rest), strict=True):
                 to.copy_(found)
 
-        steps.run(steps_engine._Launch(None, False, lambda _: call, torch.empty(0), (-1, 0), None, ()))
+        run(Waiting(steps_engine._Launch(None, False, lambda _: call, *place)))
         return final
 
     def back_together(*arguments: Any) -> None:
         *of_walk, done = arguments
-        steps.run(steps_engine._Launch(None, True, lambda _: lambda: walk_back(*of_walk), torch.empty(0), (-1, 0), done, ()))
+        run(Waiting(steps_engine._Launch(None, True, lambda _: lambda: walk_back(*of_walk), *place), done))
 
     with monkeypatch.context() as patch:
         steps_engine._gains.cache_clear()

@@ -5,10 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,16 +38,22 @@ from .cells import (
     vectors,
 )
 from .packed import Pack, Packed, Remembered
+from .together import Together, Waiting
 
 
-class _Thread(threading.local):
+def _run_all(calls: list[Any]) -> None:
+    run: Any = _C.forward if isinstance(calls[0], _C.Forward) else _C.backward
+    run(calls)
+
+
+class _Thread(Together):
     """What one thread of Python's keeps: workspaces, since fresh pages cost as much as a short sequence, and calls that wait for others."""
 
     KEPT = 64 << 20
 
     def __init__(self) -> None:
+        super().__init__(lambda calls: _run_all(calls))
         self.buffers: list[Tensor] = []
-        self.waiting: list[_Waiting] | None = None
         self.chained = False  # each of those that wait reads the output of the one before it
 
     @property
@@ -68,26 +73,6 @@ class _Thread(threading.local):
             self.buffers[i] = buffer
         return buffer
 
-    def run(self, call: _C.Forward | _C.Backward, done: Callable[[], None] | None, *held: Any) -> None:
-        """Now, or once all are there that are to run side by side; ``done`` follows, and until then ``held`` is not let go."""
-        if self.waiting is not None:
-            self.waiting.append(_Waiting(call, done, held))
-            return
-        _run_all([call])
-        if done is not None:
-            done()
-
-
-class _Waiting(NamedTuple):
-    call: _C.Forward | _C.Backward
-    done: Callable[[], None] | None
-    held: tuple[Any, ...]
-
-
-def _run_all(calls: list[Any]) -> None:
-    run: Any = _C.forward if isinstance(calls[0], _C.Forward) else _C.backward
-    run(calls)
-
 
 thread = _Thread()
 
@@ -97,21 +82,16 @@ def side_by_side(chained: bool = False) -> Iterator[None]:
     """The forward or the backward calls inside do not depend on each other; or, ``chained``, they are forward calls and each reads what the
     one before it gives. They run when the block ends, on a thread each. Their results are not there before.
     """
-    around = thread.waiting, thread.chained
-    thread.waiting, thread.chained = [], chained
-    try:
-        yield
-        waiting = thread.waiting
-    finally:
-        thread.waiting, thread.chained = around
-    calls: list[Any] = [w.call for w in waiting]
-    if chained:
+
+    def chain(calls: list[Any]) -> None:
         _C.forward_chain(calls, torch.get_num_threads())
-    elif calls:
-        _run_all(calls)
-    for w in waiting:
-        if w.done is not None:
-            w.done()
+
+    around, thread.chained = thread.chained, chained
+    try:
+        with thread.block(chain if chained else None):
+            yield
+    finally:
+        thread.chained = around
 
 
 def gains_side_by_side(s: Sizes, input: Tensor, training: bool) -> bool:
@@ -203,7 +183,7 @@ def _run(
         address(own),
         pack,
     )
-    thread.run(call, done, tokens, states, weights, rows, kept, output, final, history, workspace, own)
+    thread.run(Waiting(call, done, (tokens, states, weights, rows, kept, output, final, history, workspace, own)))
 
 
 def recompute(
@@ -321,7 +301,8 @@ def backward(
         place_resets(s, resets),
         [address(g) for g in found],
     )
-    thread.run(call, None, tokens, states, weights, rows, kept, gates, output, history, upstream, finals, initial, grads, workspace, found)
+    held = (tokens, states, weights, rows, kept, gates, output, history, upstream, finals, initial, grads, workspace, found)
+    thread.run(Waiting(call, None, held))
     if s.complete:
         after = [output.flatten(0, -2), *history]
         _complete_backward(s, grads, initial, gates, kept, tokens.flatten(0, -2), states, weights, after)

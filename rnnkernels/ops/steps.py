@@ -10,8 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
@@ -42,6 +41,7 @@ from .cells import (
     tf32_allowed,
     vectors,
 )
+from .together import Together, Waiting
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -75,54 +75,28 @@ class _Launch(NamedTuple):
     task: _C.Problem
     backward: bool
     call: Callable[[int], _C.Forward | _C.Backward]
-    offsets: Tensor
+    offsets: Callable[[], Tensor]  # the same for all of a launch
     place: tuple[int, int]
-    done: Callable[[], None] | None
-    held: tuple[Any, ...]  # what must live until it is launched
-
-
-class _Waiting(threading.local):
-    """Calls of one thread of Python's that wait for each other, to be one launch."""
-
-    def __init__(self) -> None:
-        self.launches: list[_Launch] | None = None
-
-    def run(self, launch: _Launch) -> None:
-        """Now, or once both are there; ``done`` follows."""
-        if self.launches is None:
-            _launch([launch])
-        else:
-            self.launches.append(launch)
-
-
-_waiting = _Waiting()
 
 
 def _launch(launches: list[_Launch]) -> None:
-    task, backward, _, offsets, place, *_ = launches[0]
+    task, backward, _, of_steps, place = launches[0]
+    offsets = of_steps()
     bytes = _C.cuda_workspace_bytes(task, backward, place[0], len(launches))
     workspaces = [torch.empty(bytes, dtype=torch.uint8, device=offsets.device) for _ in launches]
     calls: list[Any] = [launch.call(workspace.data_ptr()) for launch, workspace in zip(launches, workspaces, strict=True)]
     run: Any = _C.cuda_backward if backward else _C.cuda_forward
     run(calls, offsets.data_ptr(), *place)
-    for launch in launches:
-        if launch.done is not None:
-            launch.done()
 
 
-@contextlib.contextmanager
-def side_by_side() -> Iterator[None]:
+_together = Together(lambda launches: _launch(launches))
+
+
+def side_by_side() -> contextlib.AbstractContextManager[None]:
     """The two forward or the two backward calls inside, of a persistent engine and of the same sizes, do not depend on each other. They are
     one launch when the block ends; what follows from it is not there before.
     """
-    around, _waiting.launches = _waiting.launches, []
-    try:
-        yield
-        launches = _waiting.launches
-    finally:
-        _waiting.launches = around
-    if launches:  # of two whose gradients nobody asked for there is none
-        _launch(launches)
+    return _together.block()
 
 
 def gains_side_by_side(s: Sizes, input: Tensor, training: bool) -> bool:
@@ -251,7 +225,7 @@ def _walk_together(
     place = device_of(gates)
     task = problem(s, gates.dtype, 0, Rows(), training)
     final = [gates.new_empty(s.batch, width) for width in s.widths]
-    offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
+    offsets = functools.partial(_Steps(s, rows).offsets, gates, s.batch, rows is not None)
     call = functools.partial(
         _C.cuda_forward_call,
         task,
@@ -264,7 +238,8 @@ def _walk_together(
         output.data_ptr(),
         [0, *[h.data_ptr() for h in history]],
     )
-    _waiting.run(_Launch(task, False, call, offsets, place, None, (gates, states, weights, final, output, history)))
+    held = (gates, states, weights, final, output, history)
+    _together.run(Waiting(_Launch(task, False, call, offsets, place), None, held))
     return final
 
 
@@ -443,7 +418,7 @@ def _walk_back_together(
 ) -> None:
     place = device_of(gates)
     task = problem(s, gates.dtype, 0, Rows(), True)
-    offsets = _Steps(s, rows).offsets(gates, s.batch, rows is not None)
+    offsets = functools.partial(_Steps(s, rows).offsets, gates, s.batch, rows is not None)
     call = functools.partial(
         _C.cuda_backward_call,
         task,
@@ -458,7 +433,8 @@ def _walk_back_together(
         [address(g) for g in finals],
         [address(g) for g in initial],
     )
-    _waiting.run(_Launch(task, True, call, offsets, place, done, (gates, kept, upstream, finals, initial, states, weights, y, history)))
+    held = (gates, kept, upstream, finals, initial, states, weights, y, history)
+    _together.run(Waiting(_Launch(task, True, call, offsets, place), done, held))
 
 
 def _walk_back(
