@@ -9,8 +9,7 @@
 namespace rnnkernels {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kPacketWords = 3;  // of operand in a packet of four words; the last is its epoch
-constexpr int kPacketBytes = 16;
+constexpr int kPacketWords = 3, kPacketBytes = 4 * (kPacketWords + 1);  // of operand; with the epoch that they belong to
 constexpr int kPacketsAtOnce = 4;   // that a thread asks for before it waits for the first: each is a trip to L2
 constexpr int kRowsAtOnce = 64;     // at most: rows whose operand is in shared memory at a time
 constexpr int kSequences = 2;       // of one launch, at most: the directions of a layer, which do not depend on each other
@@ -78,7 +77,7 @@ struct StageTiling {
   // Words from a block, and from all of a tile; packets likewise.
   RNN_FN int share() const { return send_columns * column_words; }
   RNN_FN int send_words(int unit_ctas) const { return unit_ctas * share(); }
-  RNN_FN int share_packets() const { return (share() + kPacketWords - 1) / kPacketWords; }
+  RNN_FN int share_packets() const { return int(ceil_div(share(), kPacketWords)); }
   RNN_FN int send_packets(int unit_ctas) const { return unit_ctas * share_packets(); }
 };
 

@@ -207,8 +207,8 @@ void test(const char* name, const cpu::Page& page, Storage storage, Products pro
     std::vector<uint64_t> workspaces[kSequences];
     for (int i = 0; i < c.sequences; ++i) {
       Sequence<Cell, S>& one = *sequences[size_t(i)];
-      backward ? void(g.g[i] = one.backward_of(one.ours)) : void(f.f[i] = one.forward_of(one.ours));
-      workspaces[i] = workspace_of<Arithmetic, S>(cell, p, t, backward ? g.g[i].weights : f.f[i].weights, backward);
+      backward ? void(g.call[i] = one.backward_of(one.ours)) : void(f.call[i] = one.forward_of(one.ours));
+      workspaces[i] = workspace_of<Arithmetic, S>(cell, p, t, backward ? g.call[i].weights : f.call[i].weights, backward);
       f.workspace[i] = g.workspace[i] = workspaces[i].data();
     }
     const bool ended = grid.run([&](Grid::Cta& cta) {

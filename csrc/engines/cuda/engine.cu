@@ -180,28 +180,31 @@ int64_t workspace_bytes(const Problem& p, bool backward, int index, int sequence
   return fitting(p, backward, index, sequences).workspace_bytes;
 }
 
+namespace {
+
+// The calls as one launch, their weights packed.
+template <class Persistent, class Call>
+Persistent together(const std::vector<const Call*>& calls, bool backward, const int64_t* offsets, int index, void* stream) {
+  const Problem& p = calls[0]->problem;
+  Persistent r{{}, fitting(p, backward, index, int(calls.size())), offsets, {}};
+  for (size_t i = 0; i < calls.size(); ++i) {
+    r.call[i] = *calls[i];
+    r.workspace[i] = calls[i]->workspace;
+    pack_weights(p, r.tiling, calls[i]->weights, backward, calls[i]->workspace, stream);
+  }
+  return r;
+}
+
+}  // namespace
+
 void forward(const std::vector<const Forward*>& calls, const int64_t* offsets, int index, void* stream) {
   const Use device_of_call(index);
-  const Problem& p = calls[0]->problem;
-  PersistentForward r{{}, fitting(p, false, index, int(calls.size())), offsets, {}};
-  for (size_t i = 0; i < calls.size(); ++i) {
-    r.f[i] = *calls[i];
-    r.workspace[i] = calls[i]->workspace;
-    pack_weights(p, r.tiling, calls[i]->weights, false, calls[i]->workspace, stream);
-  }
-  kernels_of(p).forward(r, stream);
+  kernels_of(calls[0]->problem).forward(together<PersistentForward>(calls, false, offsets, index, stream), stream);
 }
 
 void backward(const std::vector<const Backward*>& calls, const int64_t* offsets, int index, void* stream) {
   const Use device_of_call(index);
-  const Problem& p = calls[0]->problem;
-  PersistentBackward r{{}, fitting(p, true, index, int(calls.size())), offsets, {}};
-  for (size_t i = 0; i < calls.size(); ++i) {
-    r.g[i] = *calls[i];
-    r.workspace[i] = calls[i]->workspace;
-    pack_weights(p, r.tiling, calls[i]->weights, true, calls[i]->workspace, stream);
-  }
-  kernels_of(p).backward(r, stream);
+  kernels_of(calls[0]->problem).backward(together<PersistentBackward>(calls, true, offsets, index, stream), stream);
 }
 
 void forward_step(const Problem& p, int stage, const ForwardStep& step, int64_t rows, const void* sums, int index, void* stream) {

@@ -12,14 +12,15 @@ using Number = scalar::F32;
 // Sequences that do not depend on each other: the problem is that of all, but for its direction. Problem::rows is a host pointer; blocks
 // read where each step's tokens start.
 struct PersistentForward {
-  Forward f[kSequences];
+  Forward call[kSequences];
   Tiling tiling;
   const int64_t* offsets;       // [T + 1]
   void* workspace[kSequences];  // packets: zeros; the weights as pack() leaves them
 };
 
 struct PersistentBackward {
-  Backward g[kSequences];  // for a cell of several stages kept and grad_gates are the same memory, which the stages hand on to each other
+  Backward
+      call[kSequences];  // for a cell of several stages kept and grad_gates are the same memory, which the stages hand on to each other
   Tiling tiling;
   const int64_t* offsets;
   void* workspace[kSequences];
@@ -142,9 +143,9 @@ RNN_FN void persistent_forward(Cta& cta, const PersistentForward& r) {
   constexpr int stages = InfoOf<Cell>::value.stages, states = InfoOf<Cell>::value.states;
   using Block = cuda::Block<Cell, S, Arithmetic, Cta>;
   const int sequence = cta.block() / r.tiling.sequence_blocks();
-  const Forward& f = r.f[sequence];
+  const Forward& f = r.call[sequence];
   void* const workspace = r.workspace[sequence];
-  const Block b(cta, r.f[0].problem, f.problem.reverse, r.tiling, r.offsets, static_cast<Packet*>(workspace));
+  const Block b(cta, r.call[0].problem, f.problem.reverse, r.tiling, r.offsets, static_cast<Packet*>(workspace));
   typename Block::Held held;
   each<stages>([&](auto index) {
     constexpr int s = decltype(index)::value;
@@ -253,9 +254,9 @@ RNN_FN void persistent_backward(Cta& cta, const PersistentBackward& r) {
   constexpr bool returns = InfoOf<Cell>::value.hidden_slots(0) > 0;
   using Block = cuda::Block<Cell, S, Arithmetic, Cta>;
   const int sequence = cta.block() / r.tiling.sequence_blocks();
-  const Backward& g = r.g[sequence];
+  const Backward& g = r.call[sequence];
   void* const workspace = r.workspace[sequence];
-  const Problem& p = r.g[0].problem;
+  const Problem& p = r.call[0].problem;
   const Block b(cta, p, g.problem.reverse, r.tiling, r.offsets, static_cast<Packet*>(workspace));
   typename Block::Held held;
   each<stages>([&](auto index) {
