@@ -78,15 +78,15 @@ def stack(
             return _in_segments(cell, input, states, weights, given, cut, directions, options)
         lengths = None if cut.lengths is None else cut.lengths.to("cpu", torch.int64)
         reset_mask = None if cut.reset_mask is None else cut.reset_mask.cpu()
-    rows = (batch_sizes, lengths, reset_mask, units)
     slots = None if states is None else [state.unbind() for state in states]
+    count, shown = len(ops.CELLS[cell].states), bool(return_states)
 
-    def layers(input: Tensor) -> tuple[Tensor, list[list[Tensor]]]:
-        finals: list[list[Tensor]] = []
+    def layers(input: Tensor) -> tuple[Tensor, list[Any]]:
+        finals: list[Any] = []
         for start in range(0, len(weights), directions):
             if start > 0 and dropout > 0 and training:
                 input = torch.nn.functional.dropout(input, dropout)
-            calls, places = [], []
+            calls = []
             for k in range(start, start + directions):
                 initial = None if slots is None else [slot[k] for slot in slots]
                 below, of_cell, numbers = input, weights[k], () if given is None else given[k]
@@ -99,30 +99,33 @@ def stack(
                     below, of_cell = input[..., :0], [None, weight_hh, None, *of_cell]
                 six = ops.Weights(*of_cell, *[None] * (len(ops.Weights._fields) - len(of_cell)))
                 resets = () if cut is None else cut.resets_of(k) or ()
-                shown, back = bool(return_states), k > start
-                calls.append(ops.Call(cell, below, initial, *six, *rows, numbers, resets, module, back, engine, recompute, shown))
-                places.append(None if packed is None else packed[k])
-            outputs = []
-            results = ops.pair(calls, places) if bidirectional else [ops.run(calls[0], places[0])]
-            for k, (output, *rest) in enumerate(results, start):
-                outputs.append(output)
-                count = len(ops.CELLS[cell].states)
-                finals.append([*rest[:count], output, *rest[count:]] if return_states else rest)
+                rows = (batch_sizes, lengths, reset_mask, units)
+                calls.append(ops.Call(cell, below, initial, *six, *rows, numbers, resets, module, k > start, engine, recompute, shown))
+            if bidirectional:
+                results = ops.pair(calls, (None, None) if packed is None else packed[start : start + 2])
+                input = torch.cat([output for output, *_ in results], dim=-1)
+            else:
+                results = (ops.run(calls[0], None if packed is None else packed[start]),)
+                input = results[0][0]
+            if not shown:
+                finals += [rest for _, *rest in results]
+                continue
+            for call, (output, *rest) in zip(calls, results, strict=True):
+                after = [output, *rest[count:]]
+                finals.append([*rest[:count], *after])
                 if return_states == "gates":
-                    call, after = calls[k - start], [output, *rest[count:]]
                     of_call = (cell, call.input, call.states, call.weights(), after, batch_sizes, call.reverse)
                     finals[-1] += gates.of_sequence(*of_call, cut, call.reset_states or None)
-            input = torch.cat(outputs, dim=-1) if bidirectional else output
         return input, finals
 
-    plain = batch_sizes is None and not any((cut, clock, given, layer_norm, return_states, training and dropout > 0))
-    if plain and len(weights) > directions == 1 and ops.chain_gains(cell, input, states or (), weights, engine):
+    plain = batch_sizes is None and not (cut or clock or given or layer_norm or shown or (training and dropout > 0))
+    if len(weights) > directions == 1 and plain and ops.chain_gains(cell, input, states or (), weights, engine):
         with ops.cpu.side_by_side(chained=True):
             input, finals = layers(input)
     else:
         input, finals = layers(input)
     if len(finals) == 1:
-        return input, *[state.unsqueeze(0) for state in finals[0]]
+        return input, *[state[None] for state in finals[0]]
     return input, *[torch.stack(column) for column in zip(*finals, strict=True)]
 
 

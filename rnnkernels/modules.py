@@ -315,13 +315,13 @@ class _Layer(nn.RNNBase):
     def _cell(self) -> str:
         return self._modifiers(self.training)[0]
 
-    def _given(self, cell: str, zones: tuple[float, ...], data: Tensor, batch: int) -> list[list[Tensor]] | None:
+    def _given(self, cell: str, zones: tuple[float, ...], data: Tensor, batch_sizes: Tensor | None) -> list[list[Tensor]] | None:
         """What each layer and direction is given: masks drawn anew in training, expectations otherwise."""
         spec = ops.CELLS[cell]
         names = [spec.slots[slot][0] for slot in spec.given if spec.slots[slot][4]]
         if not names:
             return None
-        H = self.hidden_size
+        H, batch = self.hidden_size, data.size(1) if batch_sizes is None else int(batch_sizes[0])
 
         def draw(name: str) -> Tensor:
             if name == "dropout":
@@ -417,12 +417,18 @@ class _Layer(nn.RNNBase):
         clock: Callable[[int], Clock] | None = None,
     ) -> tuple[Any, ...]:
         """``clock``: that of so many steps."""
+        if hx is lengths is reset_mask is reset_state is clock is None and return_states is False:
+            found = self._again(input)
+            if found is not None:
+                return found
         data, states, batch_sizes, weights = self._prepare(input, hx)
         cut = None
         if lengths is not None or reset_mask is not None or reset_state is not None:
             cut = self._cut(input, data, lengths, reset_mask, reset_state)
         cell, zones = self._modifiers(self.training)
-        gates.check(cell, return_states)
+        if return_states is not False:
+            gates.check(cell, return_states)
+        given = self._given(cell, zones, data, batch_sizes) if ops.CELLS[cell].given else None
         output, *finals = functional.stack(
             cell,
             data,
@@ -435,13 +441,13 @@ class _Layer(nn.RNNBase):
             engine=self.engine,
             recompute=self.recompute,
             return_states=return_states,
-            given=self._given(cell, zones, data, data.size(1) if batch_sizes is None else int(batch_sizes[0])),
+            given=given,
             layer_norm=self.layer_norm,
             cut=cut,
             clock=None if clock is None else clock(data.size(0) if batch_sizes is None else len(batch_sizes)),
             packed=self._kept(),
         )
-        count = len(self._widths)
+        count = len(ops.CELLS[cell].states)
         finals, histories = finals[:count], finals[count:]
         if isinstance(input, PackedSequence):
             packed = PackedSequence(output, input.batch_sizes, input.sorted_indices, input.unsorted_indices)
@@ -453,6 +459,27 @@ class _Layer(nn.RNNBase):
         elif self.batch_first:
             output, histories = output.transpose(0, 1), [history.transpose(1, 2) for history in histories]
         return (output, self._join(finals), tuple(histories)) if return_states else (output, self._join(finals))
+
+    def _again(self, input: Any) -> tuple[Any, ...] | None:
+        """What :meth:`_run` gives, at less cost, where the layer is one sequence and such a call was made before."""
+        if type(input) is not Tensor or self.num_layers > 1 or self.bidirectional or self.learn_initial or self.layer_norm is not None:
+            return None
+        cell, _ = self._modifiers(self.training)
+        if ops.CELLS[cell].given:
+            return None
+        turns, kept = self.batch_first and input.dim() == 3, self._kept()
+        found = ops.again(
+            cell,
+            input.transpose(0, 1) if turns else input,
+            self._weights()[0],
+            self.engine,
+            self.recompute,
+            None if kept is None else kept[0],
+        )
+        if found is None:
+            return None
+        output, *finals = found
+        return output.transpose(0, 1) if turns else output, self._join([state[None] for state in finals])
 
     def stream(self, batch_size: int | None = None, hx: Any = None) -> Stream:
         """A :class:`~rnnkernels.streaming.Stream`, which runs this layer step by step with the weights packed once, for inference.

@@ -13,7 +13,6 @@ from torch import Tensor
 import rnnkernels
 from rnnkernels import ops
 from rnnkernels.ops import steps as steps_engine
-from rnnkernels.ops.together import Waiting
 
 pytestmark = pytest.mark.usefixtures("poison", "two_threads")
 
@@ -168,12 +167,12 @@ def as_if_persistent(monkeypatch: pytest.MonkeyPatch, gains: bool) -> Iterator[l
             for to, found in zip(final, walk(s, training, gates, *rest), strict=True):
                 to.copy_(found)
 
-        run(Waiting(steps_engine._Launch(None, False, lambda _: call, *place)))
+        run(steps_engine._Launch(None, False, lambda _: call, *place), None)
         return final
 
     def back_together(*arguments: Any) -> None:
         *of_walk, done = arguments
-        run(Waiting(steps_engine._Launch(None, True, lambda _: lambda: walk_back(*of_walk), *place), done))
+        run(steps_engine._Launch(None, True, lambda _: lambda: walk_back(*of_walk), *place), done)
 
     with monkeypatch.context() as patch:
         steps_engine._gains.cache_clear()

@@ -21,8 +21,19 @@ from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
 from .autograd import Both, Sequence
-from .cells import CELLS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped, problem
-from .checks import Call, check_lengths, check_reset_mask, check_reset_states, checked, checked_once, forget_seen, hidden_size
+from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped, problem
+from .checks import (
+    Call,
+    check_lengths,
+    check_reset_mask,
+    check_reset_states,
+    checked,
+    checked_once,
+    forget_seen,
+    hidden_size,
+    look_at,
+    seen,
+)
 from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
 from .load import compile_for, heats, is_modified, load_page, modified, source_of
 from .packed import Packed, Remembered, keeping, weight_type
@@ -38,6 +49,7 @@ __all__ = [
     "Remembered",
     "Sequence",
     "Weights",
+    "again",
     "before_each_step",
     "before_each_token",
     "build_info",
@@ -74,7 +86,7 @@ def set_isa(name: str | None) -> None:
     """
     _C.set_isa(name or "")
     forget_seen()
-    cpu.gains_chained.cache_clear()
+    cpu.forget()
 
 
 def plan(
@@ -262,6 +274,33 @@ def run(call: Call, packed: Packed | Remembered | None = None) -> tuple[Tensor, 
     return found.finished() if isinstance(found, _Eager) else found
 
 
+def again(
+    cell: str,
+    input: Tensor,
+    weights: Seq[Tensor | None],
+    engine: str = "auto",
+    recompute: bool = False,
+    packed: Packed | Remembered | None = None,
+) -> tuple[Tensor, ...] | None:
+    """:func:`sequence` of a padded batch that starts from zeros, in eager mode on the CPU, if a call of the same shapes was found to be as
+    it must be; or None, and somebody has to look at this one. Of a small layer's call the way to the kernel is the longer part.
+    """
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
+        return None
+    six = Weights(*weights, *[None] * (len(Weights._fields) - len(weights)))
+    tensors = [input, *six]
+    look = look_at(tensors, input.dtype)
+    if not (look.plain and look.alike and look.dense):
+        return None
+    training = look.needs_grad and torch.is_grad_enabled()
+    call = Call(cell, input, None, *six, engine=engine, recompute=recompute, training=training)
+    s = seen(call, look)
+    narrower = packed is not None and packed.weight_dtype is not None
+    if s is None or (narrower and (training or s.engine != "cpu")):
+        return None
+    return _Eager(s, call, NO_ROWS, tensors, packed).finished()
+
+
 def pair(calls: Seq[Call], packed: Seq[Packed | Remembered | None] = (None, None)) -> Seq[tuple[Tensor, ...]]:
     """Two calls of :func:`sequence` of the same sizes that do not depend on each other, side by side on a thread each, or on a GPU in one
     launch, where that is sooner done. On a CPU the bits are the same either way.
@@ -358,20 +397,20 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
     tensors: list[Any] = [input, *weights, *(call.states or ()), *call.given, *call.reset_states]
     compiling = torch.compiler.is_compiling()
     tracing = not compiling and torch._C._is_tracing()  # of which torch.compile must not hear
-    plain, needs_grad = not (compiling or tracing or input.is_meta), False
-    for i, t in enumerate(tensors):
-        if t is not None:
-            plain = plain and (type(t) is Tensor or type(t) is torch.nn.Parameter)
-            needs_grad = needs_grad or t.requires_grad
-            if i and (not t.is_contiguous() or (not compiling and (t.is_neg() or t._is_zerotensor()))):
-                tensors[i] = dense(t)
+    look = None if compiling or tracing or input.is_meta else look_at(tensors, input.dtype)
+    plain = look is not None and look.plain
+    needs_grad = any(t is not None and t.requires_grad for t in tensors) if look is None else look.needs_grad
     # A traced graph is run with and without gradients.
     needs_grad = needs_grad and (torch.is_grad_enabled() or tracing)
     if needs_grad:
         call = call.changed(training=True)
     if asked is not None:
         check_packed(asked.weight_dtype, engine, input.device, training=needs_grad, plain=plain)
-    return _Eager(checked_once(call, tensors), call, call.rows(), tensors, packed) if plain else _traceable(call)
+    if look is None or not plain:
+        return _traceable(call)
+    if not look.dense:
+        tensors[1:] = [None if t is None else dense(t) for t in tensors[1:]]
+    return _Eager(checked_once(call, look), call, call.rows(), tensors, packed)
 
 
 def _traced(call: Call) -> tuple[Tensor, ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
@@ -180,9 +179,11 @@ def parted(tensors: Seq[Any], last: int) -> tuple[list[Any], list[Any]]:
 
 def grouped(s: Sizes, tensors: Seq[Any]) -> tuple[Weights, list[Any], list[Any], list[Any]]:
     """Weights, states, given and resets, which lie one after the other."""
+    at = len(Weights._fields)
+    if not (s.given or s.resets):
+        return Weights(*tensors[:at]), list(tensors[at:]), [], []
     resets = len(tensors) - s.resets
     given = resets - s.given
-    at = len(Weights._fields)
     return Weights(*tensors[:at]), list(tensors[at:given]), list(tensors[given:resets]), list(tensors[resets:])
 
 
@@ -205,6 +206,10 @@ def address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
+def addresses(tensors: Seq[Tensor]) -> list[int]:
+    return list(map(Tensor.data_ptr, tensors))
+
+
 def tf32_allowed() -> bool:
     try:
         return bool(torch.backends.cuda.matmul.allow_tf32)
@@ -216,21 +221,6 @@ def problem(
     s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int = 0, chained: bool = False
 ) -> _C.Problem:
     """For so many threads; 0: torch's."""
-    threads = threads or torch.get_num_threads()
-    if s.engine == "cpu" and rows.sizes is None and not s.cut:
-        return _problem_of_whole_rows(s, dtype, input_size, training, threads, chained, s.complete)
-    return _problem(s, dtype, input_size, rows, training, threads, chained)
-
-
-@functools.lru_cache(maxsize=1024)
-def _problem_of_whole_rows(
-    s: Sizes, dtype: torch.dtype, input_size: int, training: bool, threads: int, chained: bool, complete: bool
-) -> _C.Problem:
-    """``complete`` depends on a setting of torch's too."""
-    return _problem(s, dtype, input_size, NO_ROWS, training, threads, chained)
-
-
-def _problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int, chained: bool) -> _C.Problem:
     return _C.Problem(
         s.cell.index,
         STORAGE[dtype],
@@ -243,7 +233,7 @@ def _problem(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training
         s.reverse,
         training,
         s.complete,
-        threads,
+        threads or torch.get_num_threads(),
         1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and tf32_allowed() else 0,
         address(rows.lengths),
         address(rows.resets),
@@ -277,6 +267,12 @@ def stage_blocks(cell: Cell, hidden: int, hh: Tensor | None, hr: Tensor | None) 
         hr if projects else None if hh is None or begin == end else hh[begin * hidden : end * hidden]
         for (begin, end), (*_, projects) in zip(cell.stage_rows, cell.stages, strict=True)
     ]
+
+
+def stage_addresses(cell: Cell, hidden: int, hh: Tensor | None, hr: Tensor | None) -> list[int]:
+    if len(cell.stages) == 1:
+        return [address(hh) if cell.hidden_gates else 0]
+    return [address(block) for block in stage_blocks(cell, hidden, hh, hr)]
 
 
 def place_given(s: Sizes, given: Seq[Tensor], tokens: Seq[int]) -> list[tuple[int, int, int]]:

@@ -22,6 +22,8 @@ __all__ = [
     "expect",
     "forget_seen",
     "hidden_size",
+    "look_at",
+    "seen",
 ]
 
 
@@ -102,28 +104,60 @@ def forget_seen() -> None:
     _seen.clear()
 
 
-def checked_once(call: Call, leaves: Seq[Tensor | None]) -> Sizes:
-    """:func:`checked` of a call with these leaves. Of one on the CPU that is like another before, only what its rows hold is looked at."""
-    dtype, plain, kinds = call.input.dtype, call.batch_sizes is None, list[tuple[int, ...] | bool | None]()
-    for t in leaves:
-        plain = plain and (t is None or (t.dtype is dtype and t.is_cpu))
-        kinds.append(None if t is None else t.shape)
-    if not plain:
-        return checked(call, True)
-    for t in call.given:
-        kinds.append(t.requires_grad)
+class Look(NamedTuple):
+    """What a call's tensors are, as far as kernels care."""
+
+    plain: bool  # tensors and parameters as torch makes them, no subclasses
+    alike: bool  # all on the CPU and of the input's dtype
+    dense: bool  # all but the input lie in memory as kernels read them
+    needs_grad: bool
+    shapes: list[torch.Size | None]
+
+
+def look_at(tensors: Seq[Tensor | None], dtype: torch.dtype) -> Look:
+    """The input comes first."""
+    shapes: list[torch.Size | None] = []
+    plain, alike, lie, needs_grad = True, True, True, False
+    for t in tensors:
+        if t is None:
+            shapes.append(None)
+            continue
+        plain = plain and (type(t) is torch.nn.Parameter or type(t) is Tensor)
+        alike = alike and t.dtype is dtype and t.is_cpu
+        lie = lie and (not shapes or (t.is_contiguous() and not t.is_neg() and not t._is_zerotensor()))
+        needs_grad = needs_grad or t.requires_grad
+        shapes.append(t.shape)
+    return Look(plain, alike, lie, needs_grad, shapes)
+
+
+def _kind(call: Call, look: Look) -> tuple[Any, ...]:
+    """By what a padded call is known whose tensors are alike."""
+    masks = [t.requires_grad for t in call.given] if call.given else ()
     counts = (None if call.states is None else len(call.states), len(call.given))
-    options = (counts, call.module, call.reverse, call.engine, call.recompute, call.return_states)
-    key = (CELLS.get(call.cell), dtype, options, call.lengths is None, call.reset_mask is None, call.units is None, *kinds)
-    sizes = _seen.get(key)
+    options = (call.module, call.reverse, call.engine, call.recompute, call.return_states)
+    rows = (call.lengths is None, call.reset_mask is None, call.units is None)
+    return (CELLS.get(call.cell), call.input.dtype, counts, options, rows, *masks, *look.shapes)
+
+
+def checked_once(call: Call, look: Look) -> Sizes:
+    """:func:`checked` of a call. Of one that is like another before, only what its rows hold is looked at."""
+    if not look.alike or call.batch_sizes is not None:
+        return checked(call, True)
+    kind = _kind(call, look)
+    sizes = _seen.get(kind)
     if sizes is None:
         sizes = checked(call, True)
         if len(_seen) >= _SEEN:
             _seen.clear()
-        _seen[key] = sizes
+        _seen[kind] = sizes
     elif sizes.cut:
         _check_cuts(call, sizes, True)
     return sizes
+
+
+def seen(call: Call, look: Look) -> Sizes | None:
+    """The sizes of a call of whole rows that is like another before."""
+    return _seen.get(_kind(call, look))
 
 
 def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:

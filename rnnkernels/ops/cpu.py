@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,11 +14,13 @@ from torch import Tensor
 from .. import _C
 from . import products
 from .cells import (
+    NO_ROWS,
     Cell,
     Rows,
     Sizes,
     Weights,
     address,
+    addresses,
     before_each_token,
     dense,
     empty,
@@ -33,12 +34,12 @@ from .cells import (
     place_given,
     place_resets,
     problem,
-    stage_blocks,
+    stage_addresses,
     summed_bias,
     vectors,
 )
-from .packed import Pack, Packed, Remembered
-from .together import Together, Waiting
+from .packed import Pack, Packed, Packing, Remembered
+from .together import Together
 
 
 def _run_all(calls: list[Any]) -> None:
@@ -98,13 +99,50 @@ def gains_side_by_side(s: Sizes, input: Tensor, training: bool) -> bool:
     """Whether two such sequences side by side, on a thread each, are sooner done than one after the other with all threads."""
     if s.recompute or s.given or s.resets or s.module:
         return False  # what these leave to do is done right after the kernel
-    return _C.gains_apart(problem(s, input.dtype, input.shape[-1], Rows(), training), training)
+    return _C.gains_apart(_task(s, input.dtype, input.shape[-1], NO_ROWS, training).problem, training)
 
 
 @functools.lru_cache(maxsize=1024)
 def gains_chained(s: Sizes, dtype: torch.dtype, input_size: int, layers: int, threads: int) -> bool:
     """Whether so many such layers, each of which reads the one below, are sooner done at the same time than one after the other."""
-    return _C.gains_chained(problem(s, dtype, s.output, Rows(), False, threads), input_size, layers)
+    return _C.gains_chained(problem(s, dtype, s.output, NO_ROWS, False, threads), input_size, layers)
+
+
+class _Task(NamedTuple):
+    """A problem as the compiled module takes it, and the memory that goes with it."""
+
+    problem: _C.Problem
+    complete: bool
+    bytes: int  # of the workspace
+    packing: Packing
+
+
+def _make_task(
+    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, threads: int, chained: bool
+) -> _Task:
+    task = problem(s, dtype, input_size, rows, training, threads, chained)
+    return _Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task))
+
+
+@functools.lru_cache(maxsize=1024)
+def _task_of_whole_rows(
+    s: Sizes, dtype: torch.dtype, input_size: int, training: bool, backward: bool, threads: int, chained: bool, complete: bool
+) -> _Task:
+    """Known by its sizes. ``complete`` depends on a setting of torch's too."""
+    return _make_task(s, dtype, input_size, NO_ROWS, training, backward, threads, chained)
+
+
+def _task(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool = False) -> _Task:
+    if rows.sizes is None and not s.cut:
+        complete = s.steps == 1 and s.complete
+        return _task_of_whole_rows(s, dtype, input_size, training, backward, thread.threads, thread.chained, complete)
+    return _make_task(s, dtype, input_size, rows, training, backward, thread.threads, thread.chained)
+
+
+def forget() -> None:
+    """What was known of an instruction set."""
+    gains_chained.cache_clear()
+    _task_of_whole_rows.cache_clear()
 
 
 def forward(
@@ -121,46 +159,25 @@ def forward(
     """-> output, final states, kept values (for training), histories of the states beyond the first (for training, or where asked for) and,
     for training, moments of a cell that has them.
     """
-    H, P = s.hidden, s.output
-    tokens = dense(input)
-    *around, _ = tokens.shape
-    N = math.prod(around)
-    keeps = training and not s.recompute
-    kept = new_kept(s, input, N) if keeps or s.complete else None
-    output = empty(input, (*around, P))
-    final = [input.new_empty(s.batch, width) for width in s.widths]
-    history = [empty(input, (N, H)) for _ in s.cell.states[1:]] if training or s.returns else []
-    if training:
-        history += new_moments(s, input, N)
-    places = place_given(s, given, around)
-    _run(s, keeps, tokens, states, weights, rows, kept, output, final, history, places, place_resets(s, resets), packed)
-    return output, final, kept if keeps else None, history
-
-
-def _run(
-    s: Sizes,
-    keeps: bool,
-    tokens: Tensor,  # dense, of any shape
-    states: Seq[Tensor],
-    weights: Weights,
-    rows: Rows,
-    kept: Tensor | None,
-    output: Tensor,
-    final: Seq[Tensor],
-    history: Seq[Tensor],
-    given: list[tuple[int, int, int]],
-    resets: list[tuple[int, int, int]],
-    packed: Packed | Remembered | None = None,
-) -> None:
     cell, H = s.cell, s.hidden
-    if s.complete:
+    tokens = dense(input)
+    around = tokens.shape[:-1]
+    N, keeps = around.numel(), training and not s.recompute
+    task, complete, bytes, packing = _task(s, tokens.dtype, tokens.shape[-1], rows, keeps)
+    kept = new_kept(s, input, N) if keeps or complete else None
+    output = empty(input, (*around, s.output))
+    final, history, moments = [input.new_empty(s.batch, s.output)], list[Tensor](), list[Tensor]()
+    for _ in cell.states[1:]:
+        final.append(input.new_empty(s.batch, H))
+        if training or s.returns:
+            history.append(empty(input, (N, H)))
+    if training and cell.moments:
+        moments = new_moments(s, input, N)
+    if complete:
         assert kept is not None
         _complete(cell, H, kept, tokens.flatten(0, -2), states[0] if states else None, weights)
-    task = problem(s, tokens.dtype, tokens.shape[-1], rows, keeps, thread.threads, thread.chained)
-    bytes = _C.workspace_bytes(task, False)
     workspace = thread.take(bytes)
-    count = len(cell.states) - 1
-    own, pack, done = (None, Pack.ALL, None) if packed is None else packed.memory(task, weights)
+    own, pack, done = (None, Pack.ALL, None) if packed is None else packed.memory(packing, weights)
     call = _C.Forward(
         task,
         tokens.data_ptr(),
@@ -169,21 +186,22 @@ def _run(
         address(weights.bias_hh),
         address(kept),
         cell.room * H,
-        [address(block) for block in stage_blocks(cell, H, weights.hh, weights.hr)],
-        vectors(cell, H, weights),
-        [state.data_ptr() for state in states],
-        [state.data_ptr() for state in final],
+        stage_addresses(cell, H, weights.hh, weights.hr),
+        vectors(cell, H, weights) if cell.vectors else [],
+        addresses(states),
+        addresses(final),
         output.data_ptr(),
-        [0, *[h.data_ptr() for h in history[:count]]],
+        [0, *addresses(history)],
         workspace.data_ptr(),
         bytes,
-        given,
-        history[count].data_ptr() if len(history) > count else 0,
-        resets,
+        place_given(s, given, around) if given else [],
+        moments[0].data_ptr() if moments else 0,
+        place_resets(s, resets) if resets else [],
         address(own),
         pack,
     )
-    thread.run(Waiting(call, done, (tokens, states, weights, rows, kept, output, final, history, workspace, own)))
+    thread.run(call, done, tokens, states, weights, rows, kept, output, final, history, moments, workspace, own)
+    return output, final, kept if keeps else None, [*history, *moments]
 
 
 def recompute(
@@ -200,21 +218,17 @@ def recompute(
     """The kept values from the states. All tokens are one step of as many rows; a cell of several stages, and where not everything takes
     part in every step, the sequence runs again.
     """
-    tokens = dense(input.flatten(0, -2))
-    N = tokens.shape[0]
-    kept = new_kept(s, input, N)
+    s = s._replace(recompute=False)
     if len(s.cell.stages) > 1 or s.cut:
-        finals = [input.new_empty(s.batch, width) for width in s.widths]
-        again, places = [torch.empty_like(h) for h in history], place_given(s, given, input.shape[:-1])
-        _run(s, True, tokens, states, weights, rows, kept, torch.empty_like(output), finals, again, places, place_resets(s, resets))
-        return kept
-    after = [output.view(N, s.output), *history[: len(s.cell.states) - 1]]
-    before = [before_each_token(s, state, states[i] if states else None, rows.sizes) for i, state in enumerate(after)]
-    once = s._replace(steps=1, batch=N)
-    finals = [torch.empty_like(state) for state in after]
-    laid = given_each_token(s, given, input.shape[:-1], rows.sizes)
-    again, places = [torch.empty_like(h) for h in history], place_given(once, laid, (N,))
-    _run(once, True, tokens, before, weights, Rows(), kept, torch.empty_like(output), finals, again, places, [])
+        _, _, kept, _ = forward(s, True, input, states, weights, rows, given, resets)
+    else:
+        tokens = input.flatten(0, -2)
+        N = tokens.shape[0]
+        after = [output.view(N, s.output), *history[: len(s.cell.states) - 1]]
+        before = [before_each_token(s, state, states[i] if states else None, rows.sizes) for i, state in enumerate(after)]
+        laid = given_each_token(s, given, input.shape[:-1], rows.sizes)
+        _, _, kept, _ = forward(s._replace(steps=1, batch=N), True, tokens, before, weights, NO_ROWS, laid, ())
+    assert kept is not None
     return kept
 
 
@@ -264,7 +278,7 @@ def backward(
         kept, overwrite = recompute(s, input, states, weights, rows, output, history, given, resets), True
     upstream = [None if g is None else dense(g) for g in grad_states]
     finals = [None if g is None else dense(g) for g in grad_final]
-    task = problem(s, input.dtype, input.shape[-1], rows, True, thread.threads)
+    task, complete, bytes, _ = _task(s, input.dtype, input.shape[-1], rows, True, True)
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     _, of_states, of_given, of_resets = grouped(s, needs[1:])
@@ -273,17 +287,16 @@ def backward(
     found = [input.new_zeros(marks, t.shape[-1]) if need else None for t, need in zip(resets, of_resets, strict=True)]
     grads = [empty(input, shape) if need else None for shape, need in zip(grad_shapes(s, input, weights), needs, strict=False)]
     grad_x, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_hr, grad_v = grads
-    bytes = _C.workspace_bytes(task, True)
     workspace = thread.take(bytes)
     call = _C.Backward(
         task,
         kept.data_ptr(),
         gates.data_ptr(),
-        [address(block) for block in stage_blocks(cell, H, weights.hh, weights.hr)],
+        stage_addresses(cell, H, weights.hh, weights.hr),
         vectors(cell, H, weights),
-        [state.data_ptr() for state in states],
+        addresses(states),
         output.data_ptr(),
-        [0, *[h.data_ptr() for h in history[: len(cell.states) - 1]]],
+        [0, *addresses(history[: len(cell.states) - 1])],
         [address(g) for g in upstream],
         [address(g) for g in finals],
         [address(g) for g in initial],
@@ -291,7 +304,7 @@ def backward(
         address(weights.ih),
         address(grad_x),
         address(grad_ih),
-        [address(block) for block in stage_blocks(cell, H, grad_hh, grad_hr)],
+        stage_addresses(cell, H, grad_hh, grad_hr),
         address(grad_bias_ih),
         address(grad_bias_hh),
         _grad_vectors(cell, H, grad_v),
@@ -302,8 +315,8 @@ def backward(
         [address(g) for g in found],
     )
     held = (tokens, states, weights, rows, kept, gates, output, history, upstream, finals, initial, grads, workspace, found)
-    thread.run(Waiting(call, None, held))
-    if s.complete:
+    thread.run(call, None, *held)
+    if complete:
         after = [output.flatten(0, -2), *history]
         _complete_backward(s, grads, initial, gates, kept, tokens.flatten(0, -2), states, weights, after)
     if given or resets:

@@ -15,6 +15,8 @@ from .cells import Rows, Sizes, Weights, empty, problem
 
 __all__ = ["Pack", "Packed", "Remembered", "check", "keeping", "weight_type"]
 
+Packing = tuple[int, tuple[int, ...]]  # bytes of packed weights, and how they are cut
+
 _NARROW = {torch.bfloat16: 1, torch.int8: 2}
 
 
@@ -69,7 +71,7 @@ def keeping(s: Sizes, input: Tensor, packed: Packed | Remembered | None) -> Size
     """The call as one that keeps packed weights; None: it is not to, and nobody has asked that it do."""
     if packed is None or s.engine != "cpu":
         return None
-    if packed.weight_dtype is None and s.complete:
+    if packed.weight_dtype is None and s.steps == 1 and s.complete:
         return None
     return _keeping(s, input.dtype, input.shape[-1], packed.weight_dtype)
 
@@ -89,9 +91,9 @@ class Remembered:
     def __init__(self) -> None:
         self._found: dict[tuple[int, ...], Tensor] = {}
 
-    def memory(self, task: _C.Problem, weights: Weights) -> tuple[Tensor, Pack, Callable[[], None] | None]:
+    def memory(self, packing: Packing, weights: Weights) -> tuple[Tensor, Pack, Callable[[], None] | None]:
         """Where they lie, what is to become of them, and what to call once that is done."""
-        bytes, shape = _C.packing(task)
+        bytes, shape = packing
         found = self._found
         own = found.pop(shape, None)
         memory = _room(bytes) if own is None else own
@@ -133,7 +135,7 @@ class Packed:
         self.weight_dtype = weight_dtype
         self._kept = _Kept((), [], [], {})  # one record, read once and replaced at once, since calls may come from several threads
 
-    def memory(self, task: _C.Problem, weights: Weights) -> tuple[Tensor, Pack, Callable[[], None] | None]:
+    def memory(self, packing: Packing, weights: Weights) -> tuple[Tensor, Pack, Callable[[], None] | None]:
         """As that of :class:`Remembered`; no other thread finds them before they are packed."""
         matrices = tuple(w for w in (weights.ih, weights.hh, weights.hr) if w is not None)
         marks = [(w.data_ptr(), -1 if w.is_inference() else w._version) for w in matrices]
@@ -141,7 +143,7 @@ class Packed:
         same = len(matrices) == len(kept.matrices) and all(a is b for a, b in zip(matrices, kept.matrices, strict=True))
         if not same or marks != kept.marks or any(version < 0 for _, version in marks):  # inference tensors count no versions
             kept = self._kept = _Kept(matrices, marks, [w.untyped_storage() for w in matrices], {})
-        found, (bytes, shape) = kept.found, _C.packing(task)
+        found, (bytes, shape) = kept.found, packing
         if (memory := found.get(shape)) is not None:
             return memory, Pack.NEVER, None
         memory = _room(bytes)

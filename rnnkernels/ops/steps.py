@@ -36,12 +36,13 @@ from .cells import (
     number,
     place_given,
     problem,
+    stage_addresses,
     stage_blocks,
     summed_bias,
     tf32_allowed,
     vectors,
 )
-from .together import Together, Waiting
+from .together import Together
 
 _Arguments = ParamSpec("_Arguments")
 _Result = TypeVar("_Result")
@@ -231,7 +232,7 @@ def _walk_together(
         task,
         gates.data_ptr(),
         gates.shape[1],
-        [address(block) for block in stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)],
+        stage_addresses(s.cell, s.hidden, weights.hh, weights.hr),
         vectors(s.cell, s.hidden, weights),
         [state.data_ptr() for state in states],
         [state.data_ptr() for state in final],
@@ -239,7 +240,7 @@ def _walk_together(
         [0, *[h.data_ptr() for h in history]],
     )
     held = (gates, states, weights, final, output, history)
-    _together.run(Waiting(_Launch(task, False, call, offsets, place), None, held))
+    _together.run(_Launch(task, False, call, offsets, place), None, *held)
     return final
 
 
@@ -424,7 +425,7 @@ def _walk_back_together(
         task,
         (gates if len(s.cell.stages) > 1 else kept).data_ptr(),
         gates.data_ptr(),
-        [address(block) for block in stage_blocks(s.cell, s.hidden, weights.hh, weights.hr)],
+        stage_addresses(s.cell, s.hidden, weights.hh, weights.hr),
         vectors(s.cell, s.hidden, weights),
         [state.data_ptr() for state in states],
         y.data_ptr(),
@@ -434,7 +435,7 @@ def _walk_back_together(
         [address(g) for g in initial],
     )
     held = (gates, kept, upstream, finals, initial, states, weights, y, history)
-    _together.run(Waiting(_Launch(task, True, call, offsets, place), done, held))
+    _together.run(_Launch(task, True, call, offsets, place), done, *held)
 
 
 def _walk_back(

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 
 
 class Waiting(NamedTuple):
-    """A call as its engine has it, and what follows it. Until then it keeps alive what it reads and writes."""
+    """A call as its engine has it, what follows it, and what it reads and writes, kept alive until then."""
 
     call: Any
-    done: Callable[[], None] | None = None
-    held: tuple[Any, ...] = ()
+    done: Callable[[], None] | None
+    held: tuple[Any, ...]
 
 
 class Together(threading.local):
@@ -23,12 +23,14 @@ class Together(threading.local):
         self.launch = launch
         self.waiting: list[Waiting] | None = None
 
-    def run(self, one: Waiting) -> None:
+    def run(self, call: Any, done: Callable[[], None] | None, *held: Any) -> None:
         """Now, or once all are there."""
-        if self.waiting is None:
-            self._run([one], self.launch)
-        else:
-            self.waiting.append(one)
+        if self.waiting is not None:
+            self.waiting.append(Waiting(call, done, held))
+            return
+        self.launch([call])
+        if done is not None:
+            done()
 
     @contextlib.contextmanager
     def block(self, launch: Callable[[list[Any]], None] | None = None) -> Iterator[None]:
@@ -40,11 +42,7 @@ class Together(threading.local):
         finally:
             self.waiting = around
         if waiting:  # of calls whose gradients nobody asked for there is none
-            self._run(waiting, launch or self.launch)
-
-    @staticmethod
-    def _run(waiting: list[Waiting], launch: Callable[[list[Any]], None]) -> None:
-        launch([one.call for one in waiting])
+            (launch or self.launch)([one.call for one in waiting])
         for one in waiting:
             if one.done is not None:
                 one.done()

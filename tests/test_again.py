@@ -1,0 +1,201 @@
+"""Calls that repeat one before take a shorter way: the same bits, and whatever is not as it was is looked at as if it were the first."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import rnnkernels
+from rnnkernels import functional, ops
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+T, B, I, H = 5, 2, 3, 4  # noqa: E741
+LAYERS: dict[str, Callable[..., Any]] = {
+    "RNN": lambda **options: rnnkernels.RNN(I, H, **options),
+    "GRU": lambda **options: rnnkernels.GRU(I, H, **options),
+    "LSTM": lambda **options: rnnkernels.LSTM(I, H, **options),
+    "no_bias": lambda **options: rnnkernels.LSTM(I, H, bias=False, **options),
+    "projected": lambda **options: rnnkernels.LSTM(I, H, proj_size=2, **options),
+    "clipped": lambda **options: rnnkernels.LSTM(I, H, cell_clip=0.1, **options),
+    "peephole": lambda **options: rnnkernels.PeepholeLSTM(I, H, **options),
+    "IndRNN": lambda **options: rnnkernels.IndRNN(I, H, **options),
+    "recompute": lambda **options: rnnkernels.GRU(I, H, recompute=True, **options),
+    "stepwise": lambda **options: rnnkernels.GRU(I, H, engine="stepwise", **options),
+    "bfloat16 weights": lambda **options: rnnkernels.GRU(I, H, weight_dtype=torch.bfloat16, **options),
+}
+
+
+@pytest.fixture
+def stacks(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The cells of the calls that went the whole way."""
+    ops.set_isa(None)  # nothing is known yet
+    found, stack = [], functional.stack
+
+    def watched(cell: str, *args: Any, **options: Any) -> Any:
+        found.append(cell)
+        return stack(cell, *args, **options)
+
+    monkeypatch.setattr(functional, "stack", watched)
+    return found
+
+
+def flat(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else [t for part in result for t in flat(part)]
+
+
+def results(layer: Any, x: Tensor, training: bool) -> list[Tensor]:
+    with torch.set_grad_enabled(training):
+        found = flat(layer(x))
+    if training:
+        found += torch.autograd.grad(sum(t.double().sum() for t in found), [x, *layer.parameters()])
+    return [t.detach() for t in found]
+
+
+CASES = [
+    (name, training, dtype)
+    for name in LAYERS
+    for training in (False, True)
+    for dtype in (torch.float32, torch.float64, torch.bfloat16)
+    if name != "bfloat16 weights" or not (training or dtype == torch.float64)
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "training", "dtype"), CASES, ids=[f"{name}-{'training' if t else 'inference'}-{str(d)[6:]}" for name, t, d in CASES]
+)
+def test_the_same_bits(name: str, training: bool, dtype: torch.dtype, stacks: list[str]) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name](dtype=dtype)
+    x, other = (torch.randn(T, B, I, dtype=dtype, requires_grad=training) for _ in range(2))
+    first = results(layer, x, training)
+    assert len(stacks) == 1
+    between = results(layer, other, training)
+    again = results(layer, x, training)
+    assert len(stacks) == 1
+    assert all(map(torch.equal, first, again))
+    assert not torch.equal(first[0], between[0])
+
+
+INPUTS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "transposed": lambda layer, x: layer(x.transpose(0, 1).contiguous().transpose(0, 1)),
+    "strided": lambda layer, x: layer(torch.stack([x, x], -1)[..., 0]),
+    "negated": lambda layer, x: layer(torch._neg_view(-x)),
+    "batch_first": lambda layer, x: setattr(layer, "batch_first", True) or layer(x.transpose(0, 1))[0].transpose(0, 1),
+}
+
+
+@pytest.mark.parametrize("how", INPUTS)
+def test_inputs_however_they_lie(how: str, stacks: list[str]) -> None:
+    torch.manual_seed(0)
+    layer, x = rnnkernels.GRU(I, H), torch.randn(T, B, I)
+    with torch.no_grad():
+        expected, _ = layer(x)
+        found = flat(INPUTS[how](layer, x))[0]
+    assert torch.equal(found, expected)
+    assert len(stacks) == 1
+
+
+CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "another length": lambda layer, x: layer(torch.cat([x, x])),
+    "unbatched": lambda layer, x: layer(x[:, 0]),
+    "unbatched, batch_first": lambda layer, x: setattr(layer, "batch_first", True) or layer(x[:, 0]),
+    "hx": lambda layer, x: layer(x, torch.ones(1, B, H)),
+    "lengths": lambda layer, x: layer(x, lengths=torch.tensor([T, 2])),
+    "return_states": lambda layer, x: layer(x, return_states=True),
+    "zoneout": lambda layer, x: setattr(layer, "zoneout", 0.5) or layer.eval()(x),
+    "autocast": lambda layer, x: torch.autocast("cpu", torch.bfloat16)(layer)(x),
+    "vmap": lambda layer, x: torch.func.vmap(layer)(torch.stack([x, x])),
+    "transposed weight": lambda layer, x: setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.t().contiguous().t()) or layer(x),
+    "negated weight": lambda layer, x: setattr(layer.weight_hh_l0, "data", torch._neg_view(layer.weight_hh_l0.data)) or layer(x),
+    "traced": lambda layer, x: setattr(layer, "engine", "traced") or layer(x),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_has_changed_is_looked_at(change: str, stacks: list[str]) -> None:
+    torch.manual_seed(0)
+    layer, x = rnnkernels.GRU(I, H), torch.randn(T, B, I)
+    fresh = copy.deepcopy(layer)
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+        assert len(stacks) == 1
+        mine = flat(CHANGES[change](layer, x))
+        assert len(stacks) == 2
+        ops.set_isa(None)
+        theirs = flat(CHANGES[change](fresh, x))
+    assert len(mine) == len(theirs)
+    assert all(map(torch.equal, mine, theirs))
+
+
+def wrong_weight(layer: Any, x: Tensor) -> Any:
+    layer.weight_hh_l0.data = torch.randn(3 * H, H + 1)
+    return layer(x)
+
+
+ERRORS: dict[str, Callable[[Any, Tensor], Any]] = {
+    "input_size": lambda layer, x: layer(torch.randn(T, B, I + 1)),
+    "dtype": lambda layer, x: layer(x.double()),
+    "integers": lambda layer, x: layer(x.long()),
+    "no steps": lambda layer, x: layer(x[:0]),
+    "rank": lambda layer, x: layer(x[None]),
+    "hx": lambda layer, x: layer(x, torch.zeros(1, B, H + 1)),
+    "meta": lambda layer, x: layer(x.to("meta")),
+    "weight's shape": wrong_weight,
+    "weight's dtype": lambda layer, x: setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.double()) or layer(x),
+    "gates": lambda layer, x: layer(x, return_states="all"),
+    "engine": lambda layer, x: setattr(layer, "engine", "persistent") or layer(x),
+    "narrow weights in training": lambda layer, x: setattr(layer, "weight_dtype", torch.int8) or torch.enable_grad()(layer)(x),
+    "narrow weights, stepwise": lambda layer, x: (
+        setattr(layer, "engine", "stepwise"),
+        layer(x),
+        setattr(layer, "weight_dtype", torch.int8),
+        layer(x),
+    ),
+    "grad_clip": lambda layer, x: setattr(layer, "grad_clip", -1.0) or layer(x),
+}
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_what_was_wrong_still_is(case: str, stacks: list[str]) -> None:
+    torch.manual_seed(0)
+    layer, x = rnnkernels.GRU(I, H), torch.randn(T, B, I)
+    fresh, raised = copy.deepcopy(layer), []
+    with torch.no_grad():
+        layer(x)
+        layer(x)
+        for one in (layer, fresh):
+            with pytest.raises(Exception) as caught:  # noqa: PT011
+                ERRORS[case](one, x)
+            raised.append((caught.type, str(caught.value)))
+            ops.set_isa(None)
+    assert raised[0] == raised[1]
+
+
+def test_a_tensor_that_needs_a_gradient_gets_one(stacks: list[str]) -> None:
+    layer, x = rnnkernels.LSTM(I, H).requires_grad_(False), torch.randn(T, B, I)
+    assert not layer(x)[0].requires_grad
+    x.requires_grad_()
+    output, _ = layer(x)
+    output.sum().backward()
+    assert len(stacks) == 1
+    assert x.grad is not None
+    assert all(p.grad is None for p in layer.parameters())
+
+
+def test_another_instruction_set(stacks: list[str]) -> None:
+    layer, x = rnnkernels.LSTM(I, H), torch.randn(T, B, I)
+    with torch.no_grad():
+        layer(x)
+        try:
+            ops.set_isa("scalar")
+            layer(x)
+        finally:
+            ops.set_isa(None)
+    assert len(stacks) == 2
