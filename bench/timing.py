@@ -59,11 +59,11 @@ def elapsed(run: Callable[[], object], repeats: int) -> float:
 
 
 def repeats_for(run: Callable[[], object]) -> int:
-    """Warms up, and says how many runs make a sample."""
-    fastest, spent = math.inf, 0.0
-    while spent < WARMUP_SECONDS:
+    """Warms up, and says how many runs make a sample. The first run alone says little: it may load code or start threads."""
+    fastest, spent, runs = math.inf, 0.0, 0
+    while spent < WARMUP_SECONDS or runs < 2:
         seconds = elapsed(run, 1)
-        fastest, spent = min(fastest, seconds), spent + seconds
+        fastest, spent, runs = min(fastest, seconds), spent + seconds, runs + 1
     return max(1, math.ceil(SAMPLE_SECONDS / fastest))
 
 

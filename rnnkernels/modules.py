@@ -597,9 +597,9 @@ class _Layer(nn.RNNBase):
         return taken
 
     def _own_weights(self) -> list[list[Any]]:
+        groups = [_named(self, names) for names in self._argument_names or self._all_weights]
         if self._argument_names is not None:
-            return [_named(self, names) for names in self._argument_names]
-        groups = [_named(self, names) for names in self._all_weights]
+            return groups
         if self.proj_size > 0 and not self.bias:
             return [[weight_ih, weight_hh, None, None, weight_hr] for weight_ih, weight_hh, weight_hr in groups]
         return groups

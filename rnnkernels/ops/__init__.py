@@ -288,17 +288,36 @@ def again(
     if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
         return None
     six = Weights(*weights, *[None] * (len(Weights._fields) - len(weights)))
-    tensors = [input, *six]
-    look = look_at(tensors, input.dtype)
-    if not (look.plain and look.alike and look.dense):
-        return None
+    dtype = input.dtype
+    look = look_at((input, *six), dtype)
+    s = seen(cell, dtype, engine, recompute, look) if look.plain and look.alike and look.dense else None
     training = look.needs_grad and torch.is_grad_enabled()
-    call = Call(cell, input, None, *six, engine=engine, recompute=recompute, training=training)
-    s = seen(call, look)
-    narrower = packed is not None and packed.weight_dtype is not None
-    if s is None or (narrower and (training or s.engine != "cpu")):
+    if s is None or (packed is not None and packed.weight_dtype is not None and (training or s.engine != "cpu")):
         return None
-    return _Eager(s, call, NO_ROWS, tensors, packed).finished()
+    if training:
+        results: tuple[Tensor, ...] = Sequence.apply(s, NO_ROWS, input, *six)  # type: ignore[no-untyped-call]
+        return results
+    output, final, _ = _inference(s, packed, input, (), six, NO_ROWS, (), ())
+    return (output, *final)
+
+
+def _inference(
+    s: Sizes,
+    packed: Packed | Remembered | None,
+    input: Tensor,
+    states: Seq[Tensor],
+    weights: Weights,
+    rows: Rows,
+    given: Seq[Tensor],
+    resets: Seq[Tensor],
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """-> output, final states, histories; the arguments as engines take them."""
+    keeps = keeping(s, input, packed)
+    if keeps is None:
+        output, final, _, history = RUNS[s.engine].forward(s, False, input, states, weights, rows, given, resets)
+    else:
+        output, final, _, history = cpu.forward(keeps, False, input, states, weights, rows, given, resets, packed)
+    return output, final, history
 
 
 def pair(calls: Seq[Call], packed: Seq[Packed | Remembered | None] = (None, None)) -> Seq[tuple[Tensor, ...]]:
@@ -362,12 +381,7 @@ class _Eager(NamedTuple):
         if self.call.training:
             return self.shaped(Sequence.apply(s, self.rows, *tensors))  # type: ignore[no-untyped-call]
         weights, states, given, resets = grouped(s, tensors[1:])
-        arguments = (False, input, states, weights, self.rows, given, resets)
-        keeps = keeping(s, input, self.packed)
-        if keeps is None:
-            output, final, _, history = RUNS[s.engine].forward(s, *arguments)
-        else:
-            output, final, _, history = cpu.forward(keeps, *arguments, self.packed)
+        output, final, history = _inference(s, self.packed, input, states, weights, self.rows, given, resets)
         return _shaped((output, *final, *history), len(final), input) if history else (output, *final)
 
     def shaped(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -130,13 +130,21 @@ def look_at(tensors: Seq[Tensor | None], dtype: torch.dtype) -> Look:
     return Look(plain, alike, lie, needs_grad, shapes)
 
 
-def _kind(call: Call, look: Look) -> tuple[Any, ...]:
-    """By what a padded call is known whose tensors are alike."""
+# By what a padded call is known whose tensors are alike: its cell, dtype, options, and how many tensors of which shapes it has.
+_Kind = tuple[Any, ...]
+
+
+def _kind(call: Call, look: Look) -> _Kind:
     masks = [t.requires_grad for t in call.given] if call.given else ()
     counts = (None if call.states is None else len(call.states), len(call.given))
     options = (call.module, call.reverse, call.engine, call.recompute, call.return_states)
     rows = (call.lengths is None, call.reset_mask is None, call.units is None)
     return (CELLS.get(call.cell), call.input.dtype, counts, options, rows, *masks, *look.shapes)
+
+
+def _plain_kind(cell: str, dtype: torch.dtype, engine: str, recompute: bool, look: Look) -> _Kind:
+    """That of a call of nothing but these, an input and weights."""
+    return (CELLS.get(cell), dtype, (None, 0), (0, False, engine, recompute, False), (True, True, True), *look.shapes)
 
 
 def checked_once(call: Call, look: Look) -> Sizes:
@@ -155,9 +163,9 @@ def checked_once(call: Call, look: Look) -> Sizes:
     return sizes
 
 
-def seen(call: Call, look: Look) -> Sizes | None:
-    """The sizes of a call of whole rows that is like another before."""
-    return _seen.get(_kind(call, look))
+def seen(cell: str, dtype: torch.dtype, engine: str, recompute: bool, look: Look) -> Sizes | None:
+    """The sizes of a call of an input and weights, if one like it was found to be as it must be."""
+    return _seen.get(_plain_kind(cell, dtype, engine, recompute, look))
 
 
 def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:
