@@ -604,6 +604,11 @@ class _Layer(nn.RNNBase):
             return [[weight_ih, weight_hh, None, None, weight_hr] for weight_ih, weight_hh, weight_hr in groups]
         return groups
 
+    def _sequences(self) -> list[str]:
+        """What it runs, one after the other."""
+        directions = ("forward", "reverse") if self.bidirectional else ("forward",)
+        return [f"layer {layer} {direction}" for layer in range(self.num_layers) for direction in directions]
+
     def _split(self, hx: Any) -> Sequence[Tensor]:
         return (hx,)
 
@@ -824,6 +829,9 @@ class _Cell(nn.RNNCellBase):
     def _cell(self) -> str:
         raise NotImplementedError
 
+    def _sequences(self) -> list[str]:
+        return ["step"]
+
     def _check_ranks(self, input: Tensor, hx: Any) -> None:
         if input.dim() not in (1, 2):
             raise ValueError(f"{self._name}: Expected input to be 1D or 2D, got {input.dim()}D instead")
@@ -1031,12 +1039,14 @@ class Explanation:
         return "\n".join(map(str, self.plans))
 
 
-def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -> Explanation:
-    """Tell what would compute ``module(input, hx)``, without computing it.
+def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, **options: Any) -> Explanation:
+    """Tell what would compute ``module(input, hx, **options)``, without its kernels; where gradients are asked for, of the backward pass.
+
+    The module's forward goes its way (no hooks, no numbers drawn from torch's generators) up to each sequence, which is noted and not run.
 
     Args:
         module: a layer or cell of this package.
-        input, hx: what its forward would take; shapes, dtypes and errors as there.
+        input, hx, options: what its forward would take; shapes, dtypes and errors as there.
 
     Raises:
         TypeError: ``module`` is not a layer or cell of this package.
@@ -1046,39 +1056,10 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None) -
     >>> [plan.name for plan in explanation.plans]
     ['layer 0 forward', 'layer 0 reverse']
     """
-    states: Sequence[Tensor] | None
-    if isinstance(module, _Layer):
-        data, states, batch_sizes, weights = module._prepare(input, hx)
-        steps, batch = (data.size(0), data.size(1)) if batch_sizes is None else (len(batch_sizes), int(batch_sizes[0]))
-        directions = ("forward", "reverse") if module.bidirectional else ("forward",)
-        names = [f"layer {layer} {direction}" for layer in range(module.num_layers) for direction in directions]
-        ragged = batch_sizes is not None
-        output_size = module.proj_size or module.hidden_size
-    elif isinstance(module, _Cell):
-        data, states, weight = module._prepare(input, hx)  # type: ignore[arg-type]
-        steps, batch = 1, data.size(0)
-        weights, names, ragged = [weight], ["step"], False
-        output_size = module.hidden_size
-    else:
+    names = getattr(module, "_sequences", None)
+    if names is None:
         raise TypeError(f"explain takes a layer or cell of rnnkernels, got {type(module).__module__}.{type(module).__qualname__}")
-    leaves = (data, *(states or ()), *module.parameters())
-    training = torch.is_grad_enabled() and any(leaf.requires_grad for leaf in leaves)
-    plans = []
-    for name, (weight_ih, *_) in zip(names, weights, strict=True):
-        facts = ops.plan(
-            module._cell,
-            steps,
-            batch,
-            weight_ih.size(1),
-            module.hidden_size,
-            output_size,
-            data.dtype,
-            training,
-            module.engine,
-            data.device,
-            name.endswith("reverse"),
-            ragged,
-            getattr(module, "weight_dtype", None),
-        )
-        plans.append(Plan(name, facts["engine"], facts["isa"], facts["threads"], facts["schedule"], facts["reason"]))
-    return Explanation(tuple(plans))
+    data = input.data if isinstance(input, PackedSequence) else input
+    with torch.random.fork_rng([data.device] if data.is_cuda else []), ops.listening() as heard:
+        module.forward(input, hx, **options)
+    return Explanation(tuple(Plan(name, *facts) for name, facts in zip(names(), heard, strict=True)))

@@ -145,6 +145,10 @@ class SCRN(_Scrn):
         options = "".join(f", {name}={getattr(self, name)}" for name in names)
         return f"{self.input_size}, {self.hidden_size}, context_size={self.context_size}{options}"
 
+    def _sequences(self) -> list[str]:
+        directions, parts = ("forward", "reverse") if self.bidirectional else ("forward",), ("context", "hidden")
+        return [f"layer {layer} {part} {way}" for layer in range(self.num_layers) for part in parts for way in directions]
+
     @property
     def _widths(self) -> tuple[int, ...]:
         return self.hidden_size, self.context_size
@@ -280,6 +284,9 @@ class SCRNCell(_Scrn):
 
     def extra_repr(self) -> str:
         return f"{self.input_size}, {self.hidden_size}, context_size={self.context_size}, nonlinearity={self.nonlinearity}"
+
+    def _sequences(self) -> list[str]:
+        return ["step context", "step hidden"]
 
     @whole
     def forward(self, input: Tensor, hx: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, Tensor]:

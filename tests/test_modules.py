@@ -15,6 +15,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import rnnkernels
+from rnnkernels import ops
 
 # Switching oneDNN off and on makes torch warn of GPUs.
 pytestmark = pytest.mark.filterwarnings("ignore:TF32 acceleration")
@@ -596,6 +597,68 @@ def test_explain_says_which_engine_and_why() -> None:
     assert (plan.engine, plan.why) == ("stepwise", "engine='stepwise' was asked for")
     (plan,) = rnnkernels.explain(rnnkernels.GRU(I, H), torch.zeros(T, B, I)).plans
     assert plan.engine == "cpu"
+
+
+@pytest.fixture
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(calls: list[Any]) -> None:
+        raise AssertionError("a kernel ran")
+
+    monkeypatch.setattr(ops.cpu, "_run_all", run)
+
+
+@pytest.mark.usefixtures("no_kernels", "two_threads")
+@pytest.mark.parametrize("gains", [True, False])
+def test_explain_tells_what_runs_at_the_same_time(gains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops.cpu._C, "gains_apart", lambda *_: gains)
+    monkeypatch.setattr(ops.cpu._C, "gains_chained", lambda *_: gains)
+    ops.cpu.forget()
+    x = torch.zeros(T, B, I)
+    for training in (True, False):
+        with torch.set_grad_enabled(training):
+            plans = rnnkernels.explain(rnnkernels.LSTM(I, H, bidirectional=True), x).plans
+            assert ["other direction" in plan.why for plan in plans] == [gains] * 2
+            plans = rnnkernels.explain(rnnkernels.LSTM(I, H, num_layers=3), x).plans
+            assert ["other layers" in plan.why for plan in plans] == [gains and not training] * 3
+            plans = rnnkernels.explain(rnnkernels.LSTM(I, H, num_layers=2), x, lengths=torch.tensor([T, 1])).plans
+            assert not any("other layers" in plan.why for plan in plans)
+    packed = rnnkernels.explain(rnnkernels.GRU(I, H, bidirectional=True, recompute=True), pack_sequence(PACKED)).plans
+    assert not any("other direction" in plan.why for plan in packed)
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_explain_asks_every_layer_and_draws_nothing() -> None:
+    x = torch.zeros(T, B, I)
+    names = ["layer 0 context forward", "layer 0 context reverse", "layer 0 hidden forward", "layer 0 hidden reverse"]
+    scrn = rnnkernels.SCRN(I, H, 2, bidirectional=True)
+    assert [plan.name for plan in rnnkernels.explain(scrn, x, return_states=True).plans] == names
+    assert [plan.name for plan in rnnkernels.explain(rnnkernels.SCRNCell(I, H, 2), x[0]).plans] == ["step context", "step hidden"]
+    for layer in (
+        rnnkernels.ClockworkRNN(I, 8, periods=(1, 2)),
+        rnnkernels.LSTM(I, H, zoneout=0.1, recurrent_dropout=0.2, layer_norm="gates"),
+        rnnkernels.GRU(I, H, num_layers=2, dropout=0.5, batch_first=True, learn_initial=True),
+        rnnkernels.LSTM(I, H, engine="traced"),
+        rnnkernels.LSTM(I, H, engine="torch"),
+    ):
+        now = torch.get_rng_state()
+        plans = rnnkernels.explain(layer, x, reset_mask=None).plans
+        assert len(plans) == layer.num_layers
+        assert torch.equal(torch.get_rng_state(), now)
+        assert layer.engine in ("auto", plans[0].engine)
+
+
+@pytest.mark.usefixtures("no_kernels")
+def test_explain_knows_who_asks_for_gradients_and_which_weights() -> None:
+    layer = rnnkernels.GRU(I, H, num_layers=2).requires_grad_(False)
+    x = torch.zeros(T, B, I)
+    frozen, asked = (rnnkernels.explain(layer, x.clone().requires_grad_(needs)).plans for needs in (False, True))
+    assert all(a.schedule != b.schedule for a, b in zip(frozen, asked, strict=True))  # the workspace of backward
+    with torch.no_grad():
+        narrow, wide, lstm = rnnkernels.GRU(I, 64, weight_dtype=torch.int8), rnnkernels.GRU(I, 64), rnnkernels.LSTM(I, 64)
+        assert rnnkernels.explain(narrow, x).plans[0].schedule != rnnkernels.explain(wide, x).plans[0].schedule
+        before = rnnkernels.explain(lstm, x).plans[0].schedule
+        with torch.autocast("cpu", torch.bfloat16):
+            assert rnnkernels.explain(lstm, x).plans[0].schedule != before
 
 
 def test_explain_refuses_what_is_not_ours() -> None:

@@ -21,7 +21,7 @@ from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
 from .autograd import Both, Sequence
-from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped, problem
+from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped
 from .checks import (
     Call,
     check_lengths,
@@ -34,7 +34,8 @@ from .checks import (
     look_at,
     seen,
 )
-from .engines import ENGINES, RUNS, choose, cuts_natively, index_of
+from .engines import ENGINES, RUNS, cuts_natively
+from .explained import is_listening, listening, noted
 from .load import compile_for, heats, is_modified, load_page, modified, source_of
 from .packed import Packed, Remembered, keeping, weight_type
 from .packed import check as check_packed
@@ -59,10 +60,10 @@ __all__ = [
     "cuts_natively",
     "heats",
     "is_modified",
+    "listening",
     "load_page",
     "modified",
     "pair",
-    "plan",
     "run",
     "sequence",
     "set_isa",
@@ -87,84 +88,6 @@ def set_isa(name: str | None) -> None:
     _C.set_isa(name or "")
     forget_seen()
     cpu.forget()
-
-
-def plan(
-    cell: str,
-    steps: int,
-    batch: int,
-    input_size: int,
-    hidden_size: int,
-    output_size: int | None = None,
-    dtype: torch.dtype = torch.float32,
-    training: bool = False,
-    engine: str = "auto",
-    device: torch.device | str = "cpu",
-    reverse: bool = False,
-    ragged: bool = False,
-    weight_dtype: torch.dtype | None = None,
-) -> dict[str, Any]:
-    """What would run, and why: engine, isa, threads, schedule, bytes_workspace, reason; of the cpu engine also row_groups, unit_groups,
-    units_per_panel, estimated_us.
-
-    With ``training`` it tells of the backward pass. Raises ``ValueError`` for an unknown cell or engine, an unsupported dtype or a negative
-    size, ``RuntimeError`` for an engine that cannot run it.
-    """
-    if cell not in CELLS or dtype not in STORAGE or min(steps, batch, input_size, hidden_size, output_size or 0) < 0:
-        raise ValueError(
-            f"plan: no such cell, dtype or size: {cell!r}, {dtype}, {steps}, {batch}, {input_size}, {hidden_size}, {output_size}"
-        )
-    sizes = Sizes(CELLS[cell], reverse, steps, batch, hidden_size, output_size or hidden_size)
-    if weight_dtype is not None:
-        check_packed(weight_dtype, engine, torch.device(device), training=training)
-        sizes = sizes._replace(weight_type=weight_type(weight_dtype, dtype), keeps=True)
-    if engine == "torch" or (engine == "auto" and not ragged and peer.is_faster(sizes, dtype, torch.device(device))):
-        peer.check(sizes.cell)
-        why = "engine='torch' was asked for" if engine == "torch" else peer.WHY
-        return {"engine": "torch", "isa": "torch", "threads": 1, "bytes_workspace": 0, "schedule": "torch.nn's own function", "reason": why}
-    chosen, why = choose(engine, sizes, dtype, input_size, torch.device(device))
-    task = problem(sizes._replace(engine=chosen), dtype, input_size, Rows(), training)
-    if chosen == "cpu":
-        return _cpu_plan(sizes, task, training)
-    on_gpu = torch.device(device).type == "cuda"
-    facts = {"engine": chosen, "isa": "cuda" if on_gpu else "scalar", "threads": 1, "bytes_workspace": 0}
-    if chosen == "traced":
-        return {**facts, "isa": "torch", "schedule": "the page's operations by torch, step by step", "reason": why}
-    if chosen == "stepwise":
-        return {**facts, "schedule": "a product by torch and one run of the cell a step", "reason": why}
-    index = index_of(torch.device(device))
-    exchange, unit_ctas, row_tiles, shared, _ = _C.tiling(task, training, *_C.cuda_device(index), 1)
-    how = {"near": "in clusters" if unit_ctas > 1 else "apart", "grid": "all together", "none": "apart"}[exchange]
-    schedule = f"{unit_ctas} × {row_tiles} blocks of units × rows, {how}, {shared} bytes of shared memory each"
-    return {**facts, "bytes_workspace": _C.cuda_workspace_bytes(task, training, index, 1), "schedule": schedule, "reason": why}
-
-
-def _cpu_plan(sizes: Sizes, task: _C.Problem, training: bool) -> dict[str, Any]:
-    threads = torch.get_num_threads()
-    rows, units, panel, ns = _C.schedule(task, training)
-    if sizes.complete:
-        reason = "one step: both products by torch, the rest in one pass"
-    elif rows * units == 1:
-        reason = "serial: a step is too short to share" if threads > 1 else "serial: one thread"
-    elif units == 1:
-        reason = "the batch is split: no barrier"
-    elif rows == 1:
-        reason = "the units are split: each thread keeps its share of the weights, one barrier a step"
-    else:
-        reason = "batch and units are split"
-    bytes = _C.workspace_bytes(task, training)
-    return {
-        "engine": "cpu",
-        "isa": _C.isa(),
-        "threads": rows * units,
-        "schedule": f"{rows} × {units} groups of rows × units, {panel} units a panel, {bytes} bytes of workspace",
-        "row_groups": rows,
-        "unit_groups": units,
-        "units_per_panel": panel,
-        "bytes_workspace": bytes,
-        "estimated_us": ns / 1e3,
-        "reason": f"{reason} (torch.get_num_threads() = {threads})",
-    }
 
 
 def before_each_token(cell: Cell, after: Tensor, initial: Tensor, batch_sizes: Tensor, reverse: bool) -> Tensor:
@@ -271,7 +194,9 @@ def sequence(
 def run(call: Call, packed: Packed | Remembered | None = None) -> tuple[Tensor, ...]:
     """:func:`sequence` of its arguments as one value."""
     found = _begun(call, packed)
-    return found.finished() if isinstance(found, _Eager) else found
+    if not isinstance(found, _Eager):
+        return found
+    return noted(found.s, found.call, found.rows, packed) if is_listening() else found.finished()
 
 
 def again(
@@ -285,7 +210,7 @@ def again(
     """:func:`sequence` of a padded batch that starts from zeros, in eager mode on the CPU, if a call of the same shapes was found to be as
     it must be; or None, and somebody has to look at this one. Of a small layer's call the way to the kernel is the longer part.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing() or is_listening():
         return None
     six = Weights(*weights, *[None] * (len(Weights._fields) - len(weights)))
     dtype = input.dtype
@@ -326,7 +251,10 @@ def pair(calls: Seq[Call], packed: Seq[Packed | Remembered | None] = (None, None
     """
     begun = [_begun(call, place) for call, place in zip(calls, packed, strict=True)]
     first, second = begun
-    if not (isinstance(first, _Eager) and isinstance(second, _Eager) and first.gains(second)):
+    gains = isinstance(first, _Eager) and isinstance(second, _Eager) and first.gains(second)
+    if is_listening():
+        return [noted(one.s, one.call, one.rows, one.packed, gains) if isinstance(one, _Eager) else one for one in begun]
+    if not (isinstance(first, _Eager) and isinstance(second, _Eager) and gains):
         return [one.finished() if isinstance(one, _Eager) else one for one in begun]
     if not first.call.training:
         with RUNS[first.s.engine].side_by_side():
@@ -401,6 +329,8 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
         raise RuntimeError("return_states: torch.nn's functions do not give them; choose another engine")
     if engine == "torch" or (engine == "auto" and input.is_cuda and not call.return_states and _torch_is_faster(call)):
         s = checked(call.changed(engine="torch"), not torch.compiler.is_compiling())
+        if is_listening():
+            return noted(s._replace(engine="torch"), call, call.rows())
         theirs: tuple[Tensor, ...] = peer.run(s, input, call.states, weights, call.batch_sizes)
         return theirs
     if call.reset_mask is not None and not call.reverse:
@@ -429,6 +359,8 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
 
 def _traced(call: Call) -> tuple[Tensor, ...]:
     s = checked(call.changed(engine="traced"), not torch.compiler.is_compiling(), not any(map(is_batched, call.rows())))
+    if is_listening():
+        return noted(s, call.changed(engine="traced"), call.rows())
     results = traced.run(s, call.input, call.states, call.weights(), call.rows(), call.given, call.reset_states)
     n = len(s.cell.states)
     return _shaped(results if s.returns else results[: 1 + n], n, call.input)
@@ -442,6 +374,8 @@ def _has_tangents(call: Call) -> bool:
 def _by_rules(call: Call) -> tuple[Tensor, ...]:
     """Under a transform of torch.func, by the kernels."""
     s = checked(call, True, not any(map(is_batched, call.rows())))
+    if is_listening():
+        return noted(s, call, call.rows())
     leaves = (*call.rows(), call.input, *call.weights(), *(call.states or ()), *call.given, *call.reset_states)
     output, *rest = Forward.apply(s, *leaves)  # type: ignore[no-untyped-call]
     n = len(s.cell.states)
@@ -499,7 +433,9 @@ def _traceable(call: Call) -> tuple[Tensor, ...]:
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
     if call.states is None:
         call = call.changed(states=_zeros(call.cell, call.input, call.batch_sizes, call.weights()))
-    s = checked(call, False)
+    s = checked(call, is_listening())
+    if is_listening():
+        return noted(s, call, call.rows())
     results: list[Tensor] = torch.ops.rnnkernels.sequence(*call)
     n = len(s.cell.states)
     end = len(results) - (call.training and s.cell.moments > 0)
