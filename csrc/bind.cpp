@@ -43,7 +43,7 @@ void fill(Given (&to)[n], const GivenSlots& from) {
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
                 bool reverse, bool training, bool complete, int threads, int products, Address lengths, Address resets, Address units,
-                int64_t module, int weight_type, bool keeps_packed, bool chained) {
+                int64_t module, int weight_type, bool keeps_packed, bool chained, bool far) {
   if (!registry.find(cell) || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32) || weight_type < 0 ||
       weight_type >= kWeightTypes)
     throw std::invalid_argument("no such cell, storage type, way to multiply or type of weights");
@@ -66,7 +66,8 @@ Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t inp
                   module,
                   WeightType(weight_type),
                   keeps_packed,
-                  chained};
+                  chained,
+                  far};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -234,6 +235,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
   m.def("prefer_large_pages", [](Address memory, int64_t bytes) { cpu::prefer_large_pages(pointer(memory), bytes); });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
+  m.def("far_apart", cpu::far_apart);
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
   // What is to be run, and running some that do not depend on each other side by side.

@@ -1,5 +1,6 @@
 """The promise: on a CPU a row's bits depend on nothing but the row: not on threads, reruns, batch, its place in it, padding, or packing."""
 
+import concurrent.futures
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkernels
+from rnnkernels import ops
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "RNN": rnnkernels.RNN,
@@ -52,6 +54,30 @@ def results(layer: Any, x: Tensor, cotangent: Tensor, weights: bool = True, **in
 def same(found: list[Tensor], expected: list[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(a, b), f"result {i}"
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_cores_near_and_far(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, x, why = rnnkernels.LSTM(SIZE, 64), torch.randn(T, 1, SIZE), []
+    layer(x)  # what is known of a call is not how far the cores are
+    found = []
+    for far in (False, True, False):
+        monkeypatch.setattr(ops.cpu._C, "far_apart", lambda threads, far=far: far)
+        (plan,) = rnnkernels.explain(layer, x).plans
+        why.append((plan.threads, "far apart" in plan.why))
+        found.append(results(layer, x, torch.ones(T, 1, 64)))
+    assert why == [(2, False), (1, True), (2, False)]
+    same(found[1], found[0])
+    same(found[2], found[0])
+
+
+def test_how_far_cores_are_is_asked_of_a_team_alone() -> None:
+    far = ops.cpu._C.far_apart
+    assert not far(1)
+    assert not far(0)
+    assert isinstance(far(2), bool)
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        assert all(isinstance(answer, bool) for answer in pool.map(far, [2, 3, 4] * 100))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -55,6 +55,13 @@ inline Product grad_weight_product(int64_t operand_width, int64_t tokens) { retu
 // So many tokens are added up before their sum is added to others: one chain over thousands would lose digits.
 constexpr int64_t kTokensInAChain = 16;
 
+// What threads pay for what others write: a barrier; a cache line of an operand, of gate gradients for the products over tokens, of rows
+// beside their own, which their prefetchers fetch. Of the latter two so many a step at most: more of them stream by.
+struct Distance {
+  double barrier_ns, line_ns, token_line_ns, row_line_ns;
+  static double lines_ns(double lines, double ns) { return (lines < 160 ? lines : 160) * ns; }
+};
+
 struct Machine {
   int lanes;      // of the number type
   int registers;  // accumulators a tile may use
@@ -65,8 +72,9 @@ struct Machine {
   int64_t chunk_bytes = 256 << 10;  // of input gates a thread makes at a time: they are still in its L2 when the steps want them
   int64_t grad_tokens = 256;        // of gate gradients between two rounds of products: long enough for their sums to be written seldom
   int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
-  double barrier_ns = 250, fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
-  double line_ns = 5;                                          // a cache line that another core has written
+  double fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
+  Distance near = {250, 5, 0, 0}, far = {550, 70, 150, 25};
+  const Distance& distance(const Problem& p) const { return p.far ? far : near; }
 };
 
 struct Schedule {
@@ -152,9 +160,11 @@ inline int64_t chain_steps(const Problem& p) {
   return tile > few ? tile : few;
 }
 
-inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
+// The quickest schedule of at least and at most so many threads.
+inline Schedule quickest(const Machine& m, const CellInfo& cell, const Problem& p, bool backward, int least, int most) {
   const bool gradients = backward && !p.complete;
   const Schedule base = gradients ? grad_schedule(m, cell, p) : Schedule();
+  const Distance& distance = m.distance(p);
   double products = 0;  // multiply-adds a token of the products outside the recurrence
   if (gradients) {
     products = 2.0 * double(p.input) * double(cell.input_slots() * p.hidden);
@@ -162,14 +172,19 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       products += double(operand_width(cell, p, stage)) * double(cell.hidden_slots(stage) * width_of(p, cell.stage[stage].width));
   }
   Schedule best;
-  const int64_t useful = p.threads < 1 ? 1 : p.threads;
-  for (int row_groups = 1; row_groups <= useful && row_groups <= (p.batch > 1 ? p.batch : 1); ++row_groups) {
-    for (int unit_groups = 1; row_groups * unit_groups <= useful; ++unit_groups) {
+  bool found = false;
+  for (int row_groups = 1; row_groups <= most && row_groups <= (p.batch > 1 ? p.batch : 1); ++row_groups) {
+    for (int unit_groups = 1; row_groups * unit_groups <= most; ++unit_groups) {
+      if (row_groups * unit_groups < least) continue;
       Schedule s = base;
       s.row_groups = row_groups;
       s.unit_groups = unit_groups;
       const int64_t rows = ceil_div(p.batch, row_groups);
-      double step = 0, pack = 0, input = products * double(p.batch) * double(p.steps) / m.lanes * 1.15 * m.fma_ns / s.threads();
+      // A thread multiplies the gate gradients of all tokens, of which others have made their part.
+      const double lines = double(p.batch * m.number_bytes) / 64, theirs = double(s.threads() - 1) / s.threads();
+      double pack = 0, step = row_groups > 1 ? Distance::lines_ns(lines * double(p.output), distance.row_line_ns) : 0;
+      if (gradients) step += Distance::lines_ns(lines * double(cell.slots * p.hidden) * theirs, distance.token_line_ns);
+      double input = products * double(p.batch) * double(p.steps) / m.lanes * 1.15 * m.fma_ns / s.threads();
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
         if (p.complete) product.depth = 0;
@@ -180,8 +195,8 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
           s.input_blocks[stage] /= 2;
         step += product_ns(m, product, s.blocks[stage], rows, unit_groups);
         if (product.depth && unit_groups > 1) {
-          const double theirs = double(product.depth) * (unit_groups - 1) / unit_groups;
-          step += m.barrier_ns + 50 * (unit_groups - 2) + double(rows) * theirs * m.number_bytes / 64 * m.line_ns;
+          const double row = double(product.depth) * (unit_groups - 1) / unit_groups * m.number_bytes / 64;
+          step += distance.barrier_ns + 50 * (unit_groups - 2) + double(rows) * row * distance.line_ns;
         }
         if (!backward && !p.complete) {
           const Product in = input_product(cell, p, stage);
@@ -198,10 +213,20 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       s.chunk = m.chunk_bytes / (bytes > 0 ? bytes : 1);
       if (p.chained && s.chunk > chain_steps(p)) s.chunk = chain_steps(p);
       s.chunk = s.chunk < 1 ? 1 : s.chunk > p.steps ? p.steps : s.chunk;
-      if ((row_groups == 1 && unit_groups == 1) || s.ns < best.ns) best = s;
+      if (!found || s.ns < best.ns) best = s, found = true;
     }
   }
   return best;
+}
+
+inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
+  const int threads = p.threads < 1 ? 1 : p.threads;
+  if (!p.far || !p.training || threads == 1) return quickest(m, cell, p, backward, 1, threads);
+  // What forward keeps, backward had better read on the same core: both are serial or neither is.
+  const auto both = [&](int least, int most) {
+    return quickest(m, cell, p, false, least, most).ns + quickest(m, cell, p, true, least, most).ns;
+  };
+  return both(1, 1) < both(2, threads) ? quickest(m, cell, p, backward, 1, 1) : quickest(m, cell, p, backward, 2, threads);
 }
 
 // A row of numbers in the workspace: an odd number of cache lines, so that the rows of a tile do not fall into the same few sets of the

@@ -182,11 +182,27 @@ int main() {
                 if (!training && !complete && bytes == 4) p.weight_type = WeightType(batch % kWeightTypes);
                 p.keeps_packed = !training && !complete && threads % 2;
                 p.chained = !training && !complete && batch % 4 == 1;
+                p.far = hidden % 3 == 0;
                 test(m, cell, p, backward);
                 ++count;
               }
   std::printf("%d plans\n", count);
   const Machine wide{16, 24, 4};
+  const CellInfo& lstm =
+      *std::find_if(std::begin(kCells), std::end(kCells), [](const CellInfo& c) { return !std::strcmp(c.name, "lstm"); });
+  const auto team = [&](int64_t batch, int64_t hidden, bool far, bool training, bool backward, int threads = 2) {
+    Problem p{0, Storage::F32, 100, batch, hidden, hidden, hidden, nullptr, false, training, false, threads};
+    p.far = far;
+    return plan(wide, lstm, p, backward).threads();
+  };
+  check(team(1, 64, false, true, false) == 2 && team(1, 64, false, true, true) == 2, "a small step is shared by cores that are near");
+  check(team(1, 64, true, true, false) == 1 && team(1, 64, true, true, true) == 1, "and not by cores far apart");
+  check(team(1, 512, true, false, false) == 2 && team(64, 128, true, true, true) == 2, "large ones are shared in any case");
+  for (int64_t batch : {1, 2, 3, 4, 8, 16, 32, 64, 128})
+    for (int64_t hidden : {32, 64, 96, 128, 192, 256, 512})
+      for (int threads : {2, 4, 16})
+        check((team(batch, hidden, true, true, false, threads) == 1) == (team(batch, hidden, true, true, true, threads) == 1),
+              "far apart, forward and backward are both serial or neither is: B %ld H %ld threads %d", long(batch), long(hidden), threads);
   const auto apart = [&](int64_t steps, int64_t batch, int64_t hidden, int threads) {
     const Problem p{0, Storage::F32, steps, batch, hidden, hidden, hidden, nullptr, false, true, steps == 1, threads};
     return gains_apart(wide, kCells[0], p, true);
@@ -221,10 +237,8 @@ int main() {
                 fitting += t.fits;
               }
             }
-  const auto together = [](int64_t batch, int64_t hidden, Storage storage) {
+  const auto together = [&](int64_t batch, int64_t hidden, Storage storage) {
     const Problem p{0, storage, 100, batch, hidden, hidden, hidden, nullptr, false, true, false, 1};
-    const CellInfo& lstm =
-        *std::find_if(std::begin(kCells), std::end(kCells), [](const CellInfo& c) { return !std::strcmp(c.name, "lstm"); });
     return gains_together({132, 227 << 10, 8}, lstm, p, false) && gains_together({132, 227 << 10, 8}, lstm, p, true);
   };
   check(together(1, 64, Storage::F32) && together(16, 512, Storage::BF16) && together(1, 512, Storage::F32),

@@ -282,7 +282,8 @@ def chain_gains(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Seq[
         return False
     compile_for(_C.isa(), cell)
     s = Sizes(spec, False, input.shape[0], input.shape[1], above.shape[0] // spec.input_gates, above.shape[1])
-    return cpu.gains_chained(s, input.dtype, input.shape[2], len(weights), torch.get_num_threads())
+    threads, _, far = cpu.thread.team
+    return cpu.gains_chained(s, input.dtype, input.shape[2], len(weights), threads, far)
 
 
 class _Eager(NamedTuple):

@@ -58,9 +58,12 @@ class _Thread(Together):
         self.chained = False  # each of those that wait reads the output of the one before it
 
     @property
-    def threads(self) -> int:
-        """How many a call may use."""
-        return torch.get_num_threads() if self.waiting is None else 1
+    def team(self) -> tuple[int, bool, bool]:
+        """How many threads a call may use, whether it is one of a chain, and whether they are far apart."""
+        if self.waiting is not None:
+            return 1, self.chained, False
+        threads = torch.get_num_threads()
+        return threads, False, threads > 1 and _C.far_apart(threads)
 
     def take(self, bytes: int) -> Tensor:
         """A workspace that none of those that wait has."""
@@ -103,9 +106,9 @@ def gains_side_by_side(s: Sizes, input: Tensor, training: bool) -> bool:
 
 
 @functools.lru_cache(maxsize=1024)
-def gains_chained(s: Sizes, dtype: torch.dtype, input_size: int, layers: int, threads: int) -> bool:
+def gains_chained(s: Sizes, dtype: torch.dtype, input_size: int, layers: int, threads: int, far: bool) -> bool:
     """Whether so many such layers, each of which reads the one below, are sooner done at the same time than one after the other."""
-    return _C.gains_chained(problem(s, dtype, s.output, NO_ROWS, False, threads), input_size, layers)
+    return _C.gains_chained(problem(s, dtype, s.output, NO_ROWS, False, threads, far=far), input_size, layers)
 
 
 class _Task(NamedTuple):
@@ -118,25 +121,25 @@ class _Task(NamedTuple):
 
 
 def _make_task(
-    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, threads: int, chained: bool
+    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, team: tuple[int, bool, bool]
 ) -> _Task:
-    task = problem(s, dtype, input_size, rows, training, threads, chained)
+    task = problem(s, dtype, input_size, rows, training, *team)
     return _Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task))
 
 
 @functools.lru_cache(maxsize=1024)
 def _task_of_whole_rows(
-    s: Sizes, dtype: torch.dtype, input_size: int, training: bool, backward: bool, threads: int, chained: bool, complete: bool
+    s: Sizes, dtype: torch.dtype, input_size: int, training: bool, backward: bool, complete: bool, team: tuple[int, bool, bool]
 ) -> _Task:
     """Known by its sizes. ``complete`` depends on a setting of torch's too."""
-    return _make_task(s, dtype, input_size, NO_ROWS, training, backward, threads, chained)
+    return _make_task(s, dtype, input_size, NO_ROWS, training, backward, team)
 
 
 def _task(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool = False) -> _Task:
     if rows.sizes is None and not s.cut:
         complete = s.steps == 1 and s.complete
-        return _task_of_whole_rows(s, dtype, input_size, training, backward, thread.threads, thread.chained, complete)
-    return _make_task(s, dtype, input_size, rows, training, backward, thread.threads, thread.chained)
+        return _task_of_whole_rows(s, dtype, input_size, training, backward, complete, thread.team)
+    return _make_task(s, dtype, input_size, rows, training, backward, thread.team)
 
 
 def forget() -> None:

@@ -89,9 +89,8 @@ def _facts(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
 
 
 def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
-    given, chained = torch.get_num_threads(), cpu.thread.chained
-    threads = 1 if beside or chained else given
-    task = problem(s, call.input.dtype, call.input.shape[-1], rows, call.training, threads, chained)
+    threads, chained, far = (1, False, False) if beside else cpu.thread.team
+    task = problem(s, call.input.dtype, call.input.shape[-1], rows, call.training, threads, chained, far)
     row_groups, unit_groups, panel, _ = _C.schedule(task, call.training)
     if s.complete:
         reason = "one step: both products by torch, the rest in one pass"
@@ -100,7 +99,7 @@ def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
     elif chained:
         reason = "at the same time as the other layers, some steps behind the one below, on a thread each"
     elif row_groups * unit_groups == 1:
-        reason = "serial: a step is too short to share" if threads > 1 else "serial: one thread"
+        reason = f"serial: a step is too short to share{' by cores far apart' * far}" if threads > 1 else "serial: one thread"
     elif unit_groups == 1:
         reason = "the batch is split: no barrier"
     elif row_groups == 1:
@@ -109,4 +108,4 @@ def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
         reason = "batch and units are split"
     bytes = _C.workspace_bytes(task, call.training)
     schedule = f"{row_groups} × {unit_groups} groups of rows × units, {panel} units a panel, {bytes} bytes of workspace"
-    return Facts("cpu", _C.isa(), row_groups * unit_groups, schedule, f"{reason} (torch.get_num_threads() = {given})")
+    return Facts("cpu", _C.isa(), row_groups * unit_groups, schedule, f"{reason} (torch.get_num_threads() = {torch.get_num_threads()})")

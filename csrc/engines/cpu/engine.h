@@ -61,5 +61,8 @@ void prefer_large_pages(void* memory, int64_t bytes);
 // barrier's time.
 double measure_bandwidth(int64_t bytes, int threads);
 double measure_barrier(int threads);
+// Whether what one of so many threads writes reaches another late, as between cores that share no cache. Looked at anew every so often: a
+// virtual machine's cores move.
+bool far_apart(int threads);
 
 }  // namespace rnnkernels::cpu
