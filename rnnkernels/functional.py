@@ -80,12 +80,19 @@ def stack(
         reset_mask = None if cut.reset_mask is None else cut.reset_mask.cpu()
     slots = None if states is None else [state.unbind() for state in states]
     count, shown = len(ops.CELLS[cell].states), bool(return_states)
+    plain = batch_sizes is None and not (cut or clock or given or layer_norm or shown or (training and dropout > 0))
 
     def layers(input: Tensor) -> tuple[Tensor, list[Any]]:
         finals: list[Any] = []
         for start in range(0, len(weights), directions):
             if start > 0 and dropout > 0 and training:
                 input = torch.nn.functional.dropout(input, dropout)
+            if plain and slots is None and not bidirectional:
+                found = ops.again(cell, input, weights[start], engine, recompute, None if packed is None else packed[start])
+                if found is not None:
+                    input = found[0]
+                    finals.append(found[1:])
+                    continue
             calls = []
             for k in range(start, start + directions):
                 initial = None if slots is None else [slot[k] for slot in slots]
@@ -118,7 +125,6 @@ def stack(
                     finals[-1] += gates.of_sequence(*of_call, cut, call.reset_states or None)
         return input, finals
 
-    plain = batch_sizes is None and not (cut or clock or given or layer_norm or shown or (training and dropout > 0))
     if len(weights) > directions == 1 and plain and ops.chain_gains(cell, input, states or (), weights, engine):
         with ops.cpu.side_by_side(chained=True):
             input, finals = layers(input)

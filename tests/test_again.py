@@ -199,3 +199,18 @@ def test_another_instruction_set(stacks: list[str]) -> None:
         finally:
             ops.set_isa(None)
     assert len(stacks) == 2
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+def test_layers_of_a_stack(training: bool, stacks: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layer, x, runs = rnnkernels.LSTM(I, H, num_layers=3), torch.randn(T, B, I, requires_grad=training), []
+    run = ops.run
+    monkeypatch.setattr(ops, "run", lambda call, packed=None: runs.append(call.cell) or run(call, packed))
+    first, second = results(layer, x, training), results(layer, x, training)
+    assert runs == ["lstm"] * 2  # the third layer's sizes are the second's
+    assert all(map(torch.equal, first, second))
+    initial = tuple(torch.zeros(3, B, H) for _ in range(2))
+    with torch.set_grad_enabled(training):
+        assert torch.equal(layer(x, initial)[0], first[0])
+    assert len(runs) == 5

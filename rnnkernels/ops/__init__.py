@@ -210,7 +210,9 @@ def again(
     """:func:`sequence` of a padded batch that starts from zeros, in eager mode on the CPU, if a call of the same shapes was found to be as
     it must be; or None, and somebody has to look at this one. Of a small layer's call the way to the kernel is the longer part.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing() or is_listening():
+    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
+        return None
+    if not input.is_cpu or is_listening():
         return None
     six = Weights(*weights, *[None] * (len(Weights._fields) - len(weights)))
     dtype = input.dtype

@@ -65,7 +65,7 @@ def _gradients(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> 
     """Of the tensors that :class:`Sequence` takes; within a ``side_by_side`` they may be there only after it."""
     s: Sizes = ctx.sizes
     needs = ctx.needs_input_grad[2:]
-    if all(grad is None for grad in (grad_output, *others)):  # as after a second derivative, which reads the output's values alone
+    if grad_output is None and all(grad is None for grad in others):  # as after a second derivative, which reads the output's values alone
         return (None,) * len(needs)
     grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
     input, *saved = ctx.saved_tensors
