@@ -464,10 +464,16 @@ class _Layer(nn.RNNBase):
         """What :meth:`_run` gives, at less cost, where the layer is one sequence and such a call was made before."""
         if type(input) is not Tensor or self.num_layers > 1 or self.bidirectional or self.learn_initial or self.layer_norm is not None:
             return None
+        if input.dim() != 3 or input.size(2) != self.input_size:
+            return None
+        parameters = self._parameters
+        for name in self._all_weights[0]:
+            if name not in parameters:  # it is made anew whenever it is asked for: once a call
+                return None
         cell, _ = self._modifiers(self.training)
         if ops.CELLS[cell].given:
             return None
-        turns, kept = self.batch_first and input.dim() == 3, self._kept()
+        turns, kept = self.batch_first, self._kept()
         found = ops.again(
             cell,
             input.transpose(0, 1) if turns else input,
@@ -1062,4 +1068,5 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, *
     data = input.data if isinstance(input, PackedSequence) else input
     with torch.random.fork_rng([data.device] if data.is_cuda else []), ops.listening() as heard:
         module.forward(input, hx, **options)
-    return Explanation(tuple(Plan(name, *facts) for name, facts in zip(names(), heard, strict=True)))
+    # Where no row has a step there is nothing to run.
+    return Explanation(tuple(Plan(name, *facts) for name, facts in zip(names(), heard, strict=True)) if heard else ())

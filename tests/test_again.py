@@ -214,3 +214,38 @@ def test_layers_of_a_stack(training: bool, stacks: list[str], monkeypatch: pytes
     with torch.set_grad_enabled(training):
         assert torch.equal(layer(x, initial)[0], first[0])
     assert len(runs) == 5
+
+
+class Halved(torch.nn.Module):
+    """A parametrization that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.asked += 1
+        return weight / 2
+
+
+def test_weights_that_are_made_anew_are_asked_for_as_often(stacks: list[str]) -> None:
+    layer, x = rnnkernels.GRU(I, H), torch.randn(T, B, I)
+    halved = Halved()
+    torch.nn.utils.parametrize.register_parametrization(layer, "weight_hh_l0", halved)
+    counts = []
+    with torch.no_grad():
+        for _ in range(3):
+            before = halved.asked
+            layer(x)
+            counts.append(halved.asked - before)
+    assert counts == [counts[0]] * 3
+    assert len(stacks) == 3
+
+
+def test_what_another_layer_may_take_is_not_this_ones(stacks: list[str]) -> None:
+    layer, x = rnnkernels.GRU(I, H), torch.randn(T, B, I + 1)
+    layer.weight_ih_l0.data = torch.randn(3 * H, I + 1)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="must be equal to input_size. Expected 3, got 4"):
+            layer(x)
+        rnnkernels.GRU(I + 1, H)(x)

@@ -1,6 +1,5 @@
 """The promise: on a CPU a row's bits depend on nothing but the row: not on threads, reruns, batch, its place in it, padding, or packing."""
 
-import concurrent.futures
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -58,26 +57,25 @@ def same(found: list[Tensor], expected: list[Tensor]) -> None:
 
 @pytest.mark.usefixtures("two_threads")
 def test_cores_near_and_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer, x, why = rnnkernels.LSTM(SIZE, 64), torch.randn(T, 1, SIZE), []
+    monkeypatch.setattr(ops.cpu._C, "far_apart", lambda threads: False)
+    sizes = [H for H in (8, 16, 32, 64) if rnnkernels.explain(rnnkernels.LSTM(SIZE, H), torch.randn(T, 1, SIZE)).plans[0].threads == 2]
+    H = sizes[0]  # the smallest that two threads share, however wide this instruction set's vectors
+    layer, x, why = rnnkernels.LSTM(SIZE, H), torch.randn(T, 1, SIZE), []
     layer(x)  # what is known of a call is not how far the cores are
     found = []
     for far in (False, True, False):
         monkeypatch.setattr(ops.cpu._C, "far_apart", lambda threads, far=far: far)
         (plan,) = rnnkernels.explain(layer, x).plans
         why.append((plan.threads, "far apart" in plan.why))
-        found.append(results(layer, x, torch.ones(T, 1, 64)))
+        found.append(results(layer, x, torch.ones(T, 1, H)))
     assert why == [(2, False), (1, True), (2, False)]
     same(found[1], found[0])
     same(found[2], found[0])
 
 
-def test_how_far_cores_are_is_asked_of_a_team_alone() -> None:
-    far = ops.cpu._C.far_apart
-    assert not far(1)
-    assert not far(0)
-    assert isinstance(far(2), bool)
-    with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        assert all(isinstance(answer, bool) for answer in pool.map(far, [2, 3, 4] * 100))
+def test_one_thread_is_not_far_from_itself() -> None:
+    assert not ops.cpu._C.far_apart(1)
+    assert not ops.cpu._C.far_apart(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -661,6 +661,27 @@ def test_explain_knows_who_asks_for_gradients_and_which_weights() -> None:
             assert rnnkernels.explain(lstm, x).plans[0].schedule != before
 
 
+def test_explain_of_nothing_to_run_of_given_gates_and_under_transforms() -> None:
+    x, nothing = torch.zeros(T, B, I), torch.zeros(B, dtype=torch.long)
+    assert rnnkernels.explain(rnnkernels.GRU(I, H, engine="stepwise"), x, lengths=nothing).plans == ()
+    normed = rnnkernels.LSTM(I, H, num_layers=2, layer_norm="gates").requires_grad_(False)
+    frozen = rnnkernels.explain(normed, x).plans[1].schedule
+    normed.weight_ih_l0.requires_grad_()
+    assert rnnkernels.explain(normed, x).plans[1].schedule != frozen  # backward's, through what the second layer is given
+    explained = []
+    layer = rnnkernels.GRU(I, H).requires_grad_(False)
+
+    def run(x: Tensor) -> Tensor:
+        explained.extend(rnnkernels.explain(layer, x).plans)
+        return x
+
+    torch.func.vmap(run)(torch.stack([x, x]))
+    assert [plan.engine for plan in explained] == ["cpu"]
+    with torch.autograd.forward_ad.dual_level():
+        (plan,) = rnnkernels.explain(rnnkernels.PeepholeLSTM(I, H), x).plans
+    assert (plan.engine, plan.why) == ("traced", "forward mode, for which this cell has no kernels")
+
+
 def test_explain_refuses_what_is_not_ours() -> None:
     with pytest.raises(TypeError, match=r"explain takes a layer or cell of rnnkernels, got torch\.nn\.modules\.rnn\.LSTM"):
         rnnkernels.explain(nn.LSTM(I, H), torch.zeros(T, B, I))

@@ -284,8 +284,7 @@ def chain_gains(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Seq[
         return False
     compile_for(_C.isa(), cell)
     s = Sizes(spec, False, input.shape[0], input.shape[1], above.shape[0] // spec.input_gates, above.shape[1])
-    threads, _, far = cpu.thread.team
-    return cpu.gains_chained(s, input.dtype, input.shape[2], len(weights), threads, far)
+    return cpu.gains_chained(s, input.dtype, input.shape[2], len(weights), torch.get_num_threads())
 
 
 class _Eager(NamedTuple):
@@ -363,7 +362,7 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
 def _traced(call: Call) -> tuple[Tensor, ...]:
     s = checked(call.changed(engine="traced"), not torch.compiler.is_compiling(), not any(map(is_batched, call.rows())))
     if is_listening():
-        return noted(s, call.changed(engine="traced"), call.rows())
+        return noted(s, call, call.rows())
     results = traced.run(s, call.input, call.states, call.weights(), call.rows(), call.given, call.reset_states)
     n = len(s.cell.states)
     return _shaped(results if s.returns else results[: 1 + n], n, call.input)

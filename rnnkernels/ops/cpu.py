@@ -58,12 +58,9 @@ class _Thread(Together):
         self.chained = False  # each of those that wait reads the output of the one before it
 
     @property
-    def team(self) -> tuple[int, bool, bool]:
-        """How many threads a call may use, whether it is one of a chain, and whether they are far apart."""
-        if self.waiting is not None:
-            return 1, self.chained, False
-        threads = torch.get_num_threads()
-        return threads, False, threads > 1 and _C.far_apart(threads)
+    def threads(self) -> int:
+        """How many a call may use."""
+        return torch.get_num_threads() if self.waiting is None else 1
 
     def take(self, bytes: int) -> Tensor:
         """A workspace that none of those that wait has."""
@@ -102,13 +99,13 @@ def gains_side_by_side(s: Sizes, input: Tensor, training: bool) -> bool:
     """Whether two such sequences side by side, on a thread each, are sooner done than one after the other with all threads."""
     if s.recompute or s.given or s.resets or s.module:
         return False  # what these leave to do is done right after the kernel
-    return _C.gains_apart(_task(s, input.dtype, input.shape[-1], NO_ROWS, training).problem, training)
+    return _C.gains_apart(problem(s, input.dtype, input.shape[-1], NO_ROWS, training), training)
 
 
 @functools.lru_cache(maxsize=1024)
-def gains_chained(s: Sizes, dtype: torch.dtype, input_size: int, layers: int, threads: int, far: bool) -> bool:
+def gains_chained(s: Sizes, dtype: torch.dtype, input_size: int, layers: int, threads: int) -> bool:
     """Whether so many such layers, each of which reads the one below, are sooner done at the same time than one after the other."""
-    return _C.gains_chained(problem(s, dtype, s.output, NO_ROWS, False, threads, far=far), input_size, layers)
+    return _C.gains_chained(problem(s, dtype, s.output, NO_ROWS, False, threads), input_size, layers)
 
 
 class _Task(NamedTuple):
@@ -118,13 +115,15 @@ class _Task(NamedTuple):
     complete: bool
     bytes: int  # of the workspace
     packing: Packing
+    shared: bool  # by several threads
 
 
 def _make_task(
     s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, team: tuple[int, bool, bool]
 ) -> _Task:
     task = problem(s, dtype, input_size, rows, training, *team)
-    return _Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task))
+    row_groups, unit_groups, *_ = _C.schedule(task, backward)
+    return _Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task), row_groups * unit_groups > 1)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -135,11 +134,18 @@ def _task_of_whole_rows(
     return _make_task(s, dtype, input_size, NO_ROWS, training, backward, team)
 
 
-def _task(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool = False) -> _Task:
-    if rows.sizes is None and not s.cut:
-        complete = s.steps == 1 and s.complete
-        return _task_of_whole_rows(s, dtype, input_size, training, backward, complete, thread.team)
-    return _make_task(s, dtype, input_size, rows, training, backward, thread.team)
+def task_of(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool = False) -> _Task:
+    """Planned for threads that are near; only where several would share the work it matters whether they are."""
+    threads, chained = thread.threads, thread.chained
+
+    def of_team(far: bool) -> _Task:
+        if rows.sizes is None and not s.cut:
+            complete = s.steps == 1 and s.complete
+            return _task_of_whole_rows(s, dtype, input_size, training, backward, complete, (threads, chained, far))
+        return _make_task(s, dtype, input_size, rows, training, backward, (threads, chained, far))
+
+    task = of_team(False)
+    return of_team(True) if task.shared and _C.far_apart(threads) else task
 
 
 def forget() -> None:
@@ -166,7 +172,7 @@ def forward(
     tokens = dense(input)
     around = tokens.shape[:-1]
     N, keeps = around.numel(), training and not s.recompute
-    task, complete, bytes, packing = _task(s, tokens.dtype, tokens.shape[-1], rows, keeps)
+    task, complete, bytes, packing, _ = task_of(s, tokens.dtype, tokens.shape[-1], rows, keeps)
     kept = new_kept(s, input, N) if keeps or complete else None
     output = empty(input, (*around, s.output))
     final, history, moments = [input.new_empty(s.batch, s.output)], list[Tensor](), list[Tensor]()
@@ -281,7 +287,7 @@ def backward(
         kept, overwrite = recompute(s, input, states, weights, rows, output, history, given, resets), True
     upstream = [None if g is None else dense(g) for g in grad_states]
     finals = [None if g is None else dense(g) for g in grad_final]
-    task, complete, bytes, _ = _task(s, input.dtype, input.shape[-1], rows, True, True)
+    task, complete, bytes, *_ = task_of(s, input.dtype, input.shape[-1], rows, True, True)
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     _, of_states, of_given, of_resets = grouped(s, needs[1:])

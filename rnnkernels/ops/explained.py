@@ -16,6 +16,7 @@ from .cells import PERSISTENT, Rows, Sizes, problem
 from .checks import Call
 from .engines import choose, index_of
 from .packed import Packed, Remembered, keeping
+from .transforms import is_transformed
 
 __all__ = ["Facts", "listening", "noted"]
 
@@ -61,8 +62,11 @@ def noted(s: Sizes, call: Call, rows: Rows, packed: Packed | Remembered | None =
     states = [input.new_zeros(s.batch, width) for width in s.widths]
     histories = [input.new_zeros(*around, s.hidden) for _ in s.widths[1:]] if call.return_states else []
     results = (input.new_zeros(*around, s.output), *states, *histories)
-    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, *(call.states or ())))
-    return tuple(t.requires_grad_(needs_grad) for t in results)
+    leaves = (input, *weights, *(call.states or ()), *call.given, *call.reset_states)
+    if torch.is_grad_enabled() and not is_transformed() and any(t is not None and t.requires_grad for t in leaves):
+        for t in results:
+            t.requires_grad_()
+    return results
 
 
 def _facts(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
@@ -75,7 +79,8 @@ def _facts(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
         return _on_cpu(s, call, rows, beside)
     isa = "cuda" if device.type == "cuda" else "scalar"
     if s.engine == "traced":
-        return Facts("traced", "torch", 1, "the page's operations by torch, step by step", why)
+        asked = why if call.engine == "traced" else "forward mode, for which this cell has no kernels"
+        return Facts("traced", "torch", 1, "the page's operations by torch, step by step", asked)
     if s.engine == "stepwise":
         return Facts("stepwise", isa, 1, "a product by torch and one run of the cell a step", why)
     assert s.engine in PERSISTENT
@@ -89,8 +94,13 @@ def _facts(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
 
 
 def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
-    threads, chained, far = (1, False, False) if beside else cpu.thread.team
-    task = problem(s, call.input.dtype, call.input.shape[-1], rows, call.training, threads, chained, far)
+    dtype, input_size, chained = call.input.dtype, call.input.shape[-1], cpu.thread.chained
+    threads = 1 if beside else cpu.thread.threads
+    task = problem(s, dtype, input_size, rows, call.training, threads, chained)
+    row_groups, unit_groups, *_ = _C.schedule(task, call.training)
+    shared = row_groups * unit_groups > 1
+    if not beside:
+        task = cpu.task_of(s, dtype, input_size, rows, call.training, call.training).problem
     row_groups, unit_groups, panel, _ = _C.schedule(task, call.training)
     if s.complete:
         reason = "one step: both products by torch, the rest in one pass"
@@ -99,7 +109,7 @@ def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
     elif chained:
         reason = "at the same time as the other layers, some steps behind the one below, on a thread each"
     elif row_groups * unit_groups == 1:
-        reason = f"serial: a step is too short to share{' by cores far apart' * far}" if threads > 1 else "serial: one thread"
+        reason = f"serial: a step is too short to share{' by cores far apart' * shared}" if threads > 1 else "serial: one thread"
     elif unit_groups == 1:
         reason = "the batch is split: no barrier"
     elif row_groups == 1:

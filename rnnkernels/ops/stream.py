@@ -16,7 +16,6 @@ from .. import _C
 from . import sequence
 from .cells import Rows, Sizes, Weights, address, dense, empty, place_given, problem, stage_blocks, vectors
 from .checks import Call, checked
-from .cpu import thread
 from .packed import check, weight_type
 
 __all__ = ["Stack", "stack"]
@@ -118,10 +117,7 @@ class _Packed(_Stack):
         # Not by the engine's name: its single steps leave their products to torch.
         kind = weight_type(weight_dtype, self._like.dtype)
         own = [s._replace(engine="stream", weight_type=kind) for s, _ in layers]
-        tasks = [
-            problem(s, self._like.dtype, _input_weight(w).shape[1], Rows(), False, *thread.team)
-            for s, (_, w) in zip(own, layers, strict=True)
-        ]
+        tasks = [problem(s, self._like.dtype, _input_weight(w).shape[1], Rows(), False) for s, (_, w) in zip(own, layers, strict=True)]
         self._native = _C.Stream(tasks)
         self._workspace = empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (self._native.bytes,))
         self._native.place(self._workspace.data_ptr())
