@@ -224,26 +224,21 @@ def again(
     if training:
         results: tuple[Tensor, ...] = Sequence.apply(s, NO_ROWS, input, *six)  # type: ignore[no-untyped-call]
         return results
-    output, final, _ = _inference(s, packed, input, (), six, NO_ROWS, (), ())
+    output, final, _ = _inference(s, packed, (input, (), six, NO_ROWS, (), ()))
     return (output, *final)
 
 
-def _inference(
-    s: Sizes,
-    packed: Packed | Remembered | None,
-    input: Tensor,
-    states: Seq[Tensor],
-    weights: Weights,
-    rows: Rows,
-    given: Seq[Tensor],
-    resets: Seq[Tensor],
-) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """-> output, final states, histories; the arguments as engines take them."""
-    keeps = keeping(s, input, packed)
+# Input, states, weights, rows, given, resets, as engines take them.
+_Arguments = tuple[Tensor, Seq[Tensor], Weights, Rows, Seq[Tensor], Seq[Tensor]]
+
+
+def _inference(s: Sizes, packed: Packed | Remembered | None, arguments: _Arguments) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """-> output, final states, histories"""
+    keeps = keeping(s, arguments[0], packed)
     if keeps is None:
-        output, final, _, history = RUNS[s.engine].forward(s, False, input, states, weights, rows, given, resets)
+        output, final, _, history = RUNS[s.engine].forward(s, False, *arguments)
     else:
-        output, final, _, history = cpu.forward(keeps, False, input, states, weights, rows, given, resets, packed)
+        output, final, _, history = cpu.forward(keeps, False, *arguments, packed)
     return output, final, history
 
 
@@ -311,7 +306,7 @@ class _Eager(NamedTuple):
         if self.call.training:
             return self.shaped(Sequence.apply(s, self.rows, *tensors))  # type: ignore[no-untyped-call]
         weights, states, given, resets = grouped(s, tensors[1:])
-        output, final, history = _inference(s, self.packed, input, states, weights, self.rows, given, resets)
+        output, final, history = _inference(s, self.packed, (input, states, weights, self.rows, given, resets))
         return _shaped((output, *final, *history), len(final), input) if history else (output, *final)
 
     def shaped(self, results: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

@@ -4,6 +4,7 @@
 #include <map>
 #include <mutex>
 
+#include "core/apart.h"
 #include "engines/cpu/engine.h"
 #include "engines/cpu/walk.h"
 
@@ -100,7 +101,7 @@ bool far_apart(int threads) {
   if (now < looked.again) return looked.far;
   int team = 1;
   const auto waits = shortest_waits(threads, team);
-  if (waits != Clock::duration::max()) looked.far = team > 1 && waits > kWaits * std::chrono::nanoseconds(140 + 30 * (team - 2));
+  if (waits != Clock::duration::max()) looked.far = are_far(std::chrono::duration<double, std::nano>(waits).count() / kWaits, team);
   // On a busy machine a look takes as long as a team takes to come together: a hundredth of the time at most.
   const auto after = Clock::now();
   looked.again = after + std::max<Clock::duration>(std::chrono::milliseconds(100), 100 * (after - now));
