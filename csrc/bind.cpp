@@ -43,7 +43,7 @@ void fill(Given (&to)[n], const GivenSlots& from) {
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
                 bool reverse, bool training, bool complete, int threads, int products, Address lengths, Address resets, Address units,
-                int64_t module, int weight_type, bool keeps_packed, bool chained, bool far) {
+                int64_t module, int weight_type, bool keeps_packed, bool chained, int least) {
   if (!registry.find(cell) || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32) || weight_type < 0 ||
       weight_type >= kWeightTypes)
     throw std::invalid_argument("no such cell, storage type, way to multiply or type of weights");
@@ -67,7 +67,7 @@ Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t inp
                   WeightType(weight_type),
                   keeps_packed,
                   chained,
-                  far};
+                  least};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -224,6 +224,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     const Schedule s = cpu::schedule(p, cpu::page_of(p), backward);
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
   });
+  m.def("teams", [](const Problem& p, bool training) {
+    std::vector<std::tuple<int, int>> found;
+    for (const Team& team : cpu::teams(p, cpu::page_of(p), training)) found.emplace_back(team.least, team.most);
+    return found;
+  });
   m.def("gains_apart", cpu::gains_apart);
   m.def("gains_chained", cpu::gains_chained);
   // What the persistent engine would do with so many sequences at once on a device of so many multiprocessors, so much shared memory a
@@ -235,7 +240,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
   m.def("prefer_large_pages", [](Address memory, int64_t bytes) { cpu::prefer_large_pages(pointer(memory), bytes); });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
-  m.def("far_apart", cpu::far_apart, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
   // What is to be run, and running some that do not depend on each other side by side.

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkernels
-from rnnkernels import ops
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "RNN": rnnkernels.RNN,
@@ -53,29 +52,6 @@ def results(layer: Any, x: Tensor, cotangent: Tensor, weights: bool = True, **in
 def same(found: list[Tensor], expected: list[Tensor]) -> None:
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(a, b), f"result {i}"
-
-
-@pytest.mark.usefixtures("two_threads")
-def test_cores_near_and_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops.cpu._C, "far_apart", lambda threads: False)
-    sizes = [H for H in (8, 16, 32, 64) if rnnkernels.explain(rnnkernels.LSTM(SIZE, H), torch.randn(T, 1, SIZE)).plans[0].threads == 2]
-    H = sizes[0]  # the smallest that two threads share, however wide this instruction set's vectors
-    layer, x, why = rnnkernels.LSTM(SIZE, H), torch.randn(T, 1, SIZE), []
-    layer(x)  # what is known of a call is not how far the cores are
-    found = []
-    for far in (False, True, False):
-        monkeypatch.setattr(ops.cpu._C, "far_apart", lambda threads, far=far: far)
-        (plan,) = rnnkernels.explain(layer, x).plans
-        why.append((plan.threads, "far apart" in plan.why))
-        found.append(results(layer, x, torch.ones(T, 1, H)))
-    assert why == [(2, False), (1, True), (2, False)]
-    same(found[1], found[0])
-    same(found[2], found[0])
-
-
-def test_one_thread_is_not_far_from_itself() -> None:
-    assert not ops.cpu._C.far_apart(1)
-    assert not ops.cpu._C.far_apart(0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -31,9 +31,6 @@ inline bool gains_apart(const Machine& m, const CellInfo& cell, const Problem& p
   return is_sooner(m, cell, p, sequence_ns(m, cell, p, training, 1), 2 * sequence_ns(m, cell, p, training, p.threads));
 }
 
-// Whether cores are far apart (Problem::far) of whose threads a barrier takes so long.
-inline bool are_far(double barrier_ns, int threads) { return threads > 1 && barrier_ns > 140 + 30 * (threads - 2); }
-
 constexpr double kChainSaves = 10e3;  // nanoseconds
 
 // p: any layer but the first, whose input is `first_input` wide.

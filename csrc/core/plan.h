@@ -55,13 +55,6 @@ inline Product grad_weight_product(int64_t operand_width, int64_t tokens) { retu
 // So many tokens are added up before their sum is added to others: one chain over thousands would lose digits.
 constexpr int64_t kTokensInAChain = 16;
 
-// What threads pay for what others write: a barrier; a cache line of an operand, of gate gradients for the products over tokens, of rows
-// beside their own, which their prefetchers fetch. Of the latter two so many a step at most: more of them stream by.
-struct Distance {
-  double barrier_ns, line_ns, token_line_ns, row_line_ns;
-  static double lines_ns(double lines, double ns) { return (lines < 160 ? lines : 160) * ns; }
-};
-
 struct Machine {
   int lanes;      // of the number type
   int registers;  // accumulators a tile may use
@@ -72,9 +65,8 @@ struct Machine {
   int64_t chunk_bytes = 256 << 10;  // of input gates a thread makes at a time: they are still in its L2 when the steps want them
   int64_t grad_tokens = 256;        // of gate gradients between two rounds of products: long enough for their sums to be written seldom
   int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
+  double barrier_ns = 250, line_ns = 5;      // line: of an operand that another thread wrote
   double fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
-  Distance near = {250, 5, 0, 0}, far = {550, 70, 150, 25};
-  const Distance& distance(const Problem& p) const { return p.far ? far : near; }
 };
 
 struct Schedule {
@@ -87,6 +79,7 @@ struct Schedule {
   int grad_input_blocks = 1, grad_weight_ih_blocks = 1, grad_weight_blocks[kMaxStages] = {1, 1, 1, 1};
   double ns = 0;  // the model's estimate
   int threads() const { return row_groups * unit_groups; }
+  bool same_team(const Schedule& other) const { return row_groups == other.row_groups && unit_groups == other.unit_groups; }
 };
 
 RNN_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -161,10 +154,10 @@ inline int64_t chain_steps(const Problem& p) {
 }
 
 // The quickest schedule of at least and at most so many threads.
-inline Schedule quickest(const Machine& m, const CellInfo& cell, const Problem& p, bool backward, int least, int most) {
+inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
+  const int most = p.threads < 1 ? 1 : p.threads, least = p.least < most ? p.least : most;
   const bool gradients = backward && !p.complete;
   const Schedule base = gradients ? grad_schedule(m, cell, p) : Schedule();
-  const Distance& distance = m.distance(p);
   double products = 0;  // multiply-adds a token of the products outside the recurrence
   if (gradients) {
     products = 2.0 * double(p.input) * double(cell.input_slots() * p.hidden);
@@ -180,10 +173,7 @@ inline Schedule quickest(const Machine& m, const CellInfo& cell, const Problem& 
       s.row_groups = row_groups;
       s.unit_groups = unit_groups;
       const int64_t rows = ceil_div(p.batch, row_groups);
-      // A thread multiplies the gate gradients of all tokens, of which others have made their part.
-      const double lines = double(p.batch * m.number_bytes) / 64, theirs = double(s.threads() - 1) / s.threads();
-      double pack = 0, step = row_groups > 1 ? Distance::lines_ns(lines * double(p.output), distance.row_line_ns) : 0;
-      if (gradients) step += Distance::lines_ns(lines * double(cell.slots * p.hidden) * theirs, distance.token_line_ns);
+      double pack = 0, step = 0;
       double input = products * double(p.batch) * double(p.steps) / m.lanes * 1.15 * m.fma_ns / s.threads();
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
@@ -196,7 +186,7 @@ inline Schedule quickest(const Machine& m, const CellInfo& cell, const Problem& 
         step += product_ns(m, product, s.blocks[stage], rows, unit_groups);
         if (product.depth && unit_groups > 1) {
           const double row = double(product.depth) * (unit_groups - 1) / unit_groups * m.number_bytes / 64;
-          step += distance.barrier_ns + 50 * (unit_groups - 2) + double(rows) * row * distance.line_ns;
+          step += m.barrier_ns + 50 * (unit_groups - 2) + double(rows) * row * m.line_ns;
         }
         if (!backward && !p.complete) {
           const Product in = input_product(cell, p, stage);
@@ -219,14 +209,32 @@ inline Schedule quickest(const Machine& m, const CellInfo& cell, const Problem& 
   return best;
 }
 
-inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
+struct Team {
+  int least, most;  // threads
+};
+
+constexpr int kTeams = 4;
+constexpr double kShortStep = 50e3, kWorthTrying = 2.2;  // nanoseconds; times the model's choice
+
+// The teams of which one may be the quickest for a problem forward and, training, backward: the model's choice first, then others. For the
+// model errs where steps are short and cores are not those that it was fitted to, or where the machine moves them: two that share no cache
+// and halve a batch have been a third slower than one.
+inline int teams(const Machine& m, const CellInfo& cell, Problem p, bool training, Team (&found)[kTeams]) {
   const int threads = p.threads < 1 ? 1 : p.threads;
-  if (!p.far || !p.training || threads == 1) return quickest(m, cell, p, backward, 1, threads);
-  // What forward keeps, backward had better read on the same core: both are serial or neither is.
-  const auto both = [&](int least, int most) {
-    return quickest(m, cell, p, false, least, most).ns + quickest(m, cell, p, true, least, most).ns;
+  Schedule forward[kTeams], backward[kTeams];
+  int count = 0;
+  const auto consider = [&](int least, int most) {
+    p.least = least, p.threads = most;
+    const Schedule f = plan(m, cell, p, false), b = training ? plan(m, cell, p, true) : Schedule();
+    for (int i = 0; i < count; ++i)
+      if (forward[i].same_team(f) && backward[i].same_team(b)) return;
+    const double ns = f.ns + b.ns, least_ns = forward[0].ns + backward[0].ns;
+    if (count && (ns > kWorthTrying * least_ns || least_ns > kShortStep * double(p.steps))) return;
+    if (count < kTeams) forward[count] = f, backward[count] = b, found[count++] = {least, most};
   };
-  return both(1, 1) < both(2, threads) ? quickest(m, cell, p, backward, 1, 1) : quickest(m, cell, p, backward, 2, threads);
+  consider(1, threads);
+  for (int least = 1, most = 1; least <= threads; least = most + 1, most *= 2) consider(least, most < threads ? most : threads);
+  return count;
 }
 
 // A row of numbers in the workspace: an odd number of cache lines, so that the rows of a tile do not fall into the same few sets of the

@@ -43,7 +43,7 @@ struct Problem {
   WeightType weight_type = WeightType::Numbers;
   bool keeps_packed = false;  // packed weights lie in memory of the caller's, who may have them from call to call
   bool chained = false;       // a layer of a stack whose layers run at the same time, each a few steps behind the one below
-  bool far = false;           // what one thread writes reaches another late
+  int least = 1;              // threads, where there are as many
 };
 
 // Where a slot's given numbers lie: [H] each, so many elements from a token and from a row to the next; 0: the same for all of them.

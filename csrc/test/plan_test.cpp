@@ -182,7 +182,7 @@ int main() {
                 if (!training && !complete && bytes == 4) p.weight_type = WeightType(batch % kWeightTypes);
                 p.keeps_packed = !training && !complete && threads % 2;
                 p.chained = !training && !complete && batch % 4 == 1;
-                p.far = hidden % 3 == 0;
+                p.least = hidden % 3 ? 1 : threads / 2;
                 test(m, cell, p, backward);
                 ++count;
               }
@@ -190,19 +190,28 @@ int main() {
   const Machine wide{16, 24, 4};
   const CellInfo& lstm =
       *std::find_if(std::begin(kCells), std::end(kCells), [](const CellInfo& c) { return !std::strcmp(c.name, "lstm"); });
-  const auto team = [&](int64_t batch, int64_t hidden, bool far, bool training, bool backward, int threads = 2) {
-    Problem p{0, Storage::F32, 100, batch, hidden, hidden, hidden, nullptr, false, training, false, threads};
-    p.far = far;
-    return plan(wide, lstm, p, backward).threads();
+  const auto tried = [&](int64_t batch, int64_t hidden, int threads, bool training) {
+    const Problem p{0, Storage::F32, 100, batch, hidden, hidden, hidden, nullptr, false, training, false, threads};
+    Team found[kTeams];
+    const int count = teams(wide, lstm, p, training, found);
+    check(found[0].least == 1 && found[0].most == threads, "first comes what the model would do");
+    bool serial = false;
+    for (int i = 0; i < count; ++i) {
+      Problem of_team = p;
+      of_team.least = found[i].least, of_team.threads = found[i].most;
+      const Schedule forward = plan(wide, lstm, of_team, false), backward = plan(wide, lstm, of_team, true);
+      for (const Schedule& s : {forward, backward})
+        check(s.threads() >= found[i].least && s.threads() <= found[i].most, "a team has so many threads: B %ld H %ld", long(batch),
+              long(hidden));
+      serial = serial || (forward.threads() == 1 && (!training || backward.threads() == 1));
+    }
+    return std::pair(count, serial);
   };
-  check(team(1, 64, false, true, false) == 2 && team(1, 64, false, true, true) == 2, "a small step is shared by cores that are near");
-  check(team(1, 64, true, true, false) == 1 && team(1, 64, true, true, true) == 1, "and not by cores far apart");
-  check(team(1, 512, true, false, false) == 2 && team(64, 128, true, true, true) == 2, "large ones are shared in any case");
-  for (int64_t batch : {1, 2, 3, 4, 8, 16, 32, 64, 128})
-    for (int64_t hidden : {32, 64, 96, 128, 192, 256, 512})
-      for (int threads : {2, 4, 16})
-        check((team(batch, hidden, true, true, false, threads) == 1) == (team(batch, hidden, true, true, true, threads) == 1),
-              "far apart, forward and backward are both serial or neither is: B %ld H %ld threads %d", long(batch), long(hidden), threads);
+  check(tried(1, 64, 2, false) == std::pair(2, true) && tried(1, 64, 2, true).second, "a small step may be quicker alone");
+  check(tried(1, 64, 1, true) == std::pair(1, true), "one thread has no choice");
+  check(tried(1, 512, 2, false) == std::pair(1, false) && tried(64, 256, 2, true) == std::pair(1, false), "a large one is shared");
+  for (int threads : {3, 4, 16, 61})
+    for (int64_t batch : {1, 8, 64}) check(tried(batch, 256, threads, batch == 8).first <= kTeams, "few are tried");
   const auto apart = [&](int64_t steps, int64_t batch, int64_t hidden, int threads) {
     const Problem p{0, Storage::F32, steps, batch, hidden, hidden, hidden, nullptr, false, true, steps == 1, threads};
     return gains_apart(wide, kCells[0], p, true);

@@ -218,9 +218,9 @@ def tf32_allowed() -> bool:
 
 
 def problem(
-    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int = 0, chained: bool = False, far: bool = False
+    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int = 0, chained: bool = False, least: int = 1
 ) -> _C.Problem:
-    """For so many threads; 0: torch's. ``far``: what one of them writes reaches another late."""
+    """For ``least`` to ``threads`` threads; 0: torch's."""
     return _C.Problem(
         s.cell.index,
         STORAGE[dtype],
@@ -242,7 +242,7 @@ def problem(
         s.weight_type,
         s.keeps,
         chained,
-        far,
+        least,
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from collections.abc import Sequence as Seq
+from time import perf_counter_ns
 from typing import Any, NamedTuple
 
 import torch
@@ -38,6 +39,7 @@ from .cells import (
     summed_bias,
     vectors,
 )
+from .choice import Choice
 from .packed import Pack, Packed, Packing, Remembered
 from .together import Together
 
@@ -115,43 +117,84 @@ class _Task(NamedTuple):
     complete: bool
     bytes: int  # of the workspace
     packing: Packing
-    shared: bool  # by several threads
 
 
-def _make_task(
-    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, team: tuple[int, bool, bool]
-) -> _Task:
-    task = problem(s, dtype, input_size, rows, training, *team)
-    row_groups, unit_groups, *_ = _C.schedule(task, backward)
-    return _Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task), row_groups * unit_groups > 1)
+class _Team(NamedTuple):
+    most: int
+    chained: bool
+    least: int  # threads
+
+
+class _Teams(NamedTuple):
+    """Those that may run a kind of calls, and which does; None: there is one."""
+
+    all: list[_Team]
+    choice: Choice | None
 
 
 @functools.lru_cache(maxsize=1024)
-def _task_of_whole_rows(
-    s: Sizes, dtype: torch.dtype, input_size: int, training: bool, backward: bool, complete: bool, team: tuple[int, bool, bool]
-) -> _Task:
-    """Known by its sizes. ``complete`` depends on a setting of torch's too."""
-    return _make_task(s, dtype, input_size, NO_ROWS, training, backward, team)
+def _teams(s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, threads: int, chained: bool) -> _Teams:
+    pairs = _C.teams(problem(s, dtype, input_size, NO_ROWS, training, threads, chained), training)
+    return _Teams([_Team(most, chained, least) for least, most in pairs], Choice(len(pairs)) if len(pairs) > 1 else None)
 
 
-def task_of(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool = False) -> _Task:
-    """Planned for threads that are near; only where several would share the work it matters whether they are."""
-    threads, chained = thread.threads, thread.chained
+def _teams_of(s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, threads: int, chained: bool) -> _Teams:
+    """Calls are of one kind up to twice as many steps, in either direction."""
+    kind = s._replace(steps=1 << max(s.steps.bit_length() - 1, 0), reverse=False)
+    return _teams(kind, dtype, input_size, ragged, training, threads, chained)
 
-    def of_team(far: bool) -> _Task:
-        if rows.sizes is None and not s.cut:
-            complete = s.steps == 1 and s.complete
-            return _task_of_whole_rows(s, dtype, input_size, training, backward, complete, (threads, chained, far))
-        return _make_task(s, dtype, input_size, rows, training, backward, (threads, chained, far))
 
-    task = of_team(False)
-    return of_team(True) if task.shared and _C.far_apart(threads) else task
+def _make_task(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, team: _Team) -> _Task:
+    task = problem(s, dtype, input_size, rows, training, *team)
+    return _Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task))
+
+
+@functools.lru_cache(maxsize=1024)
+def _tasks_of_whole_rows(
+    s: Sizes, dtype: torch.dtype, input_size: int, training: bool, backward: bool, complete: bool, threads: int, chained: bool
+) -> tuple[list[_Task], Choice | None]:
+    """For each team. Known by the sizes; ``complete`` depends on a setting of torch's too."""
+    teams = _teams_of(s, dtype, input_size, False, training, threads, chained)
+    return [_make_task(s, dtype, input_size, NO_ROWS, training, backward, team) for team in teams.all], teams.choice
+
+
+class Turn(NamedTuple):
+    """A call's way to run, and whom it tells how long that took."""
+
+    task: _Task
+    way: int
+    choice: Choice | None
+
+
+def turn_of(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool = False, looks: bool = False) -> Turn:
+    """``looks``: no call follows."""
+    threads, chained, whole = thread.threads, thread.chained, rows.sizes is None and not s.cut
+    tasks: list[_Task] = []
+    if whole:
+        complete = s.steps == 1 and s.complete
+        tasks, choice = _tasks_of_whole_rows(s, dtype, input_size, training, backward, complete, threads, chained)
+    else:
+        teams, choice = _teams_of(s, dtype, input_size, rows.sizes is not None, training, threads, chained)
+    if choice is None:
+        way = 0
+    elif looks:
+        way = choice.best
+    else:
+        way = choice.backward() if _follows(s, backward) else choice.forward()
+    task = tasks[way] if whole else _make_task(s, dtype, input_size, rows, training, backward, teams[way])
+    return Turn(task, way, choice)
+
+
+def _follows(s: Sizes, backward: bool) -> bool:
+    """A forward call that kept what this one reads, which had better run on the same cores."""
+    return backward and not s.recompute
 
 
 def forget() -> None:
     """What was known of an instruction set."""
     gains_chained.cache_clear()
-    _task_of_whole_rows.cache_clear()
+    _tasks_of_whole_rows.cache_clear()
+    _teams.cache_clear()
 
 
 def forward(
@@ -172,7 +215,7 @@ def forward(
     tokens = dense(input)
     around = tokens.shape[:-1]
     N, keeps = around.numel(), training and not s.recompute
-    task, complete, bytes, packing, _ = task_of(s, tokens.dtype, tokens.shape[-1], rows, keeps)
+    (task, complete, bytes, packing), way, choice = turn_of(s, tokens.dtype, tokens.shape[-1], rows, keeps)
     kept = new_kept(s, input, N) if keeps or complete else None
     output = empty(input, (*around, s.output))
     final, history, moments = [input.new_empty(s.batch, s.output)], list[Tensor](), list[Tensor]()
@@ -209,7 +252,10 @@ def forward(
         address(own),
         pack,
     )
+    started = perf_counter_ns()
     thread.run(call, done, tokens, states, weights, rows, kept, output, final, history, moments, workspace, own)
+    if choice is not None and choice.asks:
+        choice.took(way, False, perf_counter_ns() - started, N if rows.lengths is None else int(rows.lengths.sum()))
     return output, final, kept if keeps else None, [*history, *moments]
 
 
@@ -287,7 +333,7 @@ def backward(
         kept, overwrite = recompute(s, input, states, weights, rows, output, history, given, resets), True
     upstream = [None if g is None else dense(g) for g in grad_states]
     finals = [None if g is None else dense(g) for g in grad_final]
-    task, complete, bytes, *_ = task_of(s, input.dtype, input.shape[-1], rows, True, True)
+    (task, complete, bytes, _), way, choice = turn_of(s, input.dtype, input.shape[-1], rows, True, True)
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     _, of_states, of_given, of_resets = grouped(s, needs[1:])
@@ -324,7 +370,11 @@ def backward(
         [address(g) for g in found],
     )
     held = (tokens, states, weights, rows, kept, gates, output, history, upstream, finals, initial, grads, workspace, found)
+    started = perf_counter_ns()
     thread.run(call, None, *held)
+    if choice is not None and choice.asks:
+        N = kept.shape[0] if rows.lengths is None else int(rows.lengths.sum())
+        choice.took(way, _follows(s, True), perf_counter_ns() - started, N)
     if complete:
         after = [output.flatten(0, -2), *history]
         _complete_backward(s, grads, initial, gates, kept, tokens.flatten(0, -2), states, weights, after)

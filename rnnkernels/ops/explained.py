@@ -95,12 +95,10 @@ def _facts(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
 
 def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
     dtype, input_size, chained = call.input.dtype, call.input.shape[-1], cpu.thread.chained
-    threads = 1 if beside else cpu.thread.threads
-    task = problem(s, dtype, input_size, rows, call.training, threads, chained)
-    row_groups, unit_groups, *_ = _C.schedule(task, call.training)
-    shared = row_groups * unit_groups > 1
-    if not beside:
-        task = cpu.task_of(s, dtype, input_size, rows, call.training, call.training).problem
+    if beside:
+        task, choice = problem(s, dtype, input_size, rows, call.training, 1), None
+    else:
+        (task, *_), _, choice = cpu.turn_of(s, dtype, input_size, rows, call.training, call.training, looks=True)
     row_groups, unit_groups, panel, _ = _C.schedule(task, call.training)
     if s.complete:
         reason = "one step: both products by torch, the rest in one pass"
@@ -109,13 +107,15 @@ def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
     elif chained:
         reason = "at the same time as the other layers, some steps behind the one below, on a thread each"
     elif row_groups * unit_groups == 1:
-        reason = f"serial: a step is too short to share{' by cores far apart' * shared}" if threads > 1 else "serial: one thread"
+        reason = "serial: a step is too short to share" if cpu.thread.threads > 1 else "serial: one thread"
     elif unit_groups == 1:
         reason = "the batch is split: no barrier"
     elif row_groups == 1:
         reason = "the units are split: each thread keeps its share of the weights, one barrier a step"
     else:
         reason = "batch and units are split"
+    if choice is not None:
+        reason += f"; the quickest of {choice.ways} ways when last tried" if choice.tried else f"; first of {choice.ways} ways to be tried"
     bytes = _C.workspace_bytes(task, call.training)
     schedule = f"{row_groups} × {unit_groups} groups of rows × units, {panel} units a panel, {bytes} bytes of workspace"
     return Facts("cpu", _C.isa(), row_groups * unit_groups, schedule, f"{reason} (torch.get_num_threads() = {torch.get_num_threads()})")

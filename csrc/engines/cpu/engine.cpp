@@ -25,6 +25,12 @@ int lanes(const Problem& p) { return machine(current(), p).lanes; }
 
 Schedule schedule(const Problem& p, const Page& page, bool backward) { return plan(machine(current(), p), page.cell, p, backward); }
 
+std::vector<Team> teams(const Problem& p, const Page& page, bool training) {
+  Team found[kTeams];
+  const int count = rnnkernels::teams(machine(current(), p), page.cell, p, training, found);
+  return {found, found + count};
+}
+
 Packing packing(const Problem& p, const Page& page) {
   const Machine m = machine(current(), p);
   const Schedule s = plan(m, page.cell, p, false);

@@ -28,6 +28,7 @@ void add_page(int cell, const std::string& isa, const Page&);
 std::string fits(const Problem&, const Page&);
 int lanes(const Problem&);  // of the chosen instruction set's numbers
 Schedule schedule(const Problem&, const Page&, bool backward);
+std::vector<Team> teams(const Problem&, const Page&, bool training);
 int64_t workspace_bytes(const Problem&, const Page&, bool backward);
 // How many bytes packed weights take, and what tells whether those of one problem serve another with the same weights: sizes, types, cuts.
 struct Packing {
@@ -61,8 +62,5 @@ void prefer_large_pages(void* memory, int64_t bytes);
 // barrier's time.
 double measure_bandwidth(int64_t bytes, int threads);
 double measure_barrier(int threads);
-// Whether what one of so many threads writes reaches another late, as between cores that share no cache. Looked at anew every so often: a
-// virtual machine's cores move.
-bool far_apart(int threads);
 
 }  // namespace rnnkernels::cpu

@@ -1,10 +1,7 @@
-// What this machine can do, measured: the benchmarks' roofs, and what plans depend on.
-#include <atomic>
+// The roofs of the benchmarks, measured with the engine's own product and barrier.
 #include <chrono>
-#include <map>
 #include <mutex>
 
-#include "core/apart.h"
 #include "engines/cpu/engine.h"
 #include "engines/cpu/walk.h"
 
@@ -50,62 +47,6 @@ double measure_barrier(int threads) {
     if (id == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
   });
   return seconds / repeats * 1e6;
-}
-
-namespace {
-
-using Clock = std::chrono::steady_clock;
-
-constexpr int kWaits = 8, kRounds = 8;
-constexpr auto kPatience = std::chrono::microseconds(100);
-
-// The shortest of a few rounds of as many waits, since whatever disturbs one only makes it longer. Nobody sleeps or waits long: where
-// threads have no core each there is no answer.
-Clock::duration shortest_waits(int threads, int& team) {
-  std::atomic<int> arrived{0};
-  std::atomic<bool> stop{false};
-  Clock::duration shortest = Clock::duration::max();
-  run_team(threads, [&](int id, int members) {
-    if (id == 0) team = members;
-    const auto deadline = Clock::now() + kPatience;
-    for (int round = 0; round < kRounds; ++round) {
-      const auto start = Clock::now();
-      for (int n = 1; n <= kWaits; ++n) {
-        arrived.fetch_add(1);
-        for (int spins = 1; arrived.load(std::memory_order_acquire) < (round * kWaits + n) * members; ++spins) {
-          pause_thread();
-          if (stop.load(std::memory_order_relaxed)) return;
-          if (spins % 64 == 0 && Clock::now() > deadline) return stop.store(true);
-        }
-      }
-      if (id == 0) shortest = std::min(shortest, Clock::now() - start);
-    }
-  });
-  return shortest;
-}
-
-struct Looked {
-  Clock::time_point again;
-  bool far = false;
-};
-
-}  // namespace
-
-bool far_apart(int threads) {
-  static std::mutex mutex;
-  static std::map<int, Looked> known;
-  if (threads < 2) return false;
-  const std::lock_guard<std::mutex> lock(mutex);
-  Looked& looked = known[threads];
-  const auto now = Clock::now();
-  if (now < looked.again) return looked.far;
-  int team = 1;
-  const auto waits = shortest_waits(threads, team);
-  if (waits != Clock::duration::max()) looked.far = are_far(std::chrono::duration<double, std::nano>(waits).count() / kWaits, team);
-  // On a busy machine a look takes as long as a team takes to come together: a hundredth of the time at most.
-  const auto after = Clock::now();
-  looked.again = after + std::max<Clock::duration>(std::chrono::milliseconds(100), 100 * (after - now));
-  return looked.far;
 }
 
 }  // namespace rnnkernels::cpu

@@ -22,7 +22,7 @@ double step_ns(const Machine& m, const CellInfo& cell, const Problem& p, const S
   for (int stage = 0; stage < cell.stages; ++stage) {
     ns += product_ns(m, forward_product(cell, p, stage), s.blocks[stage], rows, s.unit_groups);
     ns += product_ns(m, input_product(cell, p, stage), s.input_blocks[stage], rows, s.unit_groups);
-    if (s.unit_groups > 1) ns += m.distance(p).barrier_ns;
+    if (s.unit_groups > 1) ns += m.barrier_ns;
   }
   return ns;
 }
@@ -37,7 +37,7 @@ Stream::Stream(const std::vector<Problem>& layers) {
     const Machine m = machine(current(), p);
     const Schedule team = plan(m, cell, p, false);
     threads_ = std::max(threads_, team.threads());
-    shared += step_ns(m, cell, p, team) + m.distance(p).barrier_ns;
+    shared += step_ns(m, cell, p, team) + m.barrier_ns;
     p.threads = 1;
     alone += step_ns(m, cell, p, plan(m, cell, p, false));
   }
