@@ -21,8 +21,9 @@ def main() -> None:
     leaky = rnnkernels.load_cell(Path(__file__).with_suffix(".h"))
     layer, readout = leaky(2, 32), torch.nn.Linear(32, 1)
     torch.nn.init.constant_(layer.weight_v_l0, -3)  # slow units: σ(-3) is a time constant of twenty steps
-    optimizer = torch.optim.Adam([*layer.parameters(), *readout.parameters()], lr=1e-2)
-    for iteration in range(301):
+    parameters = [*layer.parameters(), *readout.parameters()]
+    optimizer = torch.optim.Adam(parameters, lr=1e-2)
+    for iteration in range(501):
         values = torch.rand(60, 64, 1) * 2 - 1
         cue = torch.zeros(60, 64, 1)
         cue[0] = 1  # what is shown with the cue is asked for at the end
@@ -30,6 +31,7 @@ def main() -> None:
         loss = torch.nn.functional.mse_loss(readout(output[-1]), values[0])
         optimizer.zero_grad()
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         if iteration % 100 == 0:
             print(f"iteration {iteration}: mean squared error {loss.item():.4f}")

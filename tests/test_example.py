@@ -46,7 +46,7 @@ def test_leaky() -> None:
     done = subprocess.run([sys.executable, EXAMPLE.with_name("leaky.py")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     errors = [float(line.rsplit(" ", 1)[1]) for line in done.stdout.splitlines() if line.startswith("iteration")]
-    assert len(errors) == 4
+    assert len(errors) == 6
     assert errors[-1] < errors[0] / 2
 
 

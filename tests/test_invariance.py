@@ -22,6 +22,7 @@ LAYERS: dict[str, Callable[..., Any]] = {
     "DreamerGRU": rnnkernels.DreamerGRU,
 }
 T, B, SIZE, H = 9, 13, 6, 40
+LARGE = 33  # a batch
 
 
 @pytest.fixture(params=LAYERS)
@@ -65,6 +66,30 @@ def test_threads_and_reruns(make: Any, dtype: torch.dtype) -> None:
         found.append(results(layer, x, torch.ones_like(output)))
     for other in found[1:]:
         same(other, found[0])
+
+
+@pytest.mark.parametrize("inside", ["whole", "lengths", "resets"])
+@pytest.mark.usefixtures("restore")
+def test_sums_of_two_groups_of_rows(make: Any, inside: str) -> None:
+    """Each half of a large batch has sums over tokens of its own, whoever adds them up; together they are those of the rows one by one."""
+    layer, x = make(dtype=torch.float64), torch.randn(T, LARGE, SIZE, dtype=torch.float64)
+    given: dict[str, Tensor] = {}
+    if inside == "lengths":
+        given["lengths"] = torch.cat([torch.tensor([T]), torch.randint(0, 4, (LARGE - 1,))])  # one row, and then the others
+    if inside == "resets":
+        given["reset_mask"] = torch.rand(T, LARGE) < 0.2
+    cotangent, found = torch.randn_like(layer(x)[0]), []
+    for threads in (1, 2, 3, 4, 6):
+        torch.set_num_threads(threads)
+        found.append(results(layer, x, cotangent, **given))
+    for other in found[1:]:
+        same(other, found[0])
+    rows = [
+        results(layer, x[:, b : b + 1], cotangent[:, b : b + 1], **{k: v[..., b : b + 1] for k, v in given.items()}) for b in range(LARGE)
+    ]
+    count = len(list(layer.parameters()))
+    for i, grad in enumerate(found[0][-count:]):
+        torch.testing.assert_close(grad, torch.stack([row[-count:][i] for row in rows]).sum(0), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -75,7 +75,8 @@ struct Schedule {
   int input_blocks[kMaxStages] = {1, 1, 1,
                                   1};  // likewise for the input's product: a divisor, so that panels' owners own whole ones of these
   int64_t chunk = 1;                   // steps whose input gates are made at a time
-  int64_t grad_chunk = 1;              // steps between two rounds of backward's products; the same for any number of threads
+  int64_t grad_chunk = 1;              // steps between two rounds of backward's products; this and the next: the same for any threads
+  int sum_groups = 1;                  // of rows, whose sums over tokens are added up apart
   int grad_input_blocks = 1, grad_weight_ih_blocks = 1, grad_weight_blocks[kMaxStages] = {1, 1, 1, 1};
   double ns = 0;  // the model's estimate
   int threads() const { return row_groups * unit_groups; }
@@ -134,12 +135,33 @@ inline int best_blocks(const Machine& m, const Product& p, int64_t rows, int uni
   return best;
 }
 
+constexpr int kSumGroups = 2;
+
+// Where matrices are not large and tokens many, backward's sums are cut in two, so that threads which have halved the batch need not hand
+// each other their gate gradients.
+inline int sum_groups(const Machine& m, const CellInfo& cell, const Problem& p) {
+  int64_t recurrent = 0;
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    const Product product = forward_product(cell, p, stage);
+    recurrent += product.units * product.columns * product.depth * m.number_bytes;
+  }
+  const bool many = !p.rows && !p.units && !p.complete && p.batch >= 16;
+  return many && recurrent <= 2 * m.l2_bytes && p.steps * p.batch >= 2 * (p.input + p.output) ? kSumGroups : 1;
+}
+
+// At most so many rows of a step are a group's. With lengths the groups have about as many tokens, not rows.
+inline int64_t most_rows(const Problem& p, int groups) { return p.lengths ? p.batch : ceil_div(p.batch, groups); }
+
 // The part of a backward schedule that is no choice among schedules.
 inline Schedule grad_schedule(const Machine& m, const CellInfo& cell, const Problem& p) {
   Schedule s;
-  const int64_t batch = p.batch > 1 ? p.batch : 1, chunk = ceil_div(m.grad_tokens, batch);
+  s.sum_groups = sum_groups(m, cell, p);
+  const int64_t rows = p.batch > 1 ? ceil_div(p.batch, s.sum_groups) : 1;
+  // Fewer tokens a group where so many would leave the cache before the other group is done.
+  const bool fit = m.grad_tokens * cell.room() * p.hidden * m.number_bytes <= m.l2_bytes;
+  const int64_t chunk = ceil_div(fit ? m.grad_tokens : m.grad_tokens / s.sum_groups, rows);
   s.grad_chunk = chunk < p.steps ? chunk : p.steps > 1 ? p.steps : 1;
-  const int64_t tokens = s.grad_chunk * batch;
+  const int64_t tokens = s.grad_chunk * rows;
   s.grad_input_blocks = best_blocks(m, grad_input_product(cell, p), tokens, 1);
   s.grad_weight_ih_blocks = best_blocks(m, grad_weight_product(p.input, tokens), p.hidden, 1);
   for (int stage = 0; stage < cell.stages; ++stage)
@@ -278,10 +300,11 @@ struct Layout {
   int64_t partial, totals;
   int64_t bias;     // forward: of the input's slots, as numbers
   int64_t numbers;  // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
-  // Backward's products, for K = grad_chunk · B tokens: gate gradients as numbers [K][X slots·H] and turned [slots·H][K], panels of the
-  // input, of each stage's operand and of W; sums over the slots and vectors; for half types sums of the weights' gradients.
-  int64_t grad_numbers, grad_turned, grad_input, grad_operand[kMaxStages], grad_packed, grad_slots, grad_vectors, grad_weight_ih,
-      grad_weights[kMaxStages];
+  // Backward's products: panels of W; and for each group of rows, so many bytes apart, for its K tokens of grad_chunk steps: gate gradients
+  // as numbers [K][X slots·H] and turned [slots·H][K], panels of the input and of each stage's operand; sums over the slots and vectors;
+  // for half types and, but for the first group, where there are several, sums of the weights' gradients.
+  int64_t grad_packed, grad_numbers, grad_turned, grad_input, grad_operand[kMaxStages], grad_slots, grad_vectors, grad_weight_ih,
+      grad_weights[kMaxStages], grad_group;
   int64_t bytes = 0;
 
   int64_t take(int64_t n) {
@@ -328,13 +351,14 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   const int64_t regions = p.units ? s.threads() : 1;  // units that are owned in turns do not lie side by side
   l.gates = l.take(input && !p.training ? regions * s.chunk * p.batch * cell.input_slots() * p.hidden * storage : 0);
   const bool gradients = backward && !p.complete;
-  const int64_t tokens = gradients ? s.grad_chunk * p.batch : 0, units = gradients ? cell.slots * p.hidden : 0;
+  const int64_t tokens = gradients ? s.grad_chunk * most_rows(p, s.sum_groups) : 0, units = gradients ? cell.slots * p.hidden : 0;
   const auto matrix = [&](int64_t n, int64_t width) { return n * padded(width, m.number_bytes) * m.number_bytes; };
-  const bool sums = gradients && storage != m.number_bytes;
+  const bool sums = gradients && (storage != m.number_bytes || s.sum_groups > 1);
+  l.grad_packed = l.take(gradients ? panels(grad_input_product(cell, p), s.grad_input_blocks) : 0);
+  const int64_t first_group = l.bytes;
   l.grad_numbers = l.take(gradients ? matrix(tokens, cell.input_slots() * p.hidden) : 0);
   l.grad_turned = l.take(matrix(units, tokens));
   l.grad_input = l.take(gradients ? panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks) : 0);
-  l.grad_packed = l.take(gradients ? panels(grad_input_product(cell, p), s.grad_input_blocks) : 0);
   l.grad_slots = l.take(units * m.number_bytes);
   l.grad_vectors = l.take(gradients ? cell.vectors * p.hidden * m.number_bytes : 0);
   l.grad_weight_ih = l.take(sums ? cell.input_slots() * p.hidden * p.input * m.number_bytes : 0);
@@ -343,6 +367,8 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
     l.grad_operand[stage] = l.take(gradients ? panels(grad_weight_product(width, tokens), s.grad_weight_blocks[stage]) : 0);
     l.grad_weights[stage] = l.take(sums ? cell.hidden_slots(stage) * width_of(p, cell.stage[stage].width) * width * m.number_bytes : 0);
   }
+  l.grad_group = l.bytes - first_group;
+  l.take((s.sum_groups - 1) * l.grad_group);
   l.bias = l.take(input ? cell.input_slots() * p.hidden * m.number_bytes : 0);
   l.numbers = l.take(input && storage != m.number_bytes ? s.threads() * s.chunk * p.batch * p.input * m.number_bytes : 0);
   return l;

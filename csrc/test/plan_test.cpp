@@ -74,25 +74,30 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     if (s.grad_chunk < 1 || s.grad_chunk > std::max<int64_t>(p.steps, 1)) where("a round of no steps or more than all");
     Problem alone = p;
     alone.threads = 1;
-    if (plan(m, cell, alone, true).grad_chunk != s.grad_chunk) where("rounds that depend on the threads");
-    const int64_t tokens = s.grad_chunk * p.batch, slots = cell.slots * p.hidden, number = m.number_bytes;
+    const Schedule serial = plan(m, cell, alone, true);
+    if (serial.grad_chunk != s.grad_chunk || serial.sum_groups != s.sum_groups) where("rounds that depend on the threads");
+    if (s.sum_groups < 1 || s.sum_groups > kSumGroups) where("no groups of rows, or more than there is room for");
+    const int64_t tokens = s.grad_chunk * most_rows(p, s.sum_groups), slots = cell.slots * p.hidden, number = m.number_bytes;
     const auto panels = [&](const Product& q, int blocks) {
       if (blocks < 1 || blocks > kMaxVectorsPerPanel) where("a panel of gradients wider than the kernels");
       if (panel_count(m, q, blocks) * blocks * m.lanes < q.units) where("gradients without a panel");
       return panel_count(m, q, blocks) * panel_elements(m, q, blocks) * number;
     };
-    parts.push_back({l.grad_numbers, tokens * padded(cell.input_slots() * p.hidden, number) * number});
-    parts.push_back({l.grad_turned, slots * padded(tokens, number) * number});
-    parts.push_back({l.grad_input, panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks)});
     parts.push_back({l.grad_packed, panels(grad_input_product(cell, p), s.grad_input_blocks)});
-    parts.push_back({l.grad_slots, slots * number});
-    parts.push_back({l.grad_vectors, cell.vectors * p.hidden * number});
-    const bool sums = p.storage == Storage::BF16;
-    if (sums) parts.push_back({l.grad_weight_ih, cell.input_slots() * p.hidden * p.input * number});
-    for (int i = 0; i < cell.stages; ++i) {
-      const int64_t width = operand_width(cell, p, i);
-      parts.push_back({l.grad_operand[i], panels(grad_weight_product(width, tokens), s.grad_weight_blocks[i])});
-      if (sums) parts.push_back({l.grad_weights[i], cell.hidden_slots(i) * width_of(p, cell.stage[i].width) * width * number});
+    for (int group = 0; group < s.sum_groups; ++group) {
+      const auto add = [&](int64_t offset, int64_t bytes) { parts.push_back({offset + group * l.grad_group, bytes}); };
+      add(l.grad_numbers, tokens * padded(cell.input_slots() * p.hidden, number) * number);
+      add(l.grad_turned, slots * padded(tokens, number) * number);
+      add(l.grad_input, panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks));
+      add(l.grad_slots, slots * number);
+      add(l.grad_vectors, cell.vectors * p.hidden * number);
+      const bool sums = p.storage == Storage::BF16 || group > 0;
+      if (sums) add(l.grad_weight_ih, cell.input_slots() * p.hidden * p.input * number);
+      for (int i = 0; i < cell.stages; ++i) {
+        const int64_t width = operand_width(cell, p, i);
+        add(l.grad_operand[i], panels(grad_weight_product(width, tokens), s.grad_weight_blocks[i]));
+        if (sums) add(l.grad_weights[i], cell.hidden_slots(i) * width_of(p, cell.stage[i].width) * width * number);
+      }
     }
   }
   for (auto [memory, room] : {std::pair(&parts, l.bytes), std::pair(&kept, l.packed_bytes)}) {

@@ -1,6 +1,7 @@
 // What backward owes besides the recurrence: the sums over all tokens that are the gradients of the weights, biases and vectors, and the
 // gradient of the input. Taken in rounds, while a round's gate gradients are still in the cache. Rounds are cut the same for any number of
-// threads, and each sum is added up in the order of the rounds.
+// threads, and each sum is added up in the order of the rounds. Two groups of rows may have sums of their own, each added up by the thread
+// that walks its rows, or by all; in the end they are added to each other.
 #pragma once
 
 #include "engines/cpu/packing.h"
@@ -14,10 +15,10 @@ class Gradients {
         g(backward),
         slots(w.cell.slots * w.p.hidden),
         x_slots(w.cell.input_slots() * w.p.hidden),
-        numbers(at(g.workspace, w.memory.grad_numbers)),
+        groups(w.plan_.sum_groups),
+        cuts(w.cut_rows(groups)),
         numbers_row(w.row_bytes(x_slots)),
-        turned(at(g.workspace, w.memory.grad_turned)),
-        turned_row(w.row_bytes(w.plan_.grad_chunk * w.p.batch)),
+        turned_row(w.row_bytes(w.plan_.grad_chunk * most_rows(w.p, groups))),
         sums_slots(g.grad_bias_ih || g.grad_bias_hh || any_vector()),
         sums_weights(g.grad_weight_ih || any_weight()),
         wanted(!w.p.complete && (g.grad_input || sums_slots || sums_weights)) {}
@@ -27,9 +28,11 @@ class Gradients {
     if (g.grad_input)
       Packer(w, me).pack_transposed(grad_input_product(w.cell, w.p), w.plan_.grad_input_blocks, g.weight_ih,
                                     at(g.workspace, w.memory.grad_packed));
-    w.each_vector(me, slots, [&](int64_t begin, int64_t n) { std::memset(slot_sums(begin), 0, size_t(n * w.number_bytes)); });
-    w.each_vector(me, w.cell.vectors * w.p.hidden,
-                  [&](int64_t begin, int64_t n) { std::memset(vector_sums(begin), 0, size_t(n * w.number_bytes)); });
+    for (int group = 0; group < groups; ++group) {
+      w.each_vector(me, slots, [&](int64_t begin, int64_t n) { std::memset(slot_sums(group, begin), 0, size_t(n * w.number_bytes)); });
+      w.each_vector(me, w.cell.vectors * w.p.hidden,
+                    [&](int64_t begin, int64_t n) { std::memset(vector_sums(group, begin), 0, size_t(n * w.number_bytes)); });
+    }
   }
 
   // After the walk's n-th step.
@@ -44,29 +47,37 @@ class Gradients {
       auto store = [&](const void* sums, void* to, int64_t block) {
         if (to) w.storage.store(sums, n, at(to, (block * w.p.hidden + begin) * w.storage_bytes));
       };
+      for (int group = 1; group < groups; ++group) {
+        for (int i = 0; i < w.cell.slots; ++i) w.ops.add(slot_sums(group, i * w.p.hidden + begin), n, slot_sums(0, i * w.p.hidden + begin));
+        for (int i = 0; i < w.cell.vectors; ++i)
+          w.ops.add(vector_sums(group, i * w.p.hidden + begin), n, vector_sums(0, i * w.p.hidden + begin));
+      }
       for (int i = 0, x = 0, h = 0; i < w.cell.slots; ++i) {
-        const void* sums = slot_sums(i * w.p.hidden + begin);
+        const void* sums = slot_sums(0, i * w.p.hidden + begin);
         if (w.cell.slot[i].feeds & X) store(sums, g.grad_bias_ih, x++);
         if (w.cell.biased(i)) store(sums, g.grad_bias_hh, h++);
       }
       for (int i = 0; i < w.cell.vectors; ++i) {
         const PerUnit& vector = w.cell.vector[i];
         if (vector.factor == Factor::Fixed) continue;
-        store(!w.cell.has_factor(i) ? slot_sums(vector.slot * w.p.hidden + begin) : vector_sums(i * w.p.hidden + begin), g.grad_vectors[i],
-              0);
+        store(!w.cell.has_factor(i) ? slot_sums(0, vector.slot * w.p.hidden + begin) : vector_sums(0, i * w.p.hidden + begin),
+              g.grad_vectors[i], 0);
       }
     });
-    auto convert = [&](const Matrix& matrix, void* to) {
+    auto finish = [&](const auto& matrix_of, void* to) {
+      const Matrix matrix = matrix_of(0);
       const int64_t begin = split(matrix.rows, me.members, me.id), end = split(matrix.rows, me.members, me.id + 1);
+      const int64_t from = begin * matrix.width * w.number_bytes;
+      for (int group = 1; to && group < groups; ++group)
+        w.ops.add(at(matrix_of(group).sums, from), (end - begin) * matrix.width, at(matrix.sums, from));
       if (to && w.storage_bytes != w.number_bytes)
-        w.storage.store(at(matrix.sums, begin * matrix.width * w.number_bytes), (end - begin) * matrix.width,
-                        at(to, begin * matrix.width * w.storage_bytes));
+        w.storage.store(at(matrix.sums, from), (end - begin) * matrix.width, at(to, begin * matrix.width * w.storage_bytes));
       // Below a matrix's blocks there is nothing.
       for (int64_t unit = begin; to && w.p.units && to == g.grad_weights[0] && unit < end; ++unit)
         std::memset(at(to, unit * matrix.width * w.storage_bytes), 0, size_t(unit / w.p.module * w.p.module * w.storage_bytes));
     };
-    convert(weight_ih(), g.grad_weight_ih);
-    for (int s = 0; s < w.cell.stages; ++s) convert(weight(s), g.grad_weights[s]);
+    finish([&](int group) { return weight_ih(group); }, g.grad_weight_ih);
+    for (int s = 0; s < w.cell.stages; ++s) finish([&](int group) { return weight(group, s); }, g.grad_weights[s]);
   }
 
  private:
@@ -76,17 +87,23 @@ class Gradients {
     int blocks;
     void *sums, *panels;
   };
-  Matrix weight_ih() const {
-    void* sums = w.storage_bytes == w.number_bytes ? g.grad_weight_ih : at(g.workspace, w.memory.grad_weight_ih);
-    return {x_slots, w.p.input, w.plan_.grad_weight_ih_blocks, sums, at(g.workspace, w.memory.grad_input)};
+  Matrix weight_ih(int group) const {
+    return {x_slots, w.p.input, w.plan_.grad_weight_ih_blocks, sums(group, g.grad_weight_ih, w.memory.grad_weight_ih),
+            of(group, w.memory.grad_input)};
   }
-  Matrix weight(int s) const {
-    void* sums = w.storage_bytes == w.number_bytes ? g.grad_weights[s] : at(g.workspace, w.memory.grad_weights[s]);
-    return {w.cell.hidden_slots(s) * w.width_of_stage(s), operand_width(w.cell, w.p, s), w.plan_.grad_weight_blocks[s], sums,
-            at(g.workspace, w.memory.grad_operand[s])};
+  Matrix weight(int group, int s) const {
+    return {w.cell.hidden_slots(s) * w.width_of_stage(s), operand_width(w.cell, w.p, s), w.plan_.grad_weight_blocks[s],
+            sums(group, g.grad_weights[s], w.memory.grad_weights[s]), of(group, w.memory.grad_operand[s])};
   }
-  void* slot_sums(int64_t at_) const { return at(g.workspace, w.memory.grad_slots + at_ * w.number_bytes); }
-  void* vector_sums(int64_t at_) const { return at(g.workspace, w.memory.grad_vectors + at_ * w.number_bytes); }
+  // In a group's part of the workspace.
+  void* of(int group, int64_t offset) const { return at(g.workspace, offset + group * w.memory.grad_group); }
+  void* sums(int group, void* result, int64_t offset) const {
+    return group == 0 && w.storage_bytes == w.number_bytes ? result : of(group, offset);
+  }
+  void* slot_sums(int group, int64_t i) const { return of(group, w.memory.grad_slots + i * w.number_bytes); }
+  void* vector_sums(int group, int64_t i) const { return of(group, w.memory.grad_vectors + i * w.number_bytes); }
+  void* turned(int group) const { return of(group, w.memory.grad_turned); }
+  void* numbers(int group) const { return of(group, w.memory.grad_numbers); }
 
   bool any_vector() const {
     return std::any_of(g.grad_vectors, g.grad_vectors + w.cell.vectors, [](void* to) { return to != nullptr; });
@@ -98,15 +115,17 @@ class Gradients {
   struct Token {
     int64_t step, row, place;
   };
-  // The tokens of steps [t0, t1), those with most units first.
-  std::vector<Token> tokens_of(int64_t t0, int64_t t1) const {
+  // A group's tokens of steps [t0, t1), those with most units first.
+  std::vector<Token> tokens_of(int group, int64_t t0, int64_t t1) const {
     std::vector<Token> tokens;
-    tokens.reserve(size_t(w.offsets[size_t(t1)] - w.offsets[size_t(t0)]));
-    for (int64_t t = t0; t < t1; ++t)
-      for (int64_t i = 0; i < w.rows(t); ++i) {
-        const int64_t row = w.p.lengths ? w.sorted[size_t(i)] : i;
-        tokens.push_back({t, row, w.offsets[size_t(t)] + row});
-      }
+    tokens.reserve(size_t((t1 - t0) * most_rows(w.p, groups)));
+    const int64_t first = cuts[size_t(group)], last = cuts[size_t(group) + 1];
+    for (int64_t t = t0; t < t1; ++t) {
+      const auto add = [&](int64_t row) { tokens.push_back({t, row, w.offsets[size_t(t)] + row}); };
+      for (int64_t i = 0; w.p.lengths && i < w.rows(t); ++i)
+        if (const int64_t row = w.sorted[size_t(i)]; row >= first && row < last) add(row);
+      for (int64_t row = first; !w.p.lengths && row < std::min(last, w.rows(t)); ++row) add(row);
+    }
     if (w.p.units)
       std::stable_sort(tokens.begin(), tokens.end(), [&](const Token& a, const Token& b) { return w.p.units[a.step] > w.p.units[b.step]; });
     return tokens;
@@ -144,31 +163,41 @@ class Gradients {
 
   void round(Walk::Member& me, int64_t n0, int64_t n1) {
     const int64_t t0 = std::min(w.step(n0, false), w.step(n1 - 1, false)), t1 = t0 + n1 - n0;
-    const std::vector<Token> tokens = tokens_of(t0, t1);
-    w.wait_all(me);  // until the gate gradients are there and nobody multiplies with the last round's panels
-    lay_panels(me, tokens);
-    if (sums_weights) turn(me, tokens);
-    if (g.grad_input) load_numbers(me, tokens);
-    if (sums_slots) add_slots(me, tokens);
-    w.wait_all(me);
+    // A member that walks a group's rows alone adds up their tokens alone, in its own cache; else all add up each group's together.
+    const bool alone = groups > 1 && me.row_groups == groups && me.unit_groups == 1;
+    Walk::Member adds = me;
+    if (alone) adds.id = 0, adds.members = 1;
+    for (int group = alone ? me.row_group : 0; group < (alone ? me.row_group + 1 : groups); ++group) {
+      const std::vector<Token> tokens = tokens_of(group, t0, t1);
+      if (!alone) w.wait_all(me);  // until the gate gradients are there and nobody multiplies with the last round's panels
+      lay_panels(adds, group, tokens);
+      if (sums_weights) turn(adds, group, tokens);
+      if (g.grad_input) load_numbers(adds, group, tokens);
+      if (sums_slots) add_slots(adds, group, tokens);
+      if (!alone) w.wait_all(me);
+      multiply(adds, group, tokens, n0 > 0);
+    }
+  }
+
+  void multiply(const Walk::Member& me, int group, const std::vector<Token>& tokens, bool onto) const {
     if (g.grad_weight_ih) {
       int slot_of[kMaxSlots];
       for (int i = 0, n = 0; i < w.cell.slots; ++i)
         if (w.cell.slot[i].feeds & X) slot_of[n++] = i;
-      add_weight(me, weight_ih(), w.p.hidden, slot_of, tokens, n0 > 0);
+      add_weight(me, group, weight_ih(group), w.p.hidden, slot_of, tokens, onto);
     }
     for (int s = 0; s < w.cell.stages; ++s) {
       if (!g.grad_weights[s]) continue;
       int slot_of[kMaxSlots];
       for (int i = 0, n = 0; i < w.cell.slots; ++i)
         if (w.cell.in_stage(s, i) && (w.cell.slot[i].feeds & H)) slot_of[n++] = i;
-      add_weight(me, weight(s), w.width_of_stage(s), slot_of, tokens, n0 > 0);
+      add_weight(me, group, weight(group, s), w.width_of_stage(s), slot_of, tokens, onto);
     }
-    if (g.grad_input) add_input(me, tokens);
+    if (g.grad_input) add_input(me, group, tokens);
   }
 
   // The operands of the weights' gradients, this member's tokens of them, for all.
-  void lay_panels(const Walk::Member& me, const std::vector<Token>& tokens) const {
+  void lay_panels(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
     if (!sums_weights) return;
     const int64_t count = int64_t(tokens.size());
     w.each_vector(me, count, [&](int64_t begin, int64_t n) {
@@ -180,12 +209,12 @@ class Gradients {
       };
       if (g.grad_weight_ih) {
         for (int64_t k = begin; k < end; ++k) rows[size_t(k)] = at(g.input, tokens[size_t(k)].place * w.p.input * w.storage_bytes);
-        lay(weight_ih());
+        lay(weight_ih(group));
       }
       for (int s = 0; s < w.cell.stages; ++s) {
         if (!g.grad_weights[s]) continue;
         for (int64_t k = begin; k < end; ++k) rows[size_t(k)] = operand(s, tokens[size_t(k)]);
-        lay(weight(s));
+        lay(weight(group, s));
       }
     });
   }
@@ -193,25 +222,25 @@ class Gradients {
   // What follows is private to a member until the sums are done: the gate gradients of its units, turned, and of its tokens, as numbers.
   const void* gates_of(const Token& k) const { return at(g.grad_gates, k.place * w.cell.room() * w.p.hidden * w.storage_bytes); }
 
-  void turn(const Walk::Member& me, const std::vector<Token>& tokens) const {
+  void turn(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
     std::vector<const void*> rows(tokens.size());
     for (size_t k = 0; k < tokens.size(); ++k) rows[k] = gates_of(tokens[k]);
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
       const int64_t count = with_unit(tokens, begin);
       for (int i = 0; i < w.cell.slots; ++i) {
         const int64_t unit = i * w.p.hidden + begin;
-        w.storage.turn(rows.data(), unit, n, count, at(turned, unit * turned_row), turned_row / w.number_bytes);
+        w.storage.turn(rows.data(), unit, n, count, at(turned(group), unit * turned_row), turned_row / w.number_bytes);
       }
     });
   }
 
-  void load_numbers(const Walk::Member& me, const std::vector<Token>& tokens) const {
+  void load_numbers(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
     const int64_t count = int64_t(tokens.size());
     for (int64_t k = split(count, me.members, me.id); k < split(count, me.members, me.id + 1); ++k)
-      w.storage.load(gates_of(tokens[size_t(k)]), x_slots, at(numbers, k * numbers_row));
+      w.storage.load(gates_of(tokens[size_t(k)]), x_slots, at(numbers(group), k * numbers_row));
   }
 
-  void add_slots(const Walk::Member& me, const std::vector<Token>& tokens) const {
+  void add_slots(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
     const int64_t count = int64_t(tokens.size());
     w.each_vector(me, slots, [&](int64_t begin, int64_t n) {
       std::vector<double> some(static_cast<size_t>(n)), all(static_cast<size_t>(n));  // room for n numbers of either kind
@@ -221,7 +250,7 @@ class Gradients {
           w.storage.add(at(gates_of(tokens[size_t(k)]), begin * w.storage_bytes), n, some.data());
         w.ops.add(some.data(), n, all.data());
       }
-      w.ops.add(all.data(), n, slot_sums(begin));
+      w.ops.add(all.data(), n, slot_sums(group, begin));
     });
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
       std::vector<double> gate(static_cast<size_t>(n)), factor(static_cast<size_t>(n)), some(static_cast<size_t>(n)),
@@ -245,21 +274,21 @@ class Gradients {
           w.ops.multiply_add(factor.data(), gate.data(), n, some.data());
         }
         w.ops.add(some.data(), n, all.data());
-        w.ops.add(all.data(), n, vector_sums(i * w.p.hidden + begin));
+        w.ops.add(all.data(), n, vector_sums(group, i * w.p.hidden + begin));
       }
     });
   }
 
   // `width` rows a slot, of which a member has those of its units.
-  void add_weight(const Walk::Member& me, const Matrix& matrix, int64_t width, const int* slot_of, const std::vector<Token>& tokens,
-                  bool onto) const {
+  void add_weight(const Walk::Member& me, int group, const Matrix& matrix, int64_t width, const int* slot_of,
+                  const std::vector<Token>& tokens, bool onto) const {
     const Product product = grad_weight_product(matrix.width, int64_t(tokens.size()));
     w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
       const int64_t end = std::min(begin + n, width);
       for (int64_t slot = 0; slot < matrix.rows / width && begin < end; ++slot)
         w.multiply(
             product, matrix.blocks, matrix.panels, 0, panel_count(w.m, product, matrix.blocks), begin, end,
-            [&](int64_t unit) { return at(static_cast<const void*>(turned), (slot_of[slot] * w.p.hidden + unit) * turned_row); },
+            [&](int64_t unit) { return at(static_cast<const void*>(turned(group)), (slot_of[slot] * w.p.hidden + unit) * turned_row); },
             [&](int64_t first, int rows, int64_t unit, const void* sums) {
               void* to[kMaxTileRows];
               for (int r = 0; r < rows; ++r) to[r] = at(matrix.sums, (slot * width + first + r) * matrix.width * w.number_bytes);
@@ -269,14 +298,14 @@ class Gradients {
     });
   }
 
-  void add_input(const Walk::Member& me, const std::vector<Token>& tokens) const {
+  void add_input(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
     const Product product = grad_input_product(w.cell, w.p);
     const int64_t count = int64_t(tokens.size());
     int64_t places[kMaxTileRows];
     w.multiply(
         product, w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0, panel_count(w.m, product, w.plan_.grad_input_blocks),
         split(count, me.members, me.id), split(count, me.members, me.id + 1),
-        [&](int64_t k) { return at(static_cast<const void*>(numbers), k * numbers_row); },
+        [&](int64_t k) { return at(static_cast<const void*>(numbers(group)), k * numbers_row); },
         [&](int64_t first, int rows, int64_t unit, const void* sums) {
           for (int r = 0; r < rows; ++r) places[r] = tokens[size_t(first + r)].place;
           w.storage.put(sums, places, rows, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
@@ -287,10 +316,9 @@ class Gradients {
   const Walk& w;
   const Backward& g;
   const int64_t slots, x_slots;  // units of all slots, and of those that the input feeds, which come first
-  void* const numbers;
-  const int64_t numbers_row;  // bytes
-  void* const turned;
-  const int64_t turned_row;
+  const int groups;
+  const std::vector<int64_t> cuts;        // where their rows begin
+  const int64_t numbers_row, turned_row;  // bytes
   const bool sums_slots, sums_weights, wanted;
 };
 

@@ -293,6 +293,20 @@ class Walk {
       for (int64_t i = 0; i < numbers * number_bytes; i += 64) __builtin_prefetch(at(rows[r], i));
   }
 
+  // Where so many groups of rows begin: with lengths each has about as many tokens.
+  std::vector<int64_t> cut_rows(int groups) const {
+    std::vector<int64_t> found(size_t(groups) + 1, p.batch);
+    found[0] = 0;
+    if (!p.lengths) {
+      for (int g = 1; g < groups; ++g) found[size_t(g)] = split(p.batch, groups, g);
+      return found;
+    }
+    const int64_t tokens = std::accumulate(p.lengths, p.lengths + p.batch, int64_t(0));
+    for (int64_t b = 0, sum = 0, g = 1; b < p.batch && g < groups; sum += p.lengths[b++])
+      while (g < groups && sum >= split(tokens, groups, g)) found[size_t(g++)] = b;
+    return found;
+  }
+
   // How many steps a row takes part in.
   int64_t steps_of(int64_t row) const {
     if (p.lengths) return p.lengths[row];
@@ -354,11 +368,7 @@ class Walk {
       while (n > 0 && p.lengths[sorted[size_t(n) - 1]] <= t) --n;
       active[size_t(t)] = n;
     }
-    const int64_t tokens = std::accumulate(p.lengths, p.lengths + p.batch, int64_t(0));
-    cuts.assign(size_t(plan_.row_groups) + 1, p.batch);
-    cuts[0] = 0;
-    for (int64_t b = 0, sum = 0, g = 1; b < p.batch && g < plan_.row_groups; sum += p.lengths[b++])
-      while (g < plan_.row_groups && sum >= split(tokens, plan_.row_groups, g)) cuts[size_t(g++)] = b;
+    cuts = cut_rows(plan_.row_groups);
     std::vector<int64_t> rank(order.size());
     for (size_t i = 0; i < sorted.size(); ++i) rank[size_t(sorted[i])] = int64_t(i);
     for (size_t g = 0; g + 1 < cuts.size(); ++g)
