@@ -1,6 +1,7 @@
 """What the machine could do at best, measured in the same run, and the floor under a case that follows.
 
-The recurrent part of a case takes no less than its flops at the rate of large matrix products, than reading U once a step at the bandwidth
+The recurrent part of a case takes no less than its flops at the highest rate of a product (torch's large ones, or a tile of the engine's in
+registers and L1), than reading U once a step at the bandwidth
 of the cache that holds each thread's slice of it, and, on several threads, than one barrier a step; one thread needs no barrier, so the
 floor is the lower of the two ways. The products outside the loop add their flops at the same rate. Elementwise work counts as nothing.
 """
@@ -15,7 +16,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from bench.cases import DERIVATIVES, DTYPES, Case
 from bench.timing import elapsed, repeats_for
@@ -35,6 +35,16 @@ class Floor:
     threads: int = 1
 
 
+@dataclass(frozen=True)
+class Rate:
+    """Flops a second, and by what: a run of which took so many seconds then."""
+
+    flops: float
+    by: str
+    run: Callable[[], object]
+    seconds: float
+
+
 def kernel_measure(name: str) -> Any:
     """A measurement inside the compiled module, or None where this build has it not."""
     return getattr(importlib.import_module("rnnkernels._C"), name, None)
@@ -44,25 +54,30 @@ def kernel_measure(name: str) -> Any:
 class Roofs:
     """Measured on demand, once for each size."""
 
-    flops: dict[tuple[str, int], tuple[float, tuple[int, int, int]]] = field(default_factory=dict)
+    rates: dict[tuple[str, int], Rate] = field(default_factory=dict)
     bandwidths: dict[tuple[int, int], float | None] = field(default_factory=dict)
     barriers: dict[int, float | None] = field(default_factory=dict)
     elapsed: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict)  # seconds of the measurements that are kept
 
     def flop_rate(self, dtype: str, threads: int) -> float:
-        """Flops a second of torch.mm."""
-        return self.product(dtype, threads)[0]
+        return self.rate(dtype, threads).flops
 
-    def product(self, dtype: str, threads: int) -> tuple[float, tuple[int, int, int]]:
-        """That rate, and m, k, n of the product that had it."""
-        if (dtype, threads) not in self.flops:
+    def rate(self, dtype: str, threads: int) -> Rate:
+        """The highest. torch's own is not the machine's everywhere: MKL may go without AVX-512 on other makers' processors."""
+        if (dtype, threads) not in self.rates:
             before = torch.get_num_threads()
             torch.set_num_threads(threads)
             try:
-                self.flops[dtype, threads] = max((product_rate(*sizes, DTYPES[dtype]), sizes) for sizes in PRODUCTS)
+                rates = [product_rate(*sizes, DTYPES[dtype]) for sizes in PRODUCTS]
             finally:
                 torch.set_num_threads(before)
-        return self.flops[dtype, threads]
+            arguments = (dtype == "float64", threads)
+            tile = self.best("measure_product", *arguments)
+            if tile is not None:
+                run, seconds = partial(kernel_measure("measure_product"), *arguments), self.elapsed["measure_product", arguments]
+                rates.append(Rate(tile * 1e9, "a tile in registers", run, seconds))
+            self.rates[dtype, threads] = max(rates, key=lambda rate: rate.flops)
+        return self.rates[dtype, threads]
 
     def best(self, name: str, *arguments: int) -> float | None:
         """What the compiled module measures, at its shortest; None where this build has it not."""
@@ -124,9 +139,8 @@ class Roofs:
     def yardstick(self, floor: Floor, case: Case) -> tuple[Callable[[], object], float]:
         """What is timed beside a case to see how high its roof is at the moment, and the seconds it took when the roof was measured."""
         if floor.roof in ("flops", "outside flops"):
-            rate, sizes = self.product(case.dtype, floor.threads)
-            m, k, n = sizes
-            return product(m, k, n, DTYPES[case.dtype]), 2 * m * k * n / rate
+            rate = self.rate(case.dtype, floor.threads)
+            return rate.run, rate.seconds
         share = -(-case.weight_bytes // floor.threads)
         name, arguments = (
             ("measure_barrier", (floor.threads,)) if floor.roof == "barrier" else ("measure_bandwidth", (share, floor.threads))
@@ -136,7 +150,10 @@ class Roofs:
     def facts(self) -> dict[str, Any]:
         """For the report; None where the compiled module does not measure."""
         return {
-            "matrix_product": [{"dtype": d, "threads": n, "gflops": rate / 1e9} for (d, n), (rate, _) in sorted(self.flops.items())],
+            "matrix_product": [
+                {"dtype": dtype, "threads": threads, "gflops": rate.flops / 1e9, "by": rate.by}
+                for (dtype, threads), rate in sorted(self.rates.items(), key=lambda item: item[0])
+            ],
             "bandwidth": [
                 {"bytes_per_thread": size, "threads": n, "gb_per_second": rate and rate / 1e9}
                 for (size, n), rate in sorted(self.bandwidths.items(), key=lambda item: item[0])
@@ -145,12 +162,9 @@ class Roofs:
         }
 
 
-def product(m: int, k: int, n: int, dtype: torch.dtype) -> Callable[[], Tensor]:
+def product_rate(m: int, k: int, n: int, dtype: torch.dtype) -> Rate:
     a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    return partial(torch.mm, a, b, out=torch.empty(m, n, dtype=dtype))
-
-
-def product_rate(m: int, k: int, n: int, dtype: torch.dtype) -> float:
-    run = product(m, k, n, dtype)
+    run = partial(torch.mm, a, b, out=torch.empty(m, n, dtype=dtype))
     repeats = repeats_for(run)
-    return 2 * m * k * n / min(elapsed(run, repeats) for _ in range(TRIES))
+    seconds = min(elapsed(run, repeats) for _ in range(TRIES))
+    return Rate(2 * m * k * n / seconds, f"torch.mm of {m} × {k} by {k} × {n}", run, seconds)

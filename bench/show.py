@@ -93,7 +93,7 @@ def show(report: dict[str, Any], console: Console) -> None:
 
 def show_roofs(roofs: dict[str, Any], console: Console) -> None:
     for found in roofs["matrix_product"]:
-        console.print(f"roof: {found['gflops']:.0f} GFLOP/s in {found['dtype']} products on {found['threads']} threads")
+        console.print(f"roof: {found['gflops']:.0f} GFLOP/s in {found['dtype']} products on {found['threads']} threads ({found['by']})")
     for found in roofs["bandwidth"]:
         rate = "n/a (not measured by this build)" if found["gb_per_second"] is None else f"{found['gb_per_second']:.0f} GB/s"
         console.print(f"roof: {rate} reading {found['bytes_per_thread'] / 1024:.0f} KiB a thread, {found['threads']} threads")

@@ -240,6 +240,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
   m.def("prefer_large_pages", [](Address memory, int64_t bytes) { cpu::prefer_large_pages(pointer(memory), bytes); });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
+  m.def("measure_product", cpu::measure_product, py::call_guard<py::gil_scoped_release>());
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
   // What is to be run, and running some that do not depend on each other side by side.

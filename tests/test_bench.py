@@ -250,7 +250,7 @@ def measured(monkeypatch, bandwidth, barrier):
     answers = {"measure_bandwidth": lambda size, threads: bandwidth * threads, "measure_barrier": lambda threads: barrier}
     monkeypatch.setattr(roofs, "kernel_measure", answers.get)
     machine = roofs.Roofs()
-    machine.flops = {("float32", 1): (1e11, (8, 8, 8)), ("float32", 2): (2e11, (8, 8, 8))}
+    machine.rates = {("float32", threads): roofs.Rate(threads * 1e11, "nothing", list, 1) for threads in (1, 2)}
     return machine
 
 
@@ -265,9 +265,18 @@ def test_the_floor_is_the_roof_that_binds(monkeypatch):
     assert measured(monkeypatch, 50, 0.25).floor(replace(case, B=128)).roof == "flops"
 
 
+def test_the_rate_of_products_is_the_highest(monkeypatch):
+    monkeypatch.setattr(roofs, "PRODUCTS", ((64, 64, 64),))
+    monkeypatch.setattr(roofs, "kernel_measure", {"measure_product": lambda doubles, threads: 1e6 if doubles else 1e-6}.get)
+    machine = roofs.Roofs()
+    assert machine.rate("float64", 1).by == "a tile in registers"
+    assert machine.flop_rate("float64", 1) == 1e15
+    assert machine.rate("float32", 1).by == "torch.mm of 64 × 64 by 64 × 64"
+
+
 def test_no_floor_without_measurements(monkeypatch):
     monkeypatch.setattr(roofs, "kernel_measure", lambda name: None)
-    machine = roofs.Roofs(flops={("float32", 1): (1e11, (8, 8, 8))})
+    machine = roofs.Roofs(rates={("float32", 1): roofs.Rate(1e11, "nothing", list, 1)})
     assert machine.floor(SMALL) is None
     assert machine.facts()["bandwidth"][0]["gb_per_second"] is None
 

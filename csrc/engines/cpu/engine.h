@@ -58,9 +58,10 @@ void backward_step(const Problem&, int stage, const BackwardStep&, int64_t rows,
 // small one.
 void prefer_large_pages(void* memory, int64_t bytes);
 
-// For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over; a
-// barrier's time.
+// For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over;
+// flops a second of the best tile of a product, all of it in L1; a barrier's time. In units of 1e9 and µs.
 double measure_bandwidth(int64_t bytes, int threads);
+double measure_product(bool doubles, int threads);
 double measure_barrier(int threads);
 
 }  // namespace rnnkernels::cpu

@@ -7,31 +7,57 @@
 
 namespace rnnkernels::cpu {
 
-double measure_bandwidth(int64_t bytes, int threads) {
-  const Isa& isa = current();
-  const NumberOps& ops = isa.number[0];
-  const int vectors = kMaxVectorsPerPanel;
-  const int64_t depth = std::max<int64_t>(1, bytes / (vectors * ops.lanes * 4));
-  const int64_t repeats = std::max<int64_t>(4, (int64_t(1) << 28) / std::max<int64_t>(bytes, 1));
-  std::vector<std::vector<float>> panels(static_cast<size_t>(std::max(threads, 1)));
-  double seconds = 0;
-  int team = 1;
+namespace {
+
+// How long a team takes whose members each multiply rows by a panel of their own, over and over; how many came.
+struct Timed {
+  double seconds;
+  int members;
+};
+Timed multiply(const NumberOps& ops, int64_t number_bytes, int vectors, int rows, int64_t depth, int64_t repeats, int threads) {
+  Timed timed{0, 1};
   run_team(threads, [&](int id, int members) {
-    std::vector<float>& panel = panels[size_t(id)];
-    panel.assign(size_t(depth * vectors * ops.lanes) + 16, 1.0f);
-    std::vector<float> row(size_t(depth), 1.0f);
-    const void* rows[] = {row.data()};
-    alignas(64) float sums[kMaxVectorsPerPanel * 16];
-    const auto aligned = reinterpret_cast<const float*>((reinterpret_cast<uintptr_t>(panel.data()) + 63) / 64 * 64);
-    auto pass = [&] { ops.product[0][vectors - 1][0](rows, aligned, depth, sums, nullptr); };
+    const size_t panel_bytes = size_t(depth * vectors * ops.lanes * number_bytes), row_bytes = size_t(depth * number_bytes);
+    // Some bits set: pages that nobody has written are all the same one.
+    std::vector<char> panel(panel_bytes + 64, 0x3c), row(row_bytes * size_t(rows), 0x3c);
+    const void* operands[kMaxTileRows];
+    for (int r = 0; r < rows; ++r) operands[r] = row.data() + size_t(r) * row_bytes;
+    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    const auto aligned = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(panel.data()) + 63) / 64 * 64);
+    auto pass = [&] { ops.product[0][vectors - 1][rows - 1](operands, aligned, depth, sums, nullptr); };
     pass();
     meet(members);
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < repeats; ++i) pass();
     meet(members);
-    if (id == 0) seconds = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), team = members;
+    if (id == 0) timed = {std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count(), members};
   });
-  return double(depth * vectors * ops.lanes * 4) * double(repeats) * team / seconds * 1e-9;
+  return timed;
+}
+
+}  // namespace
+
+double measure_bandwidth(int64_t bytes, int threads) {
+  const NumberOps& ops = current().number[0];
+  const int64_t line = kMaxVectorsPerPanel * ops.lanes * 4, depth = std::max<int64_t>(1, bytes / line);
+  const int64_t repeats = std::max<int64_t>(4, (int64_t(1) << 28) / std::max<int64_t>(bytes, 1));
+  const Timed timed = multiply(ops, 4, kMaxVectorsPerPanel, 1, depth, repeats, threads);
+  return double(depth * line) * double(repeats) * timed.members / timed.seconds * 1e-9;
+}
+
+double measure_product(bool doubles, int threads) {
+  const NumberOps& ops = current().number[doubles];
+  const int64_t bytes = doubles ? 8 : 4;
+  double best = 0;
+  for (int vectors = 1; vectors <= kMaxVectorsPerPanel; ++vectors)
+    for (int rows = 1; rows <= kMaxTileRows; ++rows) {
+      if (2 * vectors * rows <= ops.registers || vectors * rows > ops.registers) continue;
+      const int64_t depth = (8 << 10) / (vectors * ops.lanes * bytes), adds = depth * vectors * ops.lanes * rows;
+      const int64_t repeats = (int64_t(1) << 26) / adds + 1;
+      const Timed timed = multiply(ops, bytes, vectors, rows, depth, repeats, threads);
+      best = std::max(best, 2 * double(adds) * double(repeats) * timed.members / timed.seconds * 1e-9);
+    }
+  return best;
 }
 
 double measure_barrier(int threads) {
