@@ -1,9 +1,9 @@
 """What the machine could do at best, measured in the same run, and the floor under a case that follows.
 
 The recurrent part of a case takes no less than its flops at the highest rate of a product (torch's large ones, or a tile of the engine's in
-registers and L1), than reading U once a step at the bandwidth
-of the cache that holds each thread's slice of it, and, on several threads, than one barrier a step; one thread needs no barrier, so the
-floor is the lower of the two ways. The products outside the loop add their flops at the same rate. Elementwise work counts as nothing.
+registers and L1), than reading U once a step at the bandwidth of the cache that holds each thread's slice of it, and, on several threads,
+than one barrier a step; one thread needs no barrier, so the floor is the lower of the two ways. The products outside the loop add their
+flops at the same rate. Elementwise work counts as nothing.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 import rnnkernels
 from rnnkernels.ops import cpu
@@ -157,42 +156,6 @@ def two_threads() -> Any:
     cpu.forget()  # how long calls took in other tests
     yield
     torch.set_num_threads(threads)
-
-
-def results(layer: Any, x: Tensor, **inside: Any) -> list[Tensor]:
-    x = x.detach().requires_grad_()
-    output, final = layer(x, **inside)
-    cotangent = torch.ones_like(output)
-    return [output, *(final if isinstance(final, tuple) else (final,)), *torch.autograd.grad(output, [x, *layer.parameters()], cotangent)]
-
-
-@pytest.mark.parametrize("inside", ["whole", "lengths", "recompute"])
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "PeepholeLSTM"])
-def test_bits_are_the_same(monkeypatch: pytest.MonkeyPatch, name: str, inside: str) -> None:
-    options = {"recompute": True} if inside == "recompute" else {}
-    layer, x = getattr(rnnkernels, name)(24, 33, **options), torch.randn(9, 5, 24)
-    given = {"lengths": torch.tensor([9, 3, 0, 7, 1])} if inside == "lengths" else {}
-    found, ways = list[list[Tensor]](), set[int]()
-
-    def always(way: int) -> Any:
-        def take(self: Choice) -> int:
-            ways.add(way)
-            return way % self.ways
-
-        return take
-
-    for forward in range(2):
-        for backward in range(2):
-            monkeypatch.setattr(Choice, "forward", always(forward))
-            monkeypatch.setattr(Choice, "backward", always(backward))
-            found.append(results(layer, x, **given))
-            with torch.no_grad():
-                output, _ = layer(x, **given)
-            assert torch.equal(output, found[0][0])
-    assert ways == {0, 1}
-    for other in found[1:]:
-        for i, (a, b) in enumerate(zip(other, found[0], strict=True)):
-            assert torch.equal(a, b), f"result {i}"
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])

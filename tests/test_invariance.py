@@ -1,5 +1,6 @@
 """The promise: on a CPU a row's bits depend on nothing but the row: not on threads, reruns, batch, its place in it, padding, or packing."""
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import rnnkernels
+from rnnkernels.ops.choice import Choice
 
 LAYERS: dict[str, Callable[..., Any]] = {
     "RNN": rnnkernels.RNN,
@@ -29,7 +31,7 @@ LARGE = 33  # a batch
 def make(request: Any) -> Callable[..., Any]:
     def layer(**options: Any) -> Any:
         torch.manual_seed(0)
-        return LAYERS[request.param](SIZE, H, num_layers=2, bidirectional=True, **options)
+        return LAYERS[request.param](SIZE, H, **{"num_layers": 2, "bidirectional": True, **options})
 
     return layer
 
@@ -64,6 +66,32 @@ def test_threads_and_reruns(make: Any, dtype: torch.dtype) -> None:
         torch.set_num_threads(threads)
         output, _ = layer(x)
         found.append(results(layer, x, torch.ones_like(output)))
+    for other in found[1:]:
+        same(other, found[0])
+
+
+@pytest.mark.parametrize("inside", ["whole", "lengths", "recompute"])
+@pytest.mark.usefixtures("restore")
+def test_whichever_team_is_tried(make: Any, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:
+    torch.set_num_threads(2)
+    layer, x = make(bidirectional=False, recompute=inside == "recompute"), torch.randn(T, B, SIZE)
+    given = {"lengths": torch.randint(0, T + 1, (B,))} if inside == "lengths" else {}
+    cotangent, found, ways = torch.randn_like(layer(x)[0]), list[list[Tensor]](), set[int]()
+
+    def always(way: int) -> Any:
+        def take(self: Choice) -> int:
+            ways.add(min(way, self.ways - 1))
+            return min(way, self.ways - 1)
+
+        return take
+
+    for forward, backward in itertools.product(range(2), repeat=2):
+        monkeypatch.setattr(Choice, "forward", always(forward))
+        monkeypatch.setattr(Choice, "backward", always(backward))
+        found.append(results(layer, x, cotangent, **given))
+        with torch.no_grad():
+            same([layer(x, **given)[0]], found[0][:1])
+    assert ways == {0, 1}
     for other in found[1:]:
         same(other, found[0])
 

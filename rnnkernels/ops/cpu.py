@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from time import perf_counter_ns
 from typing import Any, NamedTuple
@@ -119,23 +119,17 @@ class _Task(NamedTuple):
     packing: Packing
 
 
-class _Team(NamedTuple):
-    most: int
-    chained: bool
-    least: int  # threads
-
-
 class _Teams(NamedTuple):
-    """Those that may run a kind of calls, and which does; None: there is one."""
+    """Those that may run a kind of calls, of at least and at most so many threads, and which does; None: there is one."""
 
-    all: list[_Team]
+    all: list[tuple[int, int]]
     choice: Choice | None
 
 
 @functools.lru_cache(maxsize=1024)
 def _teams(s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, threads: int, chained: bool) -> _Teams:
-    pairs = _C.teams(problem(s, dtype, input_size, NO_ROWS, training, threads, chained), training)
-    return _Teams([_Team(most, chained, least) for least, most in pairs], Choice(len(pairs)) if len(pairs) > 1 else None)
+    found = _C.teams(problem(s, dtype, input_size, NO_ROWS, training, threads, chained), training)
+    return _Teams(found, Choice(len(found)) if len(found) > 1 else None)
 
 
 def _teams_of(s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, threads: int, chained: bool) -> _Teams:
@@ -144,8 +138,11 @@ def _teams_of(s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, train
     return _teams(kind, dtype, input_size, ragged, training, threads, chained)
 
 
-def _make_task(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, team: _Team) -> _Task:
-    task = problem(s, dtype, input_size, rows, training, *team)
+def _make_task(
+    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, chained: bool, team: tuple[int, int]
+) -> _Task:
+    least, most = team
+    task = problem(s, dtype, input_size, rows, training, most, chained, least)
     return _Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task))
 
 
@@ -154,19 +151,29 @@ def _tasks_of_whole_rows(
     s: Sizes, dtype: torch.dtype, input_size: int, training: bool, backward: bool, complete: bool, threads: int, chained: bool
 ) -> tuple[list[_Task], Choice | None]:
     """For each team. Known by the sizes; ``complete`` depends on a setting of torch's too."""
-    teams = _teams_of(s, dtype, input_size, False, training, threads, chained)
-    return [_make_task(s, dtype, input_size, NO_ROWS, training, backward, team) for team in teams.all], teams.choice
+    teams, choice = _teams_of(s, dtype, input_size, False, training, threads, chained)
+    return [_make_task(s, dtype, input_size, NO_ROWS, training, backward, chained, team) for team in teams], choice
 
 
-class Turn(NamedTuple):
+class _Turn(NamedTuple):
     """A call's way to run, and whom it tells how long that took."""
 
     task: _Task
     way: int
     choice: Choice | None
+    follows: bool  # a forward call that kept what this one reads, and had better run on the same cores
+
+    def run(self, call: Any, done: Callable[[], None] | None, tokens: int, rows: Rows, *held: Any) -> None:
+        started = perf_counter_ns()
+        thread.run(call, done, rows, *held)
+        if self.choice is not None and self.choice.asks:
+            tokens = tokens if rows.lengths is None else int(rows.lengths.sum())
+            self.choice.took(self.way, self.follows, perf_counter_ns() - started, tokens)
 
 
-def turn_of(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool = False, looks: bool = False) -> Turn:
+def turn_of(
+    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool = False, looks: bool = False
+) -> _Turn:
     """``looks``: no call follows."""
     threads, chained, whole = thread.threads, thread.chained, rows.sizes is None and not s.cut
     tasks: list[_Task] = []
@@ -175,19 +182,15 @@ def turn_of(s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training:
         tasks, choice = _tasks_of_whole_rows(s, dtype, input_size, training, backward, complete, threads, chained)
     else:
         teams, choice = _teams_of(s, dtype, input_size, rows.sizes is not None, training, threads, chained)
+    follows = backward and not s.recompute
     if choice is None:
         way = 0
     elif looks:
         way = choice.best
     else:
-        way = choice.backward() if _follows(s, backward) else choice.forward()
-    task = tasks[way] if whole else _make_task(s, dtype, input_size, rows, training, backward, teams[way])
-    return Turn(task, way, choice)
-
-
-def _follows(s: Sizes, backward: bool) -> bool:
-    """A forward call that kept what this one reads, which had better run on the same cores."""
-    return backward and not s.recompute
+        way = choice.backward() if follows else choice.forward()
+    task = tasks[way] if whole else _make_task(s, dtype, input_size, rows, training, backward, chained, teams[way])
+    return _Turn(task, way, choice, follows)
 
 
 def forget() -> None:
@@ -215,7 +218,8 @@ def forward(
     tokens = dense(input)
     around = tokens.shape[:-1]
     N, keeps = around.numel(), training and not s.recompute
-    (task, complete, bytes, packing), way, choice = turn_of(s, tokens.dtype, tokens.shape[-1], rows, keeps)
+    turn = turn_of(s, tokens.dtype, tokens.shape[-1], rows, keeps)
+    task, complete, bytes, packing = turn.task
     kept = new_kept(s, input, N) if keeps or complete else None
     output = empty(input, (*around, s.output))
     final, history, moments = [input.new_empty(s.batch, s.output)], list[Tensor](), list[Tensor]()
@@ -252,10 +256,7 @@ def forward(
         address(own),
         pack,
     )
-    started = perf_counter_ns()
-    thread.run(call, done, tokens, states, weights, rows, kept, output, final, history, moments, workspace, own)
-    if choice is not None and choice.asks:
-        choice.took(way, False, perf_counter_ns() - started, N if rows.lengths is None else int(rows.lengths.sum()))
+    turn.run(call, done, N, rows, tokens, states, weights, kept, output, final, history, moments, workspace, own)
     return output, final, kept if keeps else None, [*history, *moments]
 
 
@@ -333,7 +334,8 @@ def backward(
         kept, overwrite = recompute(s, input, states, weights, rows, output, history, given, resets), True
     upstream = [None if g is None else dense(g) for g in grad_states]
     finals = [None if g is None else dense(g) for g in grad_final]
-    (task, complete, bytes, _), way, choice = turn_of(s, input.dtype, input.shape[-1], rows, True, True)
+    turn = turn_of(s, input.dtype, input.shape[-1], rows, True, True)
+    task, complete, bytes, _ = turn.task
     gates = kept if overwrite else empty(kept, kept.shape)
     # A complete run's carried gradient of state 0 is asked for with the part through U still to be added.
     _, of_states, of_given, of_resets = grouped(s, needs[1:])
@@ -369,12 +371,8 @@ def backward(
         place_resets(s, resets),
         [address(g) for g in found],
     )
-    held = (tokens, states, weights, rows, kept, gates, output, history, upstream, finals, initial, grads, workspace, found)
-    started = perf_counter_ns()
-    thread.run(call, None, *held)
-    if choice is not None and choice.asks:
-        N = kept.shape[0] if rows.lengths is None else int(rows.lengths.sum())
-        choice.took(way, _follows(s, True), perf_counter_ns() - started, N)
+    held = (tokens, states, weights, kept, gates, output, history, upstream, finals, initial, grads, workspace, found)
+    turn.run(call, None, kept.shape[0], rows, *held)
     if complete:
         after = [output.flatten(0, -2), *history]
         _complete_backward(s, grads, initial, gates, kept, tokens.flatten(0, -2), states, weights, after)

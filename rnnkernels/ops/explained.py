@@ -98,7 +98,7 @@ def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
     if beside:
         task, choice = problem(s, dtype, input_size, rows, call.training, 1), None
     else:
-        (task, *_), _, choice = cpu.turn_of(s, dtype, input_size, rows, call.training, call.training, looks=True)
+        (task, *_), _, choice, _ = cpu.turn_of(s, dtype, input_size, rows, call.training, call.training, looks=True)
     row_groups, unit_groups, panel, _ = _C.schedule(task, call.training)
     if s.complete:
         reason = "one step: both products by torch, the rest in one pass"
