@@ -65,12 +65,7 @@ class Roofs:
     def rate(self, dtype: str, threads: int) -> Rate:
         """The highest. torch's own is not the machine's everywhere: MKL may go without AVX-512 on other makers' processors."""
         if (dtype, threads) not in self.rates:
-            before = torch.get_num_threads()
-            torch.set_num_threads(threads)
-            try:
-                rates = [product_rate(*sizes, DTYPES[dtype]) for sizes in PRODUCTS]
-            finally:
-                torch.set_num_threads(before)
+            rates = [product_rate(*sizes, DTYPES[dtype], threads) for sizes in PRODUCTS]
             arguments = (dtype == "float64", threads)
             tile = self.best("measure_product", *arguments)
             if tile is not None:
@@ -162,9 +157,16 @@ class Roofs:
         }
 
 
-def product_rate(m: int, k: int, n: int, dtype: torch.dtype) -> Rate:
-    a, b = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype)
-    run = partial(torch.mm, a, b, out=torch.empty(m, n, dtype=dtype))
+def product_rate(m: int, k: int, n: int, dtype: torch.dtype, threads: int) -> Rate:
+    """Of torch's product."""
+    a, b, out = torch.randn(m, k).to(dtype), torch.randn(k, n).to(dtype), torch.empty(m, n, dtype=dtype)
+
+    def run() -> None:
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        torch.mm(a, b, out=out)
+        torch.set_num_threads(before)
+
     repeats = repeats_for(run)
     seconds = min(elapsed(run, repeats) for _ in range(TRIES))
     return Rate(2 * m * k * n / seconds, f"torch.mm of {m} × {k} by {k} × {n}", run, seconds)

@@ -40,7 +40,7 @@ def settled(choice: Choice, clock: Clock, forward: Sequence[int], backward: Sequ
         if backward:
             clock.backward(choice, backward)
         if not choice.asks:
-            return choice.way
+            return choice.best
     raise AssertionError("no end of trying")
 
 
@@ -51,7 +51,6 @@ def test_the_quickest_is_taken(quickest: int, ns: int) -> None:
     choice = Choice(3, clock)
     assert settled(choice, clock, [ns * (1 + (way != quickest)) for way in range(3)]) == quickest
     assert choice.tried
-    assert choice.best == quickest
 
 
 def test_the_first_of_a_try_does_not_count() -> None:
@@ -61,7 +60,7 @@ def test_the_first_of_a_try_does_not_count() -> None:
         way = choice.forward()
         choice.took(way, False, (10_000_000, 9_000_000)[way] if way == last else (0, 90_000_000)[way])
         last = way
-    assert choice.way == 1
+    assert choice.best == 1
 
 
 def test_little_is_not_worth_a_change() -> None:
@@ -71,12 +70,12 @@ def test_little_is_not_worth_a_change() -> None:
 
 
 def test_calls_of_different_lengths() -> None:
+    """What counts is the time of a token: the slower way sees only short calls, the quicker one only long ones."""
     clock = Clock()
-    choice, tokens = Choice(2, clock), 1
+    choice = Choice(2, clock)
     while not choice.tried:
-        tokens = tokens % 7 + 1
-        clock.forward(choice, [1000, 800], tokens)
-    assert choice.way == 1
+        clock.forward(choice, [1000, 800], (1, 7)[choice.forward()])
+    assert choice.best == 1
 
 
 def test_the_machine_changes() -> None:
@@ -88,6 +87,19 @@ def test_the_machine_changes() -> None:
         assert clock.forward(choice, [2000, 1000]) == 0
     assert clock.now - settling >= Choice.REST
     assert settled(choice, clock, [2000, 1000]) == 1
+
+
+def test_the_rest_is_measured_by_calls() -> None:
+    """Not by what a program does between them."""
+    clock = Clock()
+    choice = Choice(2, clock)
+    while choice.asks:
+        clock.forward(choice, [1000, 2000])
+        clock.now += 3600 * 10**9
+    settling = clock.now
+    while not choice.asks:
+        clock.forward(choice, [1000, 2000])
+    assert clock.now - settling < 2 * Choice.REST
 
 
 @pytest.mark.parametrize("ns", [1000, 1_000_000, 100_000_000], ids="{} ns".format)
@@ -118,6 +130,23 @@ def test_backward_takes_the_way_of_forward() -> None:
     choice = Choice(2, clock)
     for _ in range(300):
         assert clock.forward(choice, [1000, 900]) == clock.backward(choice, [1000, 900])
+
+
+def test_the_first_backward_call_begins_anew_with_the_best() -> None:
+    clock = Clock()
+    choice = Choice(2, clock)
+    while choice.forward() == 0:
+        choice.took(0, False, 1_000_000)
+    assert choice.backward() == choice.best == 0
+
+
+def test_who_comes_late_begins_no_round() -> None:
+    """Two threads see that the last try is over; the first of them has ended it."""
+    clock = Clock()
+    choice = Choice(2, clock)
+    settled(choice, clock, [1000, 900])
+    choice._turn()
+    assert not choice.asks
 
 
 def test_no_more_backward() -> None:
@@ -178,6 +207,15 @@ def test_explain_tells_what_was_found(monkeypatch: pytest.MonkeyPatch, threads: 
     (plan,) = rnnkernels.explain(layer, x).plans
     assert plan.threads == threads
     assert "the quickest of 2 ways when last tried" in plan.why
+
+
+def test_explain_of_a_recomputed_sequence_tells_of_its_stretches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Choice, "REST", 10**12)
+    layer, x = rnnkernels.LSTM(64, 64, recompute=True), torch.randn(128, 16, 64)
+    for _ in range(30):
+        layer(x)[0].sum().backward()
+    (plan,) = rnnkernels.explain(layer, x).plans
+    assert "ways when last tried" in plan.why
 
 
 def test_one_thread_has_no_choice() -> None:

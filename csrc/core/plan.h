@@ -140,13 +140,14 @@ constexpr int kSumGroups = 2;
 // Where matrices are not large and tokens many, backward's sums are cut in two, so that threads which have halved the batch need not hand
 // each other their gate gradients.
 inline int sum_groups(const Machine& m, const CellInfo& cell, const Problem& p) {
-  int64_t recurrent = 0;
+  int64_t recurrent = 0, input = 0;
   for (int stage = 0; stage < cell.stages; ++stage) {
-    const Product product = forward_product(cell, p, stage);
+    const Product product = forward_product(cell, p, stage), x = input_product(cell, p, stage);
     recurrent += product.units * product.columns * product.depth * m.number_bytes;
+    input += x.units * x.columns * x.depth * m.number_bytes;
   }
-  const bool many = !p.rows && !p.units && !p.complete && p.batch >= 16;
-  return many && recurrent <= 2 * m.l2_bytes && p.steps * p.batch >= 2 * (p.input + p.output) ? kSumGroups : 1;
+  const bool many = !p.rows && !p.units && !p.complete && p.batch >= 16 && p.steps * p.batch >= 2 * (p.input + p.output);
+  return many && recurrent <= 2 * m.l2_bytes && input <= 2 * m.l2_bytes ? kSumGroups : 1;
 }
 
 // At most so many rows of a step are a group's. With lengths the groups have about as many tokens, not rows.
@@ -300,11 +301,12 @@ struct Layout {
   int64_t partial, totals;
   int64_t bias;     // forward: of the input's slots, as numbers
   int64_t numbers;  // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
-  // Backward's products: panels of W; and for each group of rows, so many bytes apart, for its K tokens of grad_chunk steps: gate gradients
-  // as numbers [K][X slots·H] and turned [slots·H][K], panels of the input and of each stage's operand; sums over the slots and vectors;
-  // for half types and, but for the first group, where there are several, sums of the weights' gradients.
-  int64_t grad_packed, grad_numbers, grad_turned, grad_input, grad_operand[kMaxStages], grad_slots, grad_vectors, grad_weight_ih,
-      grad_weights[kMaxStages], grad_group;
+  // Backward's products: panels of W; and for each group of rows, grad_group bytes apart, for its K tokens of grad_chunk steps: gate
+  // gradients as numbers [K][X slots·H] and turned [slots·H][K], panels of the input and of each stage's operand; sums over the slots and
+  // vectors. The weights' sums, grad_sums bytes apart, for each group but those whose place is the result itself: the first `grad_direct`.
+  int64_t grad_packed, grad_numbers, grad_turned, grad_input, grad_operand[kMaxStages], grad_slots, grad_vectors, grad_group;
+  int64_t grad_weight_ih, grad_weights[kMaxStages], grad_sums;
+  int grad_direct;
   int64_t bytes = 0;
 
   int64_t take(int64_t n) {
@@ -353,7 +355,6 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   const bool gradients = backward && !p.complete;
   const int64_t tokens = gradients ? s.grad_chunk * most_rows(p, s.sum_groups) : 0, units = gradients ? cell.slots * p.hidden : 0;
   const auto matrix = [&](int64_t n, int64_t width) { return n * padded(width, m.number_bytes) * m.number_bytes; };
-  const bool sums = gradients && (storage != m.number_bytes || s.sum_groups > 1);
   l.grad_packed = l.take(gradients ? panels(grad_input_product(cell, p), s.grad_input_blocks) : 0);
   const int64_t first_group = l.bytes;
   l.grad_numbers = l.take(gradients ? matrix(tokens, cell.input_slots() * p.hidden) : 0);
@@ -361,14 +362,21 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   l.grad_input = l.take(gradients ? panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks) : 0);
   l.grad_slots = l.take(units * m.number_bytes);
   l.grad_vectors = l.take(gradients ? cell.vectors * p.hidden * m.number_bytes : 0);
-  l.grad_weight_ih = l.take(sums ? cell.input_slots() * p.hidden * p.input * m.number_bytes : 0);
   for (int stage = 0; stage < cell.stages; ++stage) {
-    const int64_t width = operand_width(cell, p, stage);
-    l.grad_operand[stage] = l.take(gradients ? panels(grad_weight_product(width, tokens), s.grad_weight_blocks[stage]) : 0);
-    l.grad_weights[stage] = l.take(sums ? cell.hidden_slots(stage) * width_of(p, cell.stage[stage].width) * width * m.number_bytes : 0);
+    const Product product = grad_weight_product(operand_width(cell, p, stage), tokens);
+    l.grad_operand[stage] = l.take(gradients ? panels(product, s.grad_weight_blocks[stage]) : 0);
   }
   l.grad_group = l.bytes - first_group;
   l.take((s.sum_groups - 1) * l.grad_group);
+  l.grad_direct = storage == m.number_bytes ? 1 : 0;
+  const int64_t first_sums = l.bytes, copies = gradients ? s.sum_groups - l.grad_direct : 0;
+  l.grad_weight_ih = l.take(copies ? cell.input_slots() * p.hidden * p.input * m.number_bytes : 0);
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    const int64_t rows = cell.hidden_slots(stage) * width_of(p, cell.stage[stage].width);
+    l.grad_weights[stage] = l.take(copies ? rows * operand_width(cell, p, stage) * m.number_bytes : 0);
+  }
+  l.grad_sums = l.bytes - first_sums;
+  if (copies > 1) l.take((copies - 1) * l.grad_sums);
   l.bias = l.take(input ? cell.input_slots() * p.hidden * m.number_bytes : 0);
   l.numbers = l.take(input && storage != m.number_bytes ? s.threads() * s.chunk * p.batch * p.input * m.number_bytes : 0);
   return l;

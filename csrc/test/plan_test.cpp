@@ -64,9 +64,15 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
   for (int i = 0; i < cell.states; ++i) parts.push_back({l.state[i], (i || backward ? 1 : 2) * rows(width_of(p, cell.state_width(i)))});
   if (p.weight_type != WeightType::Numbers) parts.push_back({l.wide, s.threads() * l.wide_bytes});
   if (!backward && cell.stages > 1) parts.push_back({l.between, rows(cell.kept * p.hidden)});
+  if (cell.moments()) {
+    parts.push_back({l.partial, 2 * p.batch * partial_row(m, cell, p) * int64_t(sizeof(double))});
+    parts.push_back({l.totals, s.threads() * p.batch * (backward ? kMaxSums : cell.moments()) * m.number_bytes});
+  }
   if (s.chunk < 1 || s.chunk > std::max<int64_t>(p.steps, 1)) where("a chunk of no steps or more than all");
   if (!backward && !p.complete) {
-    if (!p.training) parts.push_back({l.gates, s.chunk * p.batch * cell.input_slots() * p.hidden * kStorageBytes[int(p.storage)]});
+    const int64_t regions = p.units ? s.threads() : 1;
+    if (!p.training)
+      parts.push_back({l.gates, regions * s.chunk * p.batch * cell.input_slots() * p.hidden * kStorageBytes[int(p.storage)]});
     parts.push_back({l.bias, cell.input_slots() * p.hidden * m.number_bytes});
     if (p.storage == Storage::BF16) parts.push_back({l.numbers, s.threads() * s.chunk * p.batch * p.input * m.number_bytes});
   }
@@ -91,13 +97,15 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
       add(l.grad_input, panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks));
       add(l.grad_slots, slots * number);
       add(l.grad_vectors, cell.vectors * p.hidden * number);
-      const bool sums = p.storage == Storage::BF16 || group > 0;
-      if (sums) add(l.grad_weight_ih, cell.input_slots() * p.hidden * p.input * number);
-      for (int i = 0; i < cell.stages; ++i) {
-        const int64_t width = operand_width(cell, p, i);
-        add(l.grad_operand[i], panels(grad_weight_product(width, tokens), s.grad_weight_blocks[i]));
-        if (sums) add(l.grad_weights[i], cell.hidden_slots(i) * width_of(p, cell.stage[i].width) * width * number);
-      }
+      for (int i = 0; i < cell.stages; ++i)
+        add(l.grad_operand[i], panels(grad_weight_product(operand_width(cell, p, i), tokens), s.grad_weight_blocks[i]));
+    }
+    if (l.grad_direct != (p.storage != Storage::BF16)) where("sums that are results, though of another type, or that are not");
+    for (int copy = 0; copy < s.sum_groups - l.grad_direct; ++copy) {
+      const auto add = [&](int64_t offset, int64_t bytes) { parts.push_back({offset + copy * l.grad_sums, bytes}); };
+      add(l.grad_weight_ih, cell.input_slots() * p.hidden * p.input * number);
+      for (int i = 0; i < cell.stages; ++i)
+        add(l.grad_weights[i], cell.hidden_slots(i) * width_of(p, cell.stage[i].width) * operand_width(cell, p, i) * number);
     }
   }
   for (auto [memory, room] : {std::pair(&parts, l.bytes), std::pair(&kept, l.packed_bytes)}) {
@@ -105,9 +113,11 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     int64_t end = 0;
     for (auto [at, bytes] : *memory) {
       if (at < end || at % 64) where("parts of memory overlap or are not aligned");
+      if (at >= end + 64) where("memory that nobody uses");
       end = at + bytes;
     }
     if (end > room) where("memory is too small");
+    if (!memory->empty() && room >= end + 64) where("memory at the end that nobody uses");
   }
 }
 

@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from math import inf
 from time import perf_counter_ns
 
 __all__ = ["Choice"]
+
+
+@dataclass
+class _Try:
+    """Of one way: by forward and backward how many calls told what they took, and the least of a token; nanoseconds of all calls."""
+
+    way: int
+    calls: list[int] = field(default_factory=lambda: [0, 0])
+    least: list[float] = field(default_factory=lambda: [inf, inf])
+    spent: int = 0
 
 
 class Choice:
@@ -16,7 +27,7 @@ class Choice:
 
     In a round each way is tried for some calls, the first of them uncounted, since its caches are cold and its threads asleep. Then the
     quickest is taken, and nothing is measured, until the next round: for at least ``REST`` nanoseconds and ``SHARE`` times as long as the
-    round took. By then the machine may be another, as where a hypervisor moves cores.
+    round's calls took. By then the machine may be another, as where a hypervisor moves cores.
 
     >>> clock = iter(range(0, 10**9, 1000)).__next__
     >>> choice = Choice(2, clock)
@@ -32,76 +43,76 @@ class Choice:
     MARGIN = 0.97  # what takes longer than so much of the time of the way that was taken is not worth a change
 
     def __init__(self, ways: int, clock: Callable[[], int] = perf_counter_ns) -> None:
-        self.ways, self.way = ways, 0
-        self.trains = False  # backward calls have been seen
+        self.ways = ways
+        self.best = 0  # as far as is known
+        self.asks = True
         self.tried = False  # all ways, at least once
+        self.trains = False  # backward calls have been seen
         self._clock = clock
         self._turning, self._until = threading.Lock(), 0
+        self._tries: list[_Try] = []  # of this round, those that are over
+        self._trying = _Try(self.best)
         self._begin()
 
     def forward(self) -> int:
         """The way that a forward call takes, and backward calls until the next one."""
-        if self._tried() if self.asks else self._clock() >= self._until:
+        if self._is_over():
             self._turn()
-        return self.way
+        return self._trying.way
 
     def backward(self) -> int:
         """The way that a backward call takes."""
         if not self.trains:
-            self.trains, self._new = True, True
+            self.trains, self._afresh = True, True
             self._turn()
-        return self.way
+        return self._trying.way
 
     def took(self, way: int, backward: bool, ns: int, tokens: int = 1) -> None:
         """So many nanoseconds for a call that took this way; calls are compared by the time of a token."""
-        if not self.asks or way != self.way:
+        trying = self._trying
+        if not self.asks or way != trying.way:
             return
-        calls = self._calls[backward]
-        self._calls[backward] += 1
-        self._spent += ns
+        calls = trying.calls[backward]
+        trying.calls[backward] += 1
+        trying.spent += ns
         if calls:
-            self._least[backward] = min(self._least[backward], ns / max(tokens, 1))
+            trying.least[backward] = min(trying.least[backward], ns / max(tokens, 1))
 
-    @property
-    def best(self) -> int:
-        """As far as is known."""
-        return self._best if self.asks else self.way
-
-    def _tried(self) -> bool:
-        forward, backward = self._calls
+    def _is_over(self) -> bool:
+        """A try, or the rest after a round."""
+        if not self.asks:
+            return self._clock() >= self._until
+        forward, backward = self._trying.calls
         calls = backward if self.trains else forward
-        return forward >= self.MOST_CALLS or calls >= 4 * self.CALLS or (calls >= self.CALLS and self._spent > self.ENOUGH)
+        return forward >= self.MOST_CALLS or calls >= 4 * self.CALLS or (calls >= self.CALLS and self._trying.spent > self.ENOUGH)
 
     def _turn(self) -> None:
         """To the next way, or to the quickest. One of several threads at a time; the others go on as before."""
         if not self._turning.acquire(blocking=False):
             return
         try:
-            if self._new or not self.asks:
+            over = self._is_over()  # still: another thread may have been here just before
+            if self._afresh or (over and not self.asks):
                 self._begin()
-            elif self._tried():
-                self._known[self.way] = self._least
-                if self._left:
-                    self._try(self._left.pop(0))
-                else:
-                    self._end()
+            elif over and self._left:
+                self._tries.append(self._trying)
+                self._trying = _Try(self._left.pop(0))
+            elif over:
+                self._end([*self._tries, self._trying])
         finally:
             self._turning.release()
 
     def _begin(self) -> None:
-        self.asks, self._new, self._best, self._began = True, False, self.way, self._clock()
-        self._left = [way for way in range(self.ways) if way != self.way]
-        self._known: dict[int, list[float]] = {}
-        self._try(self.way)
+        self.asks, self._afresh = True, False
+        self._left = [way for way in range(self.ways) if way != self.best]
+        self._tries, self._trying = [], _Try(self.best)
 
-    def _try(self, way: int) -> None:
-        self.way, self._calls, self._least, self._spent = way, [0, 0], [inf, inf], 0
-
-    def _end(self) -> None:
-        passes = [i for i in range(2) if all(least[i] < inf for least in self._known.values())]
-        took = {way: sum(least[i] for i in passes) for way, least in self._known.items()}
+    def _end(self, tries: list[_Try]) -> None:
+        passes = [i for i in range(2) if all(one.least[i] < inf for one in tries)]
+        took = {one.way: sum(one.least[i] for i in passes) for one in tries}
         quickest = min(took, key=took.__getitem__)
-        self.way = quickest if took[quickest] < self.MARGIN * took[self._best] else self._best
-        now = self._clock()
-        self._until = now + max(self.REST, self.SHARE * (now - self._began))
+        if took[quickest] < self.MARGIN * took[self.best]:
+            self.best = quickest
+        self._until = self._clock() + max(self.REST, self.SHARE * sum(one.spent for one in tries))
+        self._trying = _Try(self.best)
         self.asks, self.tried = False, True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Seq
 from time import perf_counter_ns
@@ -127,15 +128,23 @@ class _Teams(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1024)
-def _teams(s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, threads: int, chained: bool) -> _Teams:
+def _teams(
+    s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, complete: bool, threads: int, chained: bool
+) -> _Teams:
     found = _C.teams(problem(s, dtype, input_size, NO_ROWS, training, threads, chained), training)
     return _Teams(found, Choice(len(found)) if len(found) > 1 else None)
 
 
-def _teams_of(s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, threads: int, chained: bool) -> _Teams:
+_one_at_a_time = threading.Lock()  # or two threads would make a choice each for one kind
+
+
+def _teams_of(
+    s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, complete: bool, threads: int, chained: bool
+) -> _Teams:
     """Calls are of one kind up to twice as many steps, in either direction."""
     kind = s._replace(steps=1 << max(s.steps.bit_length() - 1, 0), reverse=False)
-    return _teams(kind, dtype, input_size, ragged, training, threads, chained)
+    with _one_at_a_time:
+        return _teams(kind, dtype, input_size, ragged, training, complete, threads, chained)
 
 
 def _make_task(
@@ -151,7 +160,7 @@ def _tasks_of_whole_rows(
     s: Sizes, dtype: torch.dtype, input_size: int, training: bool, backward: bool, complete: bool, threads: int, chained: bool
 ) -> tuple[list[_Task], Choice | None]:
     """For each team. Known by the sizes; ``complete`` depends on a setting of torch's too."""
-    teams, choice = _teams_of(s, dtype, input_size, False, training, threads, chained)
+    teams, choice = _teams_of(s, dtype, input_size, False, training, complete, threads, chained)
     return [_make_task(s, dtype, input_size, NO_ROWS, training, backward, chained, team) for team in teams], choice
 
 
@@ -176,12 +185,12 @@ def turn_of(
 ) -> _Turn:
     """``looks``: no call follows."""
     threads, chained, whole = thread.threads, thread.chained, rows.sizes is None and not s.cut
+    complete = s.steps == 1 and s.complete
     tasks: list[_Task] = []
     if whole:
-        complete = s.steps == 1 and s.complete
         tasks, choice = _tasks_of_whole_rows(s, dtype, input_size, training, backward, complete, threads, chained)
     else:
-        teams, choice = _teams_of(s, dtype, input_size, rows.sizes is not None, training, threads, chained)
+        teams, choice = _teams_of(s, dtype, input_size, rows.sizes is not None, training, complete, threads, chained)
     follows = backward and not s.recompute
     if choice is None:
         way = 0

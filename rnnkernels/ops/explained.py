@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import _C
-from . import cpu, peer
+from . import cpu, parts, peer
 from .cells import PERSISTENT, Rows, Sizes, problem
 from .checks import Call
 from .engines import choose, index_of
@@ -98,6 +98,7 @@ def _on_cpu(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
     if beside:
         task, choice = problem(s, dtype, input_size, rows, call.training, 1), None
     else:
+        s = parts.longest(s, rows) if call.training else s
         (task, *_), _, choice, _ = cpu.turn_of(s, dtype, input_size, rows, call.training, call.training, looks=True)
     row_groups, unit_groups, panel, _ = _C.schedule(task, call.training)
     if s.complete:

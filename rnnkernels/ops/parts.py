@@ -10,7 +10,7 @@ from torch import Tensor
 from . import cpu
 from .cells import Rows, Sizes, Weights, dense, number
 
-__all__ = ["backward", "fits"]
+__all__ = ["backward", "fits", "longest"]
 
 _WEIGHTS = len(Weights._fields)
 
@@ -21,6 +21,11 @@ TOKENS = 512
 def fits(s: Sizes, rows: Rows) -> bool:
     """Whether a call is cut into stretches: those of one stage and whole rows, whose kept values are made of the states on both sides."""
     return s.engine == "cpu" and s.recompute and len(s.cell.stages) == 1 and not s.cut and rows.sizes is None and len(_stretches(s)) > 1
+
+
+def longest(s: Sizes, rows: Rows) -> Sizes:
+    """What backward walks at a time, at most."""
+    return s._replace(steps=max(end - begin for begin, end in _stretches(s))) if fits(s, rows) else s
 
 
 def _stretches(s: Sizes) -> list[tuple[int, int]]:

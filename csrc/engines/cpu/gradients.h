@@ -98,7 +98,8 @@ class Gradients {
   // In a group's part of the workspace.
   void* of(int group, int64_t offset) const { return at(g.workspace, offset + group * w.memory.grad_group); }
   void* sums(int group, void* result, int64_t offset) const {
-    return group == 0 && w.storage_bytes == w.number_bytes ? result : of(group, offset);
+    const int copy = group - w.memory.grad_direct;
+    return copy < 0 ? result : at(g.workspace, offset + copy * w.memory.grad_sums);
   }
   void* slot_sums(int group, int64_t i) const { return of(group, w.memory.grad_slots + i * w.number_bytes); }
   void* vector_sums(int group, int64_t i) const { return of(group, w.memory.grad_vectors + i * w.number_bytes); }
@@ -169,7 +170,7 @@ class Gradients {
     if (alone) adds.id = 0, adds.members = 1;
     for (int group = alone ? me.row_group : 0; group < (alone ? me.row_group + 1 : groups); ++group) {
       const std::vector<Token> tokens = tokens_of(group, t0, t1);
-      if (!alone) w.wait_all(me);  // until the gate gradients are there and nobody multiplies with the last round's panels
+      if (!alone && group == 0) w.wait_all(me);  // until the gate gradients are there and nobody multiplies with the last round's panels
       lay_panels(adds, group, tokens);
       if (sums_weights) turn(adds, group, tokens);
       if (g.grad_input) load_numbers(adds, group, tokens);

@@ -1,6 +1,5 @@
 // The roofs of the benchmarks, measured with the engine's own product and barrier.
 #include <chrono>
-#include <mutex>
 
 #include "engines/cpu/engine.h"
 #include "engines/cpu/walk.h"
