@@ -1,7 +1,7 @@
 """The promise: on a CPU a row's bits depend on nothing but the row: not on threads, reruns, batch, its place in it, padding, or packing."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -31,7 +31,7 @@ LONG, LARGE = 41, 33  # steps and rows: several rounds of sums over tokens, whic
 def make(request: Any) -> Callable[..., Any]:
     def layer(**options: Any) -> Any:
         torch.manual_seed(0)
-        return LAYERS[request.param](SIZE, H, **{"num_layers": 2, "bidirectional": True, **options})
+        return LAYERS[request.param](SIZE, **{"hidden_size": H, "num_layers": 2, "bidirectional": True, **options})
 
     return layer
 
@@ -96,31 +96,54 @@ def test_whichever_team_is_tried(make: Any, monkeypatch: pytest.MonkeyPatch, ins
         same(other, found[0])
 
 
+def on_several_threads(layer: Any, x: Tensor, given: dict[str, Tensor], threads: Sequence[int]) -> tuple[Tensor, list[Tensor]]:
+    """A cotangent, and the results that are the same on all of them."""
+    cotangent, found = torch.randn_like(layer(x, **given)[0]), list[list[Tensor]]()
+    for n in threads:
+        torch.set_num_threads(n)
+        found.append(results(layer, x, cotangent, **given))
+    for other in found[1:]:
+        same(other, found[0])
+    return cotangent, found[0]
+
+
+def check_sums(layer: Any, x: Tensor, given: dict[str, Tensor], cotangent: Tensor, found: list[Tensor]) -> None:
+    """The gradients of parameters are the sums of those of each row alone."""
+    count = len(list(layer.parameters()))
+    rows = [
+        results(layer, x[:, b : b + 1], cotangent[:, b : b + 1], **{k: v[..., b : b + 1] for k, v in given.items()})[-count:]
+        for b in range(x.shape[1])
+    ]
+    for i, grad in enumerate(found[-count:]):
+        torch.testing.assert_close(grad, torch.stack([row[i] for row in rows]).sum(0), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("inside", ["whole", "lengths", "resets"])
 @pytest.mark.usefixtures("restore")
 def test_sums_of_two_groups_of_rows(make: Any, inside: str, dtype: torch.dtype) -> None:
-    """Each half of a large batch has sums over tokens of its own, whoever adds them up; together they are those of the rows one by one."""
+    """Each half of a large batch has sums over tokens of its own, whoever adds them up."""
     layer, x = make(dtype=dtype, bidirectional=False), torch.randn(LONG, LARGE, SIZE, dtype=dtype)
     given: dict[str, Tensor] = {}
     if inside == "lengths":
         given["lengths"] = torch.cat([torch.tensor([LONG]), torch.randint(0, 14, (LARGE - 1,))])  # one row, and then the others
     if inside == "resets":
         given["reset_mask"] = torch.rand(LONG, LARGE) < 0.2
-    cotangent, found = torch.randn_like(layer(x)[0]), []
-    for threads in (1, 2, 3, 4, 6):
-        torch.set_num_threads(threads)
-        found.append(results(layer, x, cotangent, **given))
-    for other in found[1:]:
-        same(other, found[0])
-    if dtype != torch.float64:
-        return
-    rows = [
-        results(layer, x[:, b : b + 1], cotangent[:, b : b + 1], **{k: v[..., b : b + 1] for k, v in given.items()}) for b in range(LARGE)
-    ]
-    count = len(list(layer.parameters()))
-    for i, grad in enumerate(found[0][-count:]):
-        torch.testing.assert_close(grad, torch.stack([row[-count:][i] for row in rows]).sum(0), rtol=1e-12, atol=1e-12)
+    cotangent, found = on_several_threads(layer, x, given, (1, 2, 3, 4, 6))
+    if dtype == torch.float64:
+        check_sums(layer, x, given, cotangent, found)
+
+
+@pytest.mark.parametrize("inside", ["whole", "lengths"])
+@pytest.mark.usefixtures("restore")
+def test_sums_of_large_matrices(make: Any, inside: str) -> None:
+    """Those of more than a core's cache are added up in rounds of several chunks, here two rounds, some units of a slot at a time."""
+    steps, batch = 235, 5
+    layer = make(dtype=torch.float64, bidirectional=False, num_layers=1, hidden_size=360)
+    x = torch.randn(steps, batch, SIZE, dtype=torch.float64)
+    given = {"lengths": torch.tensor([steps, 0, 200, 1, 107])} if inside == "lengths" else {}
+    cotangent, found = on_several_threads(layer, x, given, (1, 2, 3, 5))
+    check_sums(layer, x, given, cotangent, found)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -6,24 +6,16 @@
 
 namespace rnnkernels {
 
-// What the model knows: a sequence's time, forward and, training, backward, and the bytes of its matrices.
+// What the model knows of a sequence's time, forward and, training, backward.
 inline double sequence_ns(const Machine& m, const CellInfo& cell, Problem p, bool training, int threads) {
   p.threads = threads;
   return plan(m, cell, p, false).ns + (training ? plan(m, cell, p, true).ns : 0);
-}
-inline int64_t matrix_bytes(const Machine& m, const CellInfo& cell, const Problem& p) {
-  int64_t bytes = 0;
-  for (int s = 0; s < cell.stages; ++s) {
-    const Product product = forward_product(cell, p, s);
-    bytes += panel_count(m, product, 1) * panel_bytes(m, product, 1);
-  }
-  return bytes;
 }
 
 // What it does not see are one start of the team instead of several and taller tiles, which tell for small batches, as long as a core's L2
 // holds a whole matrix and the input's besides.
 inline bool is_sooner(const Machine& m, const CellInfo& cell, const Problem& p, double together, double in_turn) {
-  return together < 0.97 * in_turn || (together < 1.01 * in_turn && p.batch <= 16 && matrix_bytes(m, cell, p) <= m.l2_bytes / 2);
+  return together < 0.97 * in_turn || (together < 1.01 * in_turn && p.batch <= 16 && matrix_bytes(m, cell, p).recurrent <= m.l2_bytes / 2);
 }
 
 inline bool gains_apart(const Machine& m, const CellInfo& cell, const Problem& p, bool training) {

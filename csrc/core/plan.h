@@ -63,7 +63,7 @@ struct Machine {
   double latency = 4;    // multiply-adds in flight that reach it
   double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
   int64_t chunk_bytes = 256 << 10;  // of input gates a thread makes at a time: they are still in its L2 when the steps want them
-  int64_t grad_tokens = 256;        // of gate gradients between two rounds of products: long enough for their sums to be written seldom
+  int64_t grad_tokens = 256;        // of a chunk of gate gradients: long enough for sums over them to be written seldom
   int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
   double barrier_ns = 250, line_ns = 5;      // line: of an operand that another thread wrote
   double fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
@@ -75,8 +75,11 @@ struct Schedule {
   int input_blocks[kMaxStages] = {1, 1, 1,
                                   1};  // likewise for the input's product: a divisor, so that panels' owners own whole ones of these
   int64_t chunk = 1;                   // steps whose input gates are made at a time
-  int64_t grad_chunk = 1;              // steps between two rounds of backward's products; this and the next: the same for any threads
-  int sum_groups = 1;                  // of rows, whose sums over tokens are added up apart
+  int64_t grad_chunk = 1;  // steps whose tokens are one chain of backward's products; this and the next: the same for any threads
+  int sum_groups = 1;      // of rows, whose sums over tokens are added up apart
+  int round_chunks = 1;    // between two rounds of these products
+  // Of a chunk's gate gradients: how many tokens' a thread has as numbers at a time, and how many units' of a slot it turns.
+  int64_t numbers_tokens = 1, turned_units = 1;
   int grad_input_blocks = 1, grad_weight_ih_blocks = 1, grad_weight_blocks[kMaxStages] = {1, 1, 1, 1};
   double ns = 0;  // the model's estimate
   int threads() const { return row_groups * unit_groups; }
@@ -93,6 +96,20 @@ inline int64_t panel_bytes(const Machine& m, const Product& p, int blocks) {
   if (p.type == WeightType::Numbers) return elements * m.number_bytes;
   const int64_t factors = int64_t(blocks) * p.columns * m.lanes * m.number_bytes;
   return p.type == WeightType::BF16 ? elements * 2 : factors + ceil_div(elements, m.number_bytes) * m.number_bytes;
+}
+
+// Of the matrices that the input meets and of the recurrent ones, as panels.
+struct MatrixBytes {
+  int64_t input, recurrent;
+};
+inline MatrixBytes matrix_bytes(const Machine& m, const CellInfo& cell, const Problem& p) {
+  const auto bytes = [&](const Product& product) { return panel_count(m, product, 1) * panel_bytes(m, product, 1); };
+  MatrixBytes found{0, 0};
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    found.input += bytes(input_product(cell, p, stage));
+    found.recurrent += bytes(forward_product(cell, p, stage));
+  }
+  return found;
 }
 
 inline int tile_rows(const Machine& m, int vectors) {
@@ -136,18 +153,15 @@ inline int best_blocks(const Machine& m, const Product& p, int64_t rows, int uni
 }
 
 constexpr int kSumGroups = 2;
+constexpr int kRoundChunks = 4;
+constexpr int64_t kNumbersTokens = 128;
 
 // Where matrices are not large and tokens many, backward's sums are cut in two, so that threads which have halved the batch need not hand
 // each other their gate gradients.
 inline int sum_groups(const Machine& m, const CellInfo& cell, const Problem& p) {
-  int64_t recurrent = 0, input = 0;
-  for (int stage = 0; stage < cell.stages; ++stage) {
-    const Product product = forward_product(cell, p, stage), x = input_product(cell, p, stage);
-    recurrent += product.units * product.columns * product.depth * m.number_bytes;
-    input += x.units * x.columns * x.depth * m.number_bytes;
-  }
+  const MatrixBytes bytes = matrix_bytes(m, cell, p);
   const bool many = !p.rows && !p.units && !p.complete && p.batch >= 16 && p.steps * p.batch >= 2 * (p.input + p.output);
-  return many && recurrent <= 2 * m.l2_bytes && input <= 2 * m.l2_bytes ? kSumGroups : 1;
+  return many && bytes.recurrent <= 2 * m.l2_bytes && bytes.input <= 2 * m.l2_bytes ? kSumGroups : 1;
 }
 
 // At most so many rows of a step are a group's. With lengths the groups have about as many tokens, not rows.
@@ -163,11 +177,24 @@ inline Schedule grad_schedule(const Machine& m, const CellInfo& cell, const Prob
   const int64_t chunk = ceil_div(fit ? m.grad_tokens : m.grad_tokens / s.sum_groups, rows);
   s.grad_chunk = chunk < p.steps ? chunk : p.steps > 1 ? p.steps : 1;
   const int64_t tokens = s.grad_chunk * rows;
+  // The sums of large matrices come from far each time: seldom then, several chunks one after the other, of a few units each time.
+  const MatrixBytes sums = matrix_bytes(m, cell, p);
+  const int64_t chunks = ceil_div(p.steps > 1 ? p.steps : 1, s.grad_chunk);
+  if (sums.input + sums.recurrent > m.l2_bytes && s.sum_groups == 1) s.round_chunks = chunks < kRoundChunks ? int(chunks) : kRoundChunks;
   s.grad_input_blocks = best_blocks(m, grad_input_product(cell, p), tokens, 1);
   s.grad_weight_ih_blocks = best_blocks(m, grad_weight_product(p.input, tokens), p.hidden, 1);
   for (int stage = 0; stage < cell.stages; ++stage)
     s.grad_weight_blocks[stage] = best_blocks(m, grad_weight_product(operand_width(cell, p, stage), tokens), p.hidden, 1);
   return s;
+}
+
+// Of a backward schedule, what follows from its threads: each has its share at a time, but no more than stays in its cache.
+inline void share_gradients(const Machine& m, const Problem& p, Schedule& s) {
+  const auto share = [&](int64_t n) { return ceil_div(n > 1 ? n : 1, s.threads()); };
+  const int64_t tokens = share(s.grad_chunk * most_rows(p, s.sum_groups)), units = ceil_div(share(p.hidden), m.lanes) * m.lanes;
+  const int64_t few = m.l2_bytes / 2 / ((p.input + p.output) * m.number_bytes) / m.lanes * m.lanes;
+  s.numbers_tokens = tokens < kMaxTileRows ? kMaxTileRows : tokens < kNumbersTokens ? tokens : kNumbersTokens;
+  s.turned_units = few < m.lanes ? m.lanes : few < units ? few : units;
 }
 
 // How many steps a layer of a chain is behind the one below: enough rows for a tile of the input's product, and few of all steps.
@@ -229,6 +256,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       if (!found || s.ns < best.ns) best = s, found = true;
     }
   }
+  if (gradients) share_gradients(m, p, best);
   return best;
 }
 
@@ -301,10 +329,11 @@ struct Layout {
   int64_t partial, totals;
   int64_t bias;     // forward: of the input's slots, as numbers
   int64_t numbers;  // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
-  // Backward's products: panels of W; and for each group of rows, grad_group bytes apart, for its K tokens of grad_chunk steps: gate
-  // gradients as numbers [K][X slots·H] and turned [slots·H][K], panels of the input and of each stage's operand; sums over the slots and
-  // vectors. The weights' sums, grad_sums bytes apart, for each group but those whose place is the result itself: the first `grad_direct`.
-  int64_t grad_packed, grad_numbers, grad_turned, grad_input, grad_operand[kMaxStages], grad_slots, grad_vectors, grad_group;
+  // Backward's products: panels of W; for each thread, grad_thread bytes apart, gate gradients as numbers [numbers_tokens][X slots·H] and
+  // turned [turned_units][K]; for each group of rows, grad_group bytes apart, panels of the input and of each stage's operand,
+  // [round_chunks] times of its K tokens of a chunk, and sums over the slots and vectors. The weights' sums, grad_sums bytes apart, for
+  // each group but those whose place is the result itself: the first `grad_direct`.
+  int64_t grad_packed, grad_numbers, grad_turned, grad_thread, grad_input, grad_operand[kMaxStages], grad_slots, grad_vectors, grad_group;
   int64_t grad_weight_ih, grad_weights[kMaxStages], grad_sums;
   int grad_direct;
   int64_t bytes = 0;
@@ -356,15 +385,18 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   const int64_t tokens = gradients ? s.grad_chunk * most_rows(p, s.sum_groups) : 0, units = gradients ? cell.slots * p.hidden : 0;
   const auto matrix = [&](int64_t n, int64_t width) { return n * padded(width, m.number_bytes) * m.number_bytes; };
   l.grad_packed = l.take(gradients ? panels(grad_input_product(cell, p), s.grad_input_blocks) : 0);
+  const int64_t first_thread = l.bytes;
+  l.grad_numbers = l.take(gradients ? matrix(s.numbers_tokens, cell.input_slots() * p.hidden) : 0);
+  l.grad_turned = l.take(gradients ? matrix(s.turned_units, tokens) : 0);
+  l.grad_thread = l.bytes - first_thread;
+  l.take((s.threads() - 1) * l.grad_thread);
   const int64_t first_group = l.bytes;
-  l.grad_numbers = l.take(gradients ? matrix(tokens, cell.input_slots() * p.hidden) : 0);
-  l.grad_turned = l.take(matrix(units, tokens));
-  l.grad_input = l.take(gradients ? panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks) : 0);
+  l.grad_input = l.take(gradients ? s.round_chunks * panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks) : 0);
   l.grad_slots = l.take(units * m.number_bytes);
   l.grad_vectors = l.take(gradients ? cell.vectors * p.hidden * m.number_bytes : 0);
   for (int stage = 0; stage < cell.stages; ++stage) {
     const Product product = grad_weight_product(operand_width(cell, p, stage), tokens);
-    l.grad_operand[stage] = l.take(gradients ? panels(product, s.grad_weight_blocks[stage]) : 0);
+    l.grad_operand[stage] = l.take(gradients ? s.round_chunks * panels(product, s.grad_weight_blocks[stage]) : 0);
   }
   l.grad_group = l.bytes - first_group;
   l.take((s.sum_groups - 1) * l.grad_group);

@@ -77,11 +77,13 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     if (p.storage == Storage::BF16) parts.push_back({l.numbers, s.threads() * s.chunk * p.batch * p.input * m.number_bytes});
   }
   if (backward && !p.complete) {
-    if (s.grad_chunk < 1 || s.grad_chunk > std::max<int64_t>(p.steps, 1)) where("a round of no steps or more than all");
+    if (s.grad_chunk < 1 || s.grad_chunk > std::max<int64_t>(p.steps, 1)) where("a chunk of gradients of no steps or more than all");
     Problem alone = p;
     alone.threads = 1;
     const Schedule serial = plan(m, cell, alone, true);
-    if (serial.grad_chunk != s.grad_chunk || serial.sum_groups != s.sum_groups) where("rounds that depend on the threads");
+    if (serial.grad_chunk != s.grad_chunk || serial.sum_groups != s.sum_groups) where("chunks that depend on the threads");
+    if (s.round_chunks < 1 || (s.round_chunks - 1) * s.grad_chunk >= std::max<int64_t>(p.steps, 1))
+      where("a round of chunks without steps");
     if (s.sum_groups < 1 || s.sum_groups > kSumGroups) where("no groups of rows, or more than there is room for");
     const int64_t tokens = s.grad_chunk * most_rows(p, s.sum_groups), slots = cell.slots * p.hidden, number = m.number_bytes;
     const auto panels = [&](const Product& q, int blocks) {
@@ -90,15 +92,20 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
       return panel_count(m, q, blocks) * panel_elements(m, q, blocks) * number;
     };
     parts.push_back({l.grad_packed, panels(grad_input_product(cell, p), s.grad_input_blocks)});
+    if (s.turned_units < m.lanes || s.turned_units % m.lanes) where("units turned that are no whole vectors");
+    if (s.numbers_tokens < kMaxTileRows) where("numbers of less tokens than a tile has rows");
+    for (int id = 0; id < s.threads(); ++id) {
+      const auto add = [&](int64_t offset, int64_t bytes) { parts.push_back({offset + id * l.grad_thread, bytes}); };
+      add(l.grad_numbers, s.numbers_tokens * padded(cell.input_slots() * p.hidden, number) * number);
+      add(l.grad_turned, s.turned_units * padded(tokens, number) * number);
+    }
     for (int group = 0; group < s.sum_groups; ++group) {
       const auto add = [&](int64_t offset, int64_t bytes) { parts.push_back({offset + group * l.grad_group, bytes}); };
-      add(l.grad_numbers, tokens * padded(cell.input_slots() * p.hidden, number) * number);
-      add(l.grad_turned, slots * padded(tokens, number) * number);
-      add(l.grad_input, panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks));
+      add(l.grad_input, s.round_chunks * panels(grad_weight_product(p.input, tokens), s.grad_weight_ih_blocks));
       add(l.grad_slots, slots * number);
       add(l.grad_vectors, cell.vectors * p.hidden * number);
       for (int i = 0; i < cell.stages; ++i)
-        add(l.grad_operand[i], panels(grad_weight_product(operand_width(cell, p, i), tokens), s.grad_weight_blocks[i]));
+        add(l.grad_operand[i], s.round_chunks * panels(grad_weight_product(operand_width(cell, p, i), tokens), s.grad_weight_blocks[i]));
     }
     if (l.grad_direct != (p.storage != Storage::BF16)) where("sums that are results, though of another type, or that are not");
     for (int copy = 0; copy < s.sum_groups - l.grad_direct; ++copy) {

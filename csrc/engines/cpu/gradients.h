@@ -1,7 +1,8 @@
 // What backward owes besides the recurrence: the sums over all tokens that are the gradients of the weights, biases and vectors, and the
-// gradient of the input. Taken in rounds, while a round's gate gradients are still in the cache. Rounds are cut the same for any number of
-// threads, and each sum is added up in the order of the rounds. Two groups of rows may have sums of their own, each added up by the thread
-// that walks its rows, or by all; in the end they are added to each other.
+// gradient of the input. Chunks of steps, cut the same for any number of threads, are a chain each, and each sum is added up in the order
+// of the chunks. They are taken in rounds of one or several, while gate gradients or, where matrices are large, sums are still in the
+// cache. Two groups of rows may have sums of their own, each added up by the thread that walks its rows, or by all; in the end they are
+// added to each other.
 #pragma once
 
 #include "engines/cpu/packing.h"
@@ -18,7 +19,8 @@ class Gradients {
         groups(w.plan_.sum_groups),
         cuts(w.cut_rows(groups)),
         numbers_row(w.row_bytes(x_slots)),
-        turned_row(w.row_bytes(w.plan_.grad_chunk * most_rows(w.p, groups))),
+        chunk_tokens(w.plan_.grad_chunk * most_rows(w.p, groups)),
+        turned_row(w.row_bytes(chunk_tokens)),
         sums_slots(g.grad_bias_ih || g.grad_bias_hh || any_vector()),
         sums_weights(g.grad_weight_ih || any_weight()),
         wanted(!w.p.complete && (g.grad_input || sums_slots || sums_weights)) {}
@@ -37,7 +39,8 @@ class Gradients {
 
   // After the walk's n-th step.
   void add(Walk::Member& me, int64_t n) {
-    if (wanted && ((n + 1) % w.plan_.grad_chunk == 0 || n + 1 == w.p.steps)) round(me, n / w.plan_.grad_chunk * w.plan_.grad_chunk, n + 1);
+    const int64_t steps = w.plan_.round_chunks * w.plan_.grad_chunk;
+    if (wanted && ((n + 1) % steps == 0 || n + 1 == w.p.steps)) round(me, n / steps * steps, n + 1);
   }
 
   // After the last round and a meeting of all members.
@@ -81,7 +84,7 @@ class Gradients {
   }
 
  private:
-  // The gradient of a matrix: where its sums are added up, and the panels of what it multiplied.
+  // The gradient of a matrix: where its sums are added up, and the panels of what it multiplied, chunk by chunk.
   struct Matrix {
     int64_t rows, width;
     int blocks;
@@ -95,6 +98,10 @@ class Gradients {
     return {w.cell.hidden_slots(s) * w.width_of_stage(s), operand_width(w.cell, w.p, s), w.plan_.grad_weight_blocks[s],
             sums(group, g.grad_weights[s], w.memory.grad_weights[s]), of(group, w.memory.grad_operand[s])};
   }
+  void* panels(const Matrix& matrix, int64_t chunk) const {
+    const Product most = grad_weight_product(matrix.width, chunk_tokens);
+    return at(matrix.panels, chunk * panel_count(w.m, most, matrix.blocks) * panel_bytes(w.m, most, matrix.blocks));
+  }
   // In a group's part of the workspace.
   void* of(int group, int64_t offset) const { return at(g.workspace, offset + group * w.memory.grad_group); }
   void* sums(int group, void* result, int64_t offset) const {
@@ -103,8 +110,9 @@ class Gradients {
   }
   void* slot_sums(int group, int64_t i) const { return of(group, w.memory.grad_slots + i * w.number_bytes); }
   void* vector_sums(int group, int64_t i) const { return of(group, w.memory.grad_vectors + i * w.number_bytes); }
-  void* turned(int group) const { return of(group, w.memory.grad_turned); }
-  void* numbers(int group) const { return of(group, w.memory.grad_numbers); }
+  // What is private to a thread.
+  void* turned(int id) const { return at(g.workspace, w.memory.grad_turned + id * w.memory.grad_thread); }
+  void* numbers(int id) const { return at(g.workspace, w.memory.grad_numbers + id * w.memory.grad_thread); }
 
   bool any_vector() const {
     return std::any_of(g.grad_vectors, g.grad_vectors + w.cell.vectors, [](void* to) { return to != nullptr; });
@@ -116,8 +124,10 @@ class Gradients {
   struct Token {
     int64_t step, row, place;
   };
-  // A group's tokens of steps [t0, t1), those with most units first.
-  std::vector<Token> tokens_of(int group, int64_t t0, int64_t t1) const {
+  // A group's tokens of the chunk that begins with the walk's n-th step, those with most units first.
+  std::vector<Token> tokens_of(int group, int64_t n) const {
+    const int64_t end = std::min(n + w.plan_.grad_chunk, w.p.steps);
+    const int64_t t0 = std::min(w.step(n, false), w.step(end - 1, false)), t1 = t0 + end - n;
     std::vector<Token> tokens;
     tokens.reserve(size_t((t1 - t0) * most_rows(w.p, groups)));
     const int64_t first = cuts[size_t(group)], last = cuts[size_t(group) + 1];
@@ -162,43 +172,31 @@ class Gradients {
     return at(g.kept, (k.place * w.cell.room() + kept) * w.p.hidden * w.storage_bytes);
   }
 
+  using Chunks = std::vector<std::vector<Token>>;
+
+  // Of the walk's steps [n0, n1).
   void round(Walk::Member& me, int64_t n0, int64_t n1) {
-    const int64_t t0 = std::min(w.step(n0, false), w.step(n1 - 1, false)), t1 = t0 + n1 - n0;
     // A member that walks a group's rows alone adds up their tokens alone, in its own cache; else all add up each group's together.
     const bool alone = groups > 1 && me.row_groups == groups && me.unit_groups == 1;
     Walk::Member adds = me;
     if (alone) adds.id = 0, adds.members = 1;
     for (int group = alone ? me.row_group : 0; group < (alone ? me.row_group + 1 : groups); ++group) {
-      const std::vector<Token> tokens = tokens_of(group, t0, t1);
-      if (!alone && group == 0) w.wait_all(me);  // until the gate gradients are there and nobody multiplies with the last round's panels
-      lay_panels(adds, group, tokens);
-      if (sums_weights) turn(adds, group, tokens);
-      if (g.grad_input) load_numbers(adds, group, tokens);
-      if (sums_slots) add_slots(adds, group, tokens);
+      Chunks chunks;
+      for (int64_t n = n0; n < n1; n += w.plan_.grad_chunk) chunks.push_back(tokens_of(group, n));
+      // Until the gate gradients are there and nobody multiplies with the last round's panels.
+      if (!alone && group == 0) w.wait_all(me);
+      for (size_t c = 0; c < chunks.size(); ++c) {
+        lay_panels(adds, group, int64_t(c), chunks[c]);
+        if (sums_slots) add_slots(adds, group, chunks[c]);
+      }
       if (!alone) w.wait_all(me);
-      multiply(adds, group, tokens, n0 > 0);
+      if (sums_weights) add_weights(adds, group, chunks, turned(me.id), n0 > 0);
+      for (size_t c = 0; g.grad_input && c < chunks.size(); ++c) add_input(adds, chunks[c], numbers(me.id));
     }
-  }
-
-  void multiply(const Walk::Member& me, int group, const std::vector<Token>& tokens, bool onto) const {
-    if (g.grad_weight_ih) {
-      int slot_of[kMaxSlots];
-      for (int i = 0, n = 0; i < w.cell.slots; ++i)
-        if (w.cell.slot[i].feeds & X) slot_of[n++] = i;
-      add_weight(me, group, weight_ih(group), w.p.hidden, slot_of, tokens, onto);
-    }
-    for (int s = 0; s < w.cell.stages; ++s) {
-      if (!g.grad_weights[s]) continue;
-      int slot_of[kMaxSlots];
-      for (int i = 0, n = 0; i < w.cell.slots; ++i)
-        if (w.cell.in_stage(s, i) && (w.cell.slot[i].feeds & H)) slot_of[n++] = i;
-      add_weight(me, group, weight(group, s), w.width_of_stage(s), slot_of, tokens, onto);
-    }
-    if (g.grad_input) add_input(me, group, tokens);
   }
 
   // The operands of the weights' gradients, this member's tokens of them, for all.
-  void lay_panels(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
+  void lay_panels(const Walk::Member& me, int group, int64_t chunk, const std::vector<Token>& tokens) const {
     if (!sums_weights) return;
     const int64_t count = int64_t(tokens.size());
     w.each_vector(me, count, [&](int64_t begin, int64_t n) {
@@ -206,7 +204,8 @@ class Gradients {
       std::vector<const void*> rows(static_cast<size_t>(count));
       auto lay = [&](const Matrix& matrix) {
         const Product product = grad_weight_product(matrix.width, count);
-        w.storage.spread(rows.data(), product, matrix.blocks, 0, panel_count(w.m, product, matrix.blocks), begin, end, matrix.panels);
+        w.storage.spread(rows.data(), product, matrix.blocks, 0, panel_count(w.m, product, matrix.blocks), begin, end,
+                         panels(matrix, chunk));
       };
       if (g.grad_weight_ih) {
         for (int64_t k = begin; k < end; ++k) rows[size_t(k)] = at(g.input, tokens[size_t(k)].place * w.p.input * w.storage_bytes);
@@ -220,26 +219,7 @@ class Gradients {
     });
   }
 
-  // What follows is private to a member until the sums are done: the gate gradients of its units, turned, and of its tokens, as numbers.
   const void* gates_of(const Token& k) const { return at(g.grad_gates, k.place * w.cell.room() * w.p.hidden * w.storage_bytes); }
-
-  void turn(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
-    std::vector<const void*> rows(tokens.size());
-    for (size_t k = 0; k < tokens.size(); ++k) rows[k] = gates_of(tokens[k]);
-    w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
-      const int64_t count = with_unit(tokens, begin);
-      for (int i = 0; i < w.cell.slots; ++i) {
-        const int64_t unit = i * w.p.hidden + begin;
-        w.storage.turn(rows.data(), unit, n, count, at(turned(group), unit * turned_row), turned_row / w.number_bytes);
-      }
-    });
-  }
-
-  void load_numbers(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
-    const int64_t count = int64_t(tokens.size());
-    for (int64_t k = split(count, me.members, me.id); k < split(count, me.members, me.id + 1); ++k)
-      w.storage.load(gates_of(tokens[size_t(k)]), x_slots, at(numbers(group), k * numbers_row));
-  }
 
   void add_slots(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
     const int64_t count = int64_t(tokens.size());
@@ -280,46 +260,79 @@ class Gradients {
     });
   }
 
-  // `width` rows a slot, of which a member has those of its units.
-  void add_weight(const Walk::Member& me, int group, const Matrix& matrix, int64_t width, const int* slot_of,
-                  const std::vector<Token>& tokens, bool onto) const {
-    const Product product = grad_weight_product(matrix.width, int64_t(tokens.size()));
-    w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
-      const int64_t end = std::min(begin + n, width);
-      for (int64_t slot = 0; slot < matrix.rows / width && begin < end; ++slot)
-        w.multiply(
-            product, matrix.blocks, matrix.panels, 0, panel_count(w.m, product, matrix.blocks), begin, end,
-            [&](int64_t unit) { return at(static_cast<const void*>(turned(group)), (slot_of[slot] * w.p.hidden + unit) * turned_row); },
-            [&](int64_t first, int rows, int64_t unit, const void* sums) {
-              void* to[kMaxTileRows];
-              for (int r = 0; r < rows; ++r) to[r] = at(matrix.sums, (slot * width + first + r) * matrix.width * w.number_bytes);
-              w.ops.merge(sums, to, rows, unit, matrix.blocks, matrix.width, onto);
-            },
-            [&](int64_t unit) { return with_unit(tokens, unit); });
+  // This member's units' rows of all matrices, some units of one slot at a time, so that their sums stay in the cache from chunk to chunk.
+  void add_weights(const Walk::Member& me, int group, const Chunks& chunks, void* turned, bool onto) const {
+    std::vector<const void*> gates;
+    w.each_vector(me, w.p.hidden, [&](int64_t first, int64_t n) {
+      const int64_t vectors = ceil_div(n, w.m.lanes), parts = ceil_div(n, w.plan_.turned_units);
+      int64_t x = 0, h[kMaxStages] = {};  // rows of the matrices that the slots before have
+      for (int i = 0; i < w.cell.slots; ++i) {
+        const int stage = w.cell.stage_of(i);
+        const bool feeds_x = w.cell.slot[i].feeds & X, feeds_h = w.cell.slot[i].feeds & H;
+        const bool adds_x = feeds_x && g.grad_weight_ih, adds_h = feeds_h && g.grad_weights[stage];
+        for (int64_t part = 0; (adds_x || adds_h) && part < parts; ++part) {
+          const int64_t begin = first + split(vectors, parts, part) * w.m.lanes,
+                        end = first + std::min(n, split(vectors, parts, part + 1) * w.m.lanes);
+          for (size_t c = 0; c < chunks.size(); ++c) {
+            const std::vector<Token>& tokens = chunks[c];
+            gates.clear();
+            for (const Token& k : tokens) gates.push_back(gates_of(k));
+            const int64_t unit = i * w.p.hidden + begin, most = with_unit(tokens, begin);
+            w.storage.turn(gates.data(), unit, end - begin, most, turned, turned_row / w.number_bytes);
+            const auto add = [&](const Matrix& matrix, int64_t row, int64_t width) {
+              add_weight(matrix, row, begin, std::min(end, width), tokens, int64_t(c), turned, onto || c > 0);
+            };
+            if (adds_x) add(weight_ih(group), x, w.p.hidden);
+            if (adds_h) add(weight(group, stage), h[stage], w.width_of_stage(stage));
+          }
+        }
+        x += feeds_x * w.p.hidden;
+        h[stage] += feeds_h * w.width_of_stage(stage);
+      }
     });
   }
 
-  void add_input(const Walk::Member& me, int group, const std::vector<Token>& tokens) const {
-    const Product product = grad_input_product(w.cell, w.p);
-    const int64_t count = int64_t(tokens.size());
-    int64_t places[kMaxTileRows];
+  // The sums of units [begin, end), which are rows of the matrix from `row` on.
+  void add_weight(const Matrix& matrix, int64_t row, int64_t begin, int64_t end, const std::vector<Token>& tokens, int64_t chunk,
+                  const void* turned, bool onto) const {
+    const Product product = grad_weight_product(matrix.width, int64_t(tokens.size()));
     w.multiply(
-        product, w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0, panel_count(w.m, product, w.plan_.grad_input_blocks),
-        split(count, me.members, me.id), split(count, me.members, me.id + 1),
-        [&](int64_t k) { return at(static_cast<const void*>(numbers(group)), k * numbers_row); },
-        [&](int64_t first, int rows, int64_t unit, const void* sums) {
-          for (int r = 0; r < rows; ++r) places[r] = tokens[size_t(first + r)].place;
-          w.storage.put(sums, places, rows, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
+        product, matrix.blocks, panels(matrix, chunk), 0, panel_count(w.m, product, matrix.blocks), begin, end,
+        [&](int64_t unit) { return at(turned, (unit - begin) * turned_row); },
+        [&](int64_t first, int rows, int64_t column, const void* sums) {
+          void* to[kMaxTileRows];
+          for (int r = 0; r < rows; ++r) to[r] = at(matrix.sums, (row + first + r) * matrix.width * w.number_bytes);
+          w.ops.merge(sums, to, rows, column, matrix.blocks, matrix.width, onto);
         },
-        [&](int64_t k) { return w.p.units ? w.p.units[tokens[size_t(k)].step] : product.depth; });
+        [&](int64_t unit) { return with_unit(tokens, unit); });
+  }
+
+  // This member's tokens' share of it, a few at a time.
+  void add_input(const Walk::Member& me, const std::vector<Token>& tokens, void* numbers) const {
+    const Product product = grad_input_product(w.cell, w.p);
+    const int64_t count = int64_t(tokens.size()), last = split(count, me.members, me.id + 1);
+    int64_t places[kMaxTileRows];
+    for (int64_t begin = split(count, me.members, me.id); begin < last; begin += w.plan_.numbers_tokens) {
+      const int64_t end = std::min(begin + w.plan_.numbers_tokens, last);
+      for (int64_t k = begin; k < end; ++k) w.storage.load(gates_of(tokens[size_t(k)]), x_slots, at(numbers, (k - begin) * numbers_row));
+      w.multiply(
+          product, w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0,
+          panel_count(w.m, product, w.plan_.grad_input_blocks), begin, end,
+          [&](int64_t k) { return at(static_cast<const void*>(numbers), (k - begin) * numbers_row); },
+          [&](int64_t first, int rows, int64_t unit, const void* sums) {
+            for (int r = 0; r < rows; ++r) places[r] = tokens[size_t(first + r)].place;
+            w.storage.put(sums, places, rows, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
+          },
+          [&](int64_t k) { return w.p.units ? w.p.units[tokens[size_t(k)].step] : product.depth; });
+    }
   }
 
   const Walk& w;
   const Backward& g;
   const int64_t slots, x_slots;  // units of all slots, and of those that the input feeds, which come first
   const int groups;
-  const std::vector<int64_t> cuts;        // where their rows begin
-  const int64_t numbers_row, turned_row;  // bytes
+  const std::vector<int64_t> cuts;                      // where their rows begin
+  const int64_t numbers_row, chunk_tokens, turned_row;  // bytes of a row; of a chunk at most
   const bool sums_slots, sums_weights, wanted;
 };
 
