@@ -230,18 +230,17 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
         if (p.complete) product.depth = 0;
         // A panel wider than a block of units would be multiplied for units that take no part.
         const int most = p.units ? int(p.module / m.lanes) : kMaxVectorsPerPanel;
-        s.blocks[stage] = s.input_blocks[stage] = best_blocks(m, product, rows, unit_groups, most);
-        while (s.input_blocks[stage] > 1 && s.input_blocks[stage] * cell.input_slots(stage) > kMaxVectorsPerPanel)
-          s.input_blocks[stage] /= 2;
+        s.blocks[stage] = best_blocks(m, product, rows, unit_groups, most);
+        const Product x = input_product(cell, p, stage);
+        s.input_blocks[stage] = best_blocks(m, x, rows * (p.steps > 1 ? p.steps : 1), unit_groups, s.blocks[stage]);
         step += product_ns(m, product, s.blocks[stage], rows, unit_groups);
         if (product.depth && unit_groups > 1) {
           const double row = double(product.depth) * (unit_groups - 1) / unit_groups * m.number_bytes / 64;
           step += m.barrier_ns + 50 * (unit_groups - 2) + double(rows) * row * m.line_ns;
         }
         if (!backward && !p.complete) {
-          const Product in = input_product(cell, p, stage);
-          input += product_ns(m, in, s.input_blocks[stage], rows * p.steps, unit_groups);
-          pack += double(in.units) * in.columns * in.depth / m.lanes * 2 * m.fma_ns / s.threads();
+          input += product_ns(m, x, s.input_blocks[stage], rows * p.steps, unit_groups);
+          pack += double(x.units) * x.columns * x.depth / m.lanes * 2 * m.fma_ns / s.threads();
         }
         pack += double(product.units) * product.columns * product.depth / m.lanes * 2 * m.fma_ns / s.threads();
       }
