@@ -261,7 +261,19 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         f.packed = pointer(packed);
         f.pack = Pack(pack);
         return f;
-      }));
+      }))
+      // Now, with these inputs and this memory in the place of its own; by several threads of Python at once.
+      .def("run", [](const Forward& f, Address input, Address output, const Addresses& final, Address workspace, Address packed, int pack) {
+        Forward now = f;
+        now.input = pointer(input);
+        now.output = pointer(output);
+        fill(now.final, final);
+        now.workspace = pointer(workspace);
+        now.packed = pointer(packed);
+        now.pack = Pack(pack);
+        py::gil_scoped_release release;
+        cpu::forward(now, cpu::page_of(now.problem));
+      });
   m.def("forward", py::overload_cast<const std::vector<const Forward*>&>(cpu::forward), py::call_guard<py::gil_scoped_release>());
   m.def("forward_chain", cpu::forward_chain, py::call_guard<py::gil_scoped_release>());
 

@@ -51,6 +51,7 @@ class Forward:
         packed: int,
         pack: int,
     ) -> None: ...
+    def run(self, input: int, output: int, final: Sequence[int], workspace: int, packed: int, pack: int) -> None: ...
 
 class Backward:
     def __init__(

@@ -87,11 +87,11 @@ def stack(
         for start in range(0, len(weights), directions):
             if start > 0 and dropout > 0 and training:
                 input = torch.nn.functional.dropout(input, dropout)
-            if plain and slots is None and not bidirectional:
+            if plain and slots is None and not bidirectional and not torch.compiler.is_compiling():
                 found = ops.again(cell, input, weights[start], engine, recompute, None if packed is None else packed[start])
                 if found is not None:
                     input = found[0]
-                    finals.append(found[1:])
+                    finals.append([state[0] for state in found[1:]])
                     continue
             calls = []
             for k in range(start, start + directions):

@@ -460,32 +460,46 @@ class _Layer(nn.RNNBase):
             output, histories = output.transpose(0, 1), [history.transpose(1, 2) for history in histories]
         return (output, self._join(finals), tuple(histories)) if return_states else (output, self._join(finals))
 
-    def _again(self, input: Any) -> tuple[Any, ...] | None:
-        """What :meth:`_run` gives, at less cost, where the layer is one sequence and such a call was made before."""
-        if type(input) is not Tensor or self.num_layers > 1 or self.bidirectional or self.learn_initial or self.layer_norm is not None:
+    def __setattr__(self, name: str, value: Any) -> None:
+        self.__dict__.pop("_single", None)
+        super().__setattr__(name, value)
+
+    @functools.cached_property
+    def _single(self) -> tuple[str, list[str | None], bool] | None:
+        """Until an attribute is set: of a layer of one sequence that is given nothing, the cell, the names of the weights in their order,
+        and whether thresholds come with them.
+        """
+        if self.num_layers > 1 or self.bidirectional or self.learn_initial or self.layer_norm is not None:
             return None
-        if input.dim() != 3 or input.size(2) != self.input_size:
-            return None
-        parameters = self._parameters
-        for name in self._all_weights[0]:
-            if name not in parameters:  # it is made anew whenever it is asked for: once a call
-                return None
         cell, _ = self._modifiers(self.training)
         if ops.CELLS[cell].given:
             return None
+        own = self._all_weights[0]
+        order = [name + "_l0" for name in WEIGHT_NAMES] if self._argument_names is None else self._argument_names[0]
+        last = max(order.index(name) for name in own)
+        return cell, [name if name in own else None for name in order[: last + 1]], bool(self._clips())
+
+    def _again(self, input: Any) -> tuple[Any, ...] | None:
+        """What :meth:`_run` gives, at less cost, where the layer is one sequence and such a call was made before."""
+        if torch.compiler.is_compiling():
+            return None
+        single = self._single
+        if single is None or type(input) is not Tensor or input.dim() != 3 or input.size(2) != self.input_size:
+            return None
+        (cell, names, clips), parameters = single, self._parameters
+        try:
+            weights = [None if name is None else parameters[name] for name in names]
+        except KeyError:  # it is made anew whenever it is asked for: once a call
+            return None
+        if clips:
+            weights = self._weights()[0]
         turns, kept = self.batch_first, self._kept()
-        found = ops.again(
-            cell,
-            input.transpose(0, 1) if turns else input,
-            self._weights()[0],
-            self.engine,
-            self.recompute,
-            None if kept is None else kept[0],
-        )
+        place = None if kept is None else kept[0]
+        found = ops.again(cell, input.transpose(0, 1) if turns else input, weights, self.engine, self.recompute, place)
         if found is None:
             return None
         output, *finals = found
-        return output.transpose(0, 1) if turns else output, self._join([state[None] for state in finals])
+        return output.transpose(0, 1) if turns else output, self._join(finals)
 
     def stream(self, batch_size: int | None = None, hx: Any = None) -> Stream:
         """A :class:`~rnnkernels.streaming.Stream`, which runs this layer step by step with the weights packed once, for inference.

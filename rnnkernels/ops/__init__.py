@@ -21,7 +21,7 @@ from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
 from .autograd import Both, Sequence
-from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped
+from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped, weights_of
 from .checks import (
     Call,
     check_lengths,
@@ -39,6 +39,7 @@ from .explained import is_listening, listening, noted
 from .load import compile_for, heats, is_modified, load_page, modified, source_of
 from .packed import Packed, Remembered, keeping, weight_type
 from .packed import check as check_packed
+from .repeat import Repeat
 from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 
 __all__ = [
@@ -206,26 +207,33 @@ def again(
     engine: str = "auto",
     recompute: bool = False,
     packed: Packed | Remembered | None = None,
-) -> tuple[Tensor, ...] | None:
-    """:func:`sequence` of a padded batch that starts from zeros, in eager mode on the CPU, if a call of the same shapes was found to be as
-    it must be; or None, and somebody has to look at this one. Of a small layer's call the way to the kernel is the longer part.
+) -> Seq[Tensor] | None:
+    """:func:`sequence` of a padded batch that starts from zeros, on the CPU and while nothing is compiled, if a call of the same shapes was
+    found to be as it must be, with final states ``[1, B, ·]``; or None, and somebody has to look at this one. Of a small layer's call the
+    way to the kernel is the longer part.
     """
-    if torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
+    if torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
         return None
-    if not input.is_cpu or is_listening():
+    if type(input) is not Tensor or not input.is_cpu or is_listening():
         return None
-    six = Weights(*weights, *[None] * (len(Weights._fields) - len(weights)))
-    dtype = input.dtype
+    repeats = None if packed is None or torch.is_grad_enabled() else packed.repeats
+    if repeats is not None and packed is not None and (known := repeats.get(input.shape)) is not None:
+        found: tuple[Tensor, ...] | None = known.results(cell, engine, input, weights, packed)
+        if found is not None:
+            return found
+    dtype, six = input.dtype, weights_of(weights)
     look = look_at((input, *six), dtype)
     s = seen(cell, dtype, engine, recompute, look) if look.plain and look.alike and look.dense else None
     training = look.needs_grad and torch.is_grad_enabled()
     if s is None or (packed is not None and packed.weight_dtype is not None and (training or s.engine != "cpu")):
         return None
     if training:
-        results: tuple[Tensor, ...] = Sequence.apply(s, NO_ROWS, input, *six)  # type: ignore[no-untyped-call]
-        return results
-    output, final, _ = _inference(s, packed, (input, (), six, NO_ROWS, (), ()))
-    return (output, *final)
+        output, *final = Sequence.apply(s, NO_ROWS, input, *six)  # type: ignore[no-untyped-call]
+    else:
+        output, final, _ = _inference(s, packed, (input, (), six, NO_ROWS, (), ()))
+        if repeats is not None and repeats.takes and (keeps := keeping(s, input, packed)) is not None:
+            repeats[input.shape] = Repeat(engine, keeps, input, weights)
+    return output, *(state[None] for state in final)
 
 
 # Input, states, weights, rows, given, resets, as engines take them.

@@ -121,6 +121,11 @@ class Weights(NamedTuple):
         return Weights(*(None if w is None else dense(w) for w in self))
 
 
+def weights_of(some: Seq[Tensor | None]) -> Weights:
+    """Of those that there are, in their order."""
+    return Weights(*some, *[None] * (len(Weights._fields) - len(some)))
+
+
 class Rows(NamedTuple):
     """What takes part in which steps, all on the CPU: ``sizes``: a PackedSequence's batch_sizes, else the batch is padded; ``lengths [B]``
     of its rows; ``resets [T, B]``, booleans: where a row's state is replaced; ``units [T]``: how many units a step has.
@@ -187,10 +192,13 @@ def grouped(s: Sizes, tensors: Seq[Any]) -> tuple[Weights, list[Any], list[Any],
     return Weights(*tensors[:at]), list(tensors[at:given]), list(tensors[given:resets]), list(tensors[resets:])
 
 
+LARGE = 2 << 20  # bytes from which on faults on small pages would cost as much as the arithmetic
+
+
 def empty(like: Tensor, shape: Seq[int]) -> Tensor:
-    """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
+    """Memory not yet touched."""
     t = like.new_empty(*shape)  # quicker than of a tuple
-    if t.nbytes >= 2 << 20 and t.device.type == "cpu":
+    if t.nbytes >= LARGE and t.device.type == "cpu":
         _C.prefer_large_pages(t.data_ptr(), t.nbytes)
     return t
 

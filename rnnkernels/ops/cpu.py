@@ -41,7 +41,7 @@ from .cells import (
     vectors,
 )
 from .choice import Choice
-from .packed import Pack, Packed, Packing, Remembered
+from .packed import Pack, Packed, Packing, Remembered, keep
 from .together import Together
 
 
@@ -111,7 +111,7 @@ def gains_chained(s: Sizes, dtype: torch.dtype, input_size: int, layers: int, th
     return _C.gains_chained(problem(s, dtype, s.output, NO_ROWS, False, threads), input_size, layers)
 
 
-class _Task(NamedTuple):
+class Task(NamedTuple):
     """A problem as the compiled module takes it, and the memory that goes with it."""
 
     problem: _C.Problem
@@ -149,16 +149,16 @@ def _teams_of(
 
 def _make_task(
     s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, chained: bool, team: tuple[int, int]
-) -> _Task:
+) -> Task:
     least, most = team
     task = problem(s, dtype, input_size, rows, training, most, chained, least)
-    return _Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task))
+    return Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task))
 
 
 @functools.lru_cache(maxsize=1024)
-def _tasks_of_whole_rows(
+def tasks_of_whole_rows(
     s: Sizes, dtype: torch.dtype, input_size: int, training: bool, backward: bool, complete: bool, threads: int, chained: bool
-) -> tuple[list[_Task], Choice | None]:
+) -> tuple[list[Task], Choice | None]:
     """For each team. Known by the sizes; ``complete`` depends on a setting of torch's too."""
     teams, choice = _teams_of(s, dtype, input_size, False, training, complete, threads, chained)
     return [_make_task(s, dtype, input_size, NO_ROWS, training, backward, chained, team) for team in teams], choice
@@ -167,7 +167,7 @@ def _tasks_of_whole_rows(
 class _Turn(NamedTuple):
     """A call's way to run, and whom it tells how long that took."""
 
-    task: _Task
+    task: Task
     way: int
     choice: Choice | None
     follows: bool  # a forward call that kept what this one reads, and had better run on the same cores
@@ -186,9 +186,9 @@ def turn_of(
     """``looks``: no call follows."""
     threads, chained, whole = thread.threads, thread.chained, rows.sizes is None and not s.cut
     complete = s.steps == 1 and s.complete
-    tasks: list[_Task] = []
+    tasks: list[Task] = []
     if whole:
-        tasks, choice = _tasks_of_whole_rows(s, dtype, input_size, training, backward, complete, threads, chained)
+        tasks, choice = tasks_of_whole_rows(s, dtype, input_size, training, backward, complete, threads, chained)
     else:
         teams, choice = _teams_of(s, dtype, input_size, rows.sizes is not None, training, complete, threads, chained)
     follows = backward and not s.recompute
@@ -202,10 +202,22 @@ def turn_of(
     return _Turn(task, way, choice, follows)
 
 
+class _Generation:
+    """Of what is known of calls."""
+
+    number = 0
+
+
+def generation() -> int:
+    """Another one once what was known is forgotten."""
+    return _Generation.number
+
+
 def forget() -> None:
     """What was known of an instruction set."""
+    _Generation.number += 1
     gains_chained.cache_clear()
-    _tasks_of_whole_rows.cache_clear()
+    tasks_of_whole_rows.cache_clear()
     _teams.cache_clear()
 
 
@@ -242,7 +254,10 @@ def forward(
         assert kept is not None
         _complete(cell, H, kept, tokens.flatten(0, -2), states[0] if states else None, weights)
     workspace = thread.take(bytes)
-    own, pack, done = (None, Pack.ALL, None) if packed is None else packed.memory(packing, weights)
+    own, pack, done = None, Pack.ALL, None
+    if packed is not None:
+        own, pack, found = packed.memory(packing, weights)
+        done = None if found is None else functools.partial(keep, found, packing, own)
     call = _C.Forward(
         task,
         tokens.data_ptr(),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Callable
+from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import _C
-from .cells import Rows, Sizes, Weights, empty, problem
+from .cells import Rows, Sizes, empty, problem
 
-__all__ = ["Pack", "Packed", "Remembered", "check", "keeping", "weight_type"]
+__all__ = ["Pack", "Packed", "Remembered", "check", "keep", "keeping", "weight_type"]
 
 Packing = tuple[int, tuple[int, ...]]  # bytes of packed weights, and how they are cut
 
@@ -80,30 +80,54 @@ def _room(bytes: int) -> Tensor:
     return empty(torch.empty(0, dtype=torch.uint8, device="cpu"), (bytes,))
 
 
+Found = dict[tuple[int, ...], Tensor]  # packed weights by how they are cut
+_SHAPES = 2  # for batches that are cut differently
+
+
+def keep(found: Found, packing: Packing, memory: Tensor) -> None:
+    """What is packed now, and of the others the latest."""
+    if len(found) >= _SHAPES:
+        for old in list(found)[: len(found) + 1 - _SHAPES]:
+            found.pop(old, None)
+    found[packing[1]] = memory
+
+
+class _Repeats(dict[torch.Size, Any]):
+    """What is known of calls with these weights, by the input's shape: a few, and no more once many were made in vain."""
+
+    MOST, MADE = 16, 256
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._made = 0
+
+    def __setitem__(self, shape: torch.Size, repeat: Any) -> None:
+        if len(self) >= self.MOST and shape not in self:
+            self.clear()
+        self._made += 1
+        super().__setitem__(shape, repeat)
+
+    @property
+    def takes(self) -> bool:
+        return self._made < self.MADE
+
+
 class Remembered:
     """The packed weights of one layer and direction, kept unasked. A call looks at all weights and packs panels anew whose weights are not
     those that they were made of. It has the memory for itself meanwhile: another thread's call finds none. A copy starts with none.
     """
 
     weight_dtype = None
-    SHAPES = 2  # for batches that are cut differently
 
     def __init__(self) -> None:
-        self._found: dict[tuple[int, ...], Tensor] = {}
+        self._found: Found = {}
+        self.repeats = _Repeats()
 
-    def memory(self, packing: Packing, weights: Weights) -> tuple[Tensor, Pack, Callable[[], None] | None]:
-        """Where they lie, what is to become of them, and what to call once that is done."""
+    def memory(self, packing: Packing, weights: Seq[Tensor | None]) -> tuple[Tensor, Pack, Found | None]:
+        """Where they lie, what is to become of them, and where to :func:`keep` them once that is done, if anywhere."""
         bytes, shape = packing
-        found = self._found
-        own = found.pop(shape, None)
-        memory = _room(bytes) if own is None else own
-
-        def done() -> None:
-            for old in list(found)[: len(found) + 1 - self.SHAPES]:
-                found.pop(old, None)
-            found[shape] = memory
-
-        return memory, Pack.NOTED if own is None else Pack.CHANGED, done
+        own = self._found.pop(shape, None)
+        return (_room(bytes), Pack.NOTED, self._found) if own is None else (own, Pack.CHANGED, self._found)
 
     def __reduce__(self) -> Any:
         return type(self), ()
@@ -113,7 +137,7 @@ class _Kept(NamedTuple):
     matrices: tuple[Tensor, ...]
     marks: list[tuple[int, int]]
     storages: list[torch.UntypedStorage]  # held, so that nothing else comes to lie where the weights lay
-    found: dict[tuple[int, ...], Tensor]
+    found: Found
 
 
 class Packed:
@@ -129,15 +153,14 @@ class Packed:
     differently. A copy starts with none.
     """
 
-    SHAPES = 2
-
     def __init__(self, weight_dtype: torch.dtype) -> None:
         self.weight_dtype = weight_dtype
+        self.repeats = _Repeats()
         self._kept = _Kept((), [], [], {})  # one record, read once and replaced at once, since calls may come from several threads
 
-    def memory(self, packing: Packing, weights: Weights) -> tuple[Tensor, Pack, Callable[[], None] | None]:
+    def memory(self, packing: Packing, weights: Seq[Tensor | None]) -> tuple[Tensor, Pack, Found | None]:
         """As that of :class:`Remembered`; no other thread finds them before they are packed."""
-        matrices = tuple(w for w in (weights.ih, weights.hh, weights.hr) if w is not None)
+        matrices = tuple(w for w in weights if w is not None and w.dim() == 2)
         marks = [(w.data_ptr(), -1 if w.is_inference() else w._version) for w in matrices]
         kept = self._kept
         same = len(matrices) == len(kept.matrices) and all(a is b for a, b in zip(matrices, kept.matrices, strict=True))
@@ -146,14 +169,7 @@ class Packed:
         found, (bytes, shape) = kept.found, packing
         if (memory := found.get(shape)) is not None:
             return memory, Pack.NEVER, None
-        memory = _room(bytes)
-
-        def done() -> None:
-            for old in list(found)[: len(found) + 1 - self.SHAPES]:
-                found.pop(old, None)
-            found[shape] = memory
-
-        return memory, Pack.ALL, done
+        return _room(bytes), Pack.ALL, found
 
     def __reduce__(self) -> Any:
         return type(self), (self.weight_dtype,)

@@ -1,0 +1,309 @@
+"""Calls that repeat one before: whatever is another, the results are those of a layer that has never been called."""
+
+import copy
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from conftest import ISAS
+from torch import Tensor, nn
+
+import rnnkernels
+from rnnkernels import ops
+from rnnkernels.ops.repeat import Repeat
+
+T, B, S = 6, 3, 20  # the input as wide as the state, so that a matrix may be transposed unnoticed
+LAYERS: dict[str, Callable[[], Any]] = {
+    "RNN": lambda: rnnkernels.RNN(S, S),
+    "GRU batch_first": lambda: rnnkernels.GRU(S, S, batch_first=True),
+    "LSTM": lambda: rnnkernels.LSTM(S, S),
+    "LSTM projected": lambda: rnnkernels.LSTM(S, S, proj_size=5, bias=False),
+    "LSTM of two layers": lambda: rnnkernels.LSTM(S, S, num_layers=2),
+    "LSTM kept in bfloat16": lambda: rnnkernels.LSTM(S, S, weight_dtype=torch.bfloat16),
+    "peephole": lambda: rnnkernels.PeepholeLSTM(S, S),
+    "reset before": lambda: rnnkernels.GRUResetBefore(S, S),
+    "IndRNN": lambda: rnnkernels.IndRNN(S, S),
+}
+layers = pytest.mark.parametrize("kind", LAYERS)
+
+
+def layer_of(kind: str) -> Any:
+    torch.manual_seed(0)
+    return LAYERS[kind]().eval()
+
+
+def tensors(results: Any) -> list[Tensor]:
+    output, final = results
+    return [output, *(final if isinstance(final, tuple) else (final,))]
+
+
+def run(layer: Any, x: Tensor, *args: Any) -> list[Tensor]:
+    with torch.no_grad():
+        return tensors(layer(x, *args))
+
+
+@pytest.fixture
+def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """Of each call that looked whether it repeats one: did it?"""
+    seen, results = list[bool](), Repeat.results
+
+    def spy(self: Repeat, *args: Any) -> Any:
+        found = results(self, *args)
+        seen.append(found is not None)
+        return found
+
+    monkeypatch.setattr(Repeat, "results", spy)
+    return seen
+
+
+def as_a_new_one(layer: Any, x: Tensor, *args: Any) -> None:
+    for found, expected in zip(run(layer, x, *args), run(copy.deepcopy(layer), x, *args), strict=True):
+        assert torch.equal(found, expected)
+        assert found.shape == expected.shape
+        assert found.stride() == expected.stride()
+
+
+@layers
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("restore", "poison")
+def test_the_same_bits(kind: str, isa: str, dtype: torch.dtype, repeated: list[bool]) -> None:
+    if "kept" in kind and dtype is torch.float64:
+        return  # narrower weights are not for it
+    ops.set_isa(isa)
+    layer = layer_of(kind).to(dtype)
+    inputs = torch.randn(2, T, B, S).to(dtype).unbind()
+    expected = [run(copy.deepcopy(layer), x) for x in inputs]
+    for _ in range(3):
+        for one, results in zip(inputs, expected, strict=True):
+            found = run(layer, one)
+            for a, b in zip(found, results, strict=True):
+                assert torch.equal(a, b)
+                assert a.shape == b.shape
+            for a in found:  # is nobody else's
+                a.fill_(7)
+    assert repeated.count(True) >= 5, "the first call alone is looked at whole"
+
+
+CHANGES: dict[str, Callable[[Any], Any]] = {
+    "in place": lambda layer: layer.weight_hh_l0.data.mul_(0.5),
+    "by .data": lambda layer: setattr(layer.weight_ih_l0, "data", layer.weight_ih_l0 * 0.5),
+    "its memory freed": lambda layer: [setattr(w, "data", w.data.clone()) for w in layer.parameters()],
+    "transposed where it lies": lambda layer: setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.t()),
+    "transposed in place": lambda layer: layer.weight_hh_l0.detach().t_(),
+    "of fewer numbers": lambda layer: layer.weight_ih_l0.data.view(-1)[::2].zero_(),
+    "another Parameter": lambda layer: setattr(layer, "weight_hh_l0", nn.Parameter(layer.weight_hh_l0 * 0.5)),
+    "none of the Parameters": lambda layer: layer._parameters.update(weight_hh_l0=nn.Parameter(layer.weight_hh_l0 * 0.5)),
+    "computed": lambda layer: nn.utils.parametrizations.weight_norm(layer, "weight_hh_l0"),
+    "no bias": lambda layer: layer._parameters.update(bias_ih_l0=None, bias_hh_l0=None),
+    "its own engine": lambda layer: setattr(layer, "engine", "stepwise"),
+    "zoneout": lambda layer: setattr(layer, "zoneout", 0.5),
+    "recompute": lambda layer: setattr(layer, "recompute", True),
+    "batch_first": lambda layer: setattr(layer, "batch_first", True),
+    "clipped gradients": lambda layer: setattr(layer, "grad_clip", 1.0),
+    "weight_dtype": lambda layer: setattr(layer, "weight_dtype", torch.int8),
+    "another nonlinearity": lambda layer: setattr(layer, "mode", "RNN_RELU"),
+    "one thread": lambda layer: torch.set_num_threads(1),
+    "scalars": lambda layer: ops.set_isa("scalar"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.usefixtures("restore")
+def test_changes_of_the_layer(change: str, repeated: list[bool]) -> None:
+    layer, x = layer_of("RNN"), torch.randn(T, T, S)
+    for _ in range(3):
+        as_a_new_one(layer, x)
+    assert repeated[-1]
+    CHANGES[change](layer)
+    for _ in range(3):
+        as_a_new_one(layer, x)
+
+
+INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "another": lambda x: x * 2,
+    "not contiguous": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "expanded": lambda x: x[:1].expand(T, B, S),
+    "misaligned": lambda x: torch.cat([torch.zeros(1), x.flatten()])[1:].view(T, B, S),
+    "to be negated": lambda x: torch._neg_view(x),
+    "zeros that nobody made": lambda x: torch._efficientzerotensor(x.shape),
+    "more rows": lambda x: torch.cat([x, x], 1),
+    "fewer steps": lambda x: x[:2],
+    "one step": lambda x: x[:1],
+    "nothing": lambda x: x[..., :0, :],
+    "unbatched": lambda x: x[:, 0],
+    "a Parameter": lambda x: nn.Parameter(x),
+    "a subclass": lambda x: x.as_subclass(Subclass),
+}
+
+
+class Subclass(Tensor):
+    pass
+
+
+@layers
+@pytest.mark.parametrize("change", INPUTS)
+def test_other_inputs(kind: str, change: str) -> None:
+    layer, x = layer_of(kind), torch.randn(T, B, S)
+    for _ in range(3):
+        run(layer, x)
+    if (change == "a subclass" and "kept" in kind) or (change == "nothing" and layer.batch_first):
+        return  # these are refused
+    for _ in range(2):
+        as_a_new_one(layer, INPUTS[change](x))
+        as_a_new_one(layer, x)
+
+
+BAD: dict[str, tuple[type[Exception], Callable[[Any, Tensor], Any]]] = {
+    "dtype": (ValueError, lambda layer, x: layer(x.double())),
+    "width": (RuntimeError, lambda layer, x: layer(x[..., :-1])),
+    "rank": (ValueError, lambda layer, x: layer(x[None])),
+    "a weight of another dtype": (
+        RuntimeError,
+        lambda layer, x: (setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.view(torch.int32)), layer(x)),
+    ),
+    "a weight of another shape": (
+        RuntimeError,
+        lambda layer, x: (setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.view(-1)), layer(x)),
+    ),
+    "a weight of other rows": (
+        RuntimeError,
+        lambda layer, x: (setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data[:-1]), layer(x)),
+    ),
+    "zoneout": (ValueError, lambda layer, x: (setattr(layer, "zoneout", 2), layer(x))),
+    "engine": (ValueError, lambda layer, x: (setattr(layer, "engine", "none"), layer(x))),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_errors_come_as_before(case: str) -> None:
+    x = torch.randn(T, B, S)
+    error, call = BAD[case]
+    fresh, used = layer_of("RNN"), layer_of("RNN")
+    for _ in range(3):
+        run(used, x)
+    with torch.no_grad(), pytest.raises(error) as expected:
+        call(fresh, x)
+    with torch.no_grad(), pytest.raises(error) as found:
+        call(used, x)
+    assert str(found.value) == str(expected.value)
+
+
+def test_a_weight_of_the_other_half_type() -> None:
+    layer, x = layer_of("RNN").to(torch.float16), torch.randn(T, B, S).to(torch.float16)
+    for _ in range(3):
+        run(layer, x)
+    layer.weight_hh_l0.data = layer.weight_hh_l0.data.view(torch.bfloat16)
+    with pytest.raises(RuntimeError, match="bfloat16"):
+        run(layer, x)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_what_is_known_ends_with_what_it_rests_on(repeated: list[bool]) -> None:
+    layer, x = layer_of("RNN"), torch.randn(T, B, S)
+
+    def last() -> bool:
+        for _ in range(2):
+            run(layer, x)
+        repeated.clear()
+        run(layer, x)
+        return repeated == [True]
+
+    def ended() -> bool:
+        return repeated[0] and not any(repeated[1:])
+
+    assert last()
+    torch.set_num_threads(1)
+    run(layer, x)
+    assert ended()
+    assert last()
+    ops.set_isa("scalar")
+    run(layer, x)
+    assert ended()
+    assert last()
+    with torch.no_grad(), ops.cpu.side_by_side():  # a call that runs later reads what is there by then
+        output, _ = layer(x)
+    assert ended()
+    assert torch.equal(output, run(layer, x)[0])
+
+
+@layers
+def test_modes_of_torch(kind: str) -> None:
+    layer, x = layer_of(kind), torch.randn(T, B, S)
+    expected = run(copy.deepcopy(layer), x)
+    for _ in range(3):
+        run(layer, x)
+    with torch.inference_mode():
+        found = tensors(layer(x))
+    assert all(t.is_inference() for t in found)
+    assert all(map(torch.equal, found, expected))
+    if "kept" in kind:
+        return  # is for inference alone
+    output = tensors(layer(x))[0]
+    assert output.requires_grad
+    assert torch.equal(output, expected[0])
+    layer.requires_grad_(False)
+    assert all(map(torch.equal, tensors(layer(x)), expected))
+    layer(x.requires_grad_())[0].sum().backward()
+    assert x.grad is not None
+    with torch.no_grad():
+        explained = rnnkernels.explain(layer, x.detach())
+        assert "cpu engine" in str(explained)
+        mapped = torch.func.vmap(lambda one: layer(one)[0])(torch.stack([x.detach()] * 2))
+        assert torch.allclose(mapped[1], expected[0], atol=1e-6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert tensors(layer(x.detach()))[0].dtype in (torch.bfloat16, torch.float32)
+    assert all(map(torch.equal, run(layer, x.detach()), expected))
+
+
+def test_a_functional_call_has_other_weights() -> None:
+    layer, x = layer_of("LSTM"), torch.randn(T, B, S)
+    run(layer, x)
+    others = {name: weight.detach() * 0.5 for name, weight in layer.named_parameters()}
+    halved = copy.deepcopy(layer)
+    halved.load_state_dict(others)
+    for _ in range(2):
+        with torch.no_grad():
+            found = torch.func.functional_call(layer, others, (x,))
+        assert all(map(torch.equal, tensors(found), run(halved, x)))
+        as_a_new_one(layer, x)
+
+
+def test_many_shapes_are_few_at_a_time(repeated: list[bool]) -> None:
+    layer = layer_of("GRU batch_first")
+    for batch in (*range(1, 40), 1, 1):
+        as_a_new_one(layer, torch.randn(batch, T, S))
+    assert repeated[-1]
+    assert 1 <= len(layer._kept()[0].repeats) <= layer._kept()[0].repeats.MOST
+
+
+def test_weights_that_are_always_others_are_given_up(repeated: list[bool]) -> None:
+    layer, x = layer_of("RNN"), torch.randn(T, B, S)
+    repeats, others = layer._kept()[0].repeats, [torch.randn(S, S) for _ in range(2)]
+    for _ in range(repeats.MADE):
+        for other in others:
+            layer.weight_hh_l0.data = other
+            run(layer, x)
+    assert not any(repeated[: repeats.MADE])
+    assert not repeats.takes
+    as_a_new_one(layer, x)
+
+
+def test_threads_that_share_a_layer() -> None:
+    layer, wrong = layer_of("LSTM"), list[int]()
+    inputs = [torch.randn(T, batch, S) for batch in (1, 1, 3, 17)]
+    expected = [run(copy.deepcopy(layer), x) for x in inputs]
+    for x in inputs:
+        run(layer, x)
+
+    def work(x: Tensor, of: list[Tensor]) -> None:
+        wrong.extend(len(x) for _ in range(200) if not all(map(torch.equal, run(layer, x), of)))
+
+    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
