@@ -263,11 +263,14 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return f;
       }))
       // Now, with these inputs and this memory in the place of its own; by several threads of Python at once.
-      .def("run", [](const Forward& f, Address input, Address output, const Addresses& final, Address workspace, Address packed, int pack) {
+      .def("run", [](const Forward& f, Address input, Address gates, Address output, const Addresses& final, const Addresses& history,
+                     Address workspace, Address packed, int pack) {
         Forward now = f;
         now.input = pointer(input);
+        now.gates = pointer(gates);
         now.output = pointer(output);
         fill(now.final, final);
+        fill(now.history, history);
         now.workspace = pointer(workspace);
         now.packed = pointer(packed);
         now.pack = Pack(pack);
@@ -336,7 +339,32 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         fill(g.reset, resets);
         fill(g.grad_reset, grad_resets);
         return g;
-      }));
+      }))
+      // As that of Forward. `weights` and `grad_weights`: of the input, then of the stages; `grads`: of the input and of both biases.
+      .def("run", [](const Backward& g, Address kept, Address grad_gates, Address output, Address input, Address workspace,
+                     const Addresses& weights, const Addresses& vectors, const Addresses& history, const Addresses& grad_states,
+                     const Addresses& grad_final, const Addresses& grad_weights, const Addresses& grads, const Addresses& grad_vectors) {
+        Backward now = g;
+        now.kept = pointer(kept);
+        now.grad_gates = pointer(grad_gates);
+        now.output = pointer(output);
+        now.input = pointer(input);
+        now.workspace = pointer(workspace);
+        now.weight_ih = pointer(weights.at(0));
+        fill(now.weights, {weights.begin() + 1, weights.end()});
+        fill(now.vectors, vectors);
+        fill(now.history, history);
+        fill(now.grad_states, grad_states);
+        fill(now.grad_final, grad_final);
+        now.grad_weight_ih = pointer(grad_weights.at(0));
+        fill(now.grad_weights, {grad_weights.begin() + 1, grad_weights.end()});
+        now.grad_input = pointer(grads.at(0));
+        now.grad_bias_ih = pointer(grads.at(1));
+        now.grad_bias_hh = pointer(grads.at(2));
+        fill(now.grad_vectors, grad_vectors);
+        py::gil_scoped_release release;
+        cpu::backward(now, cpu::page_of(now.problem));
+      });
   m.def("backward", py::overload_cast<const std::vector<const Backward*>&>(cpu::backward), py::call_guard<py::gil_scoped_release>());
 
   // One stage of one step, where the tensors are: on the CPU (device -1) or a CUDA device.

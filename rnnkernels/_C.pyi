@@ -51,7 +51,17 @@ class Forward:
         packed: int,
         pack: int,
     ) -> None: ...
-    def run(self, input: int, output: int, final: Sequence[int], workspace: int, packed: int, pack: int) -> None: ...
+    def run(
+        self,
+        input: int,
+        gates: int,
+        output: int,
+        final: Sequence[int],
+        history: Sequence[int],
+        workspace: int,
+        packed: int,
+        pack: int,
+    ) -> None: ...
 
 class Backward:
     def __init__(
@@ -80,6 +90,22 @@ class Backward:
         moments: int,
         resets: Sequence[tuple[int, int, int]],
         grad_resets: Sequence[int],
+    ) -> None: ...
+    def run(
+        self,
+        kept: int,
+        grad_gates: int,
+        output: int,
+        input: int,
+        workspace: int,
+        weights: Sequence[int],
+        vectors: Sequence[int],
+        history: Sequence[int],
+        grad_states: Sequence[int],
+        grad_final: Sequence[int],
+        grad_weights: Sequence[int],
+        grads: Sequence[int],
+        grad_vectors: Sequence[int],
     ) -> None: ...
 
 class Stream:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import rnnkernels
 from rnnkernels import ops
-from rnnkernels.ops.repeat import Repeat
+from rnnkernels.ops import repeat
 
 T, B, S = 6, 3, 20  # the input as wide as the state, so that a matrix may be transposed unnoticed
 LAYERS: dict[str, Callable[[], Any]] = {
@@ -47,14 +47,13 @@ def run(layer: Any, x: Tensor, *args: Any) -> list[Tensor]:
 @pytest.fixture
 def repeated(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Of each call that looked whether it repeats one: did it?"""
-    seen, results = list[bool](), Repeat.results
+    seen, looks = list[bool](), repeat._Call.is_repeated
 
-    def spy(self: Repeat, *args: Any) -> Any:
-        found = results(self, *args)
-        seen.append(found is not None)
-        return found
+    def spy(self: Any, *args: Any) -> bool:
+        seen.append(looks(self, *args))
+        return seen[-1]
 
-    monkeypatch.setattr(Repeat, "results", spy)
+    monkeypatch.setattr(repeat._Call, "is_repeated", spy)
     return seen
 
 
@@ -307,3 +306,123 @@ def test_threads_that_share_a_layer() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def train(layer: Any, x: Tensor, again: bool = False) -> list[Tensor]:
+    """Results, and gradients of the input and all weights; ``again``: and those of a penalty on the latter."""
+    x = x.detach().requires_grad_()
+    weights = [x, *(w for w in layer.parameters() if w.requires_grad)]
+    found = tensors(layer(x))
+    total = torch.stack([(t.double() * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in found]).sum()
+    grads = torch.autograd.grad(total, weights, create_graph=again)
+    more = torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), weights, allow_unused=True) if again else ()
+    return [t.detach() for t in (*found, *grads, *more) if t is not None]
+
+
+def trains_as_a_new_one(layer: Any, x: Tensor, again: bool = False) -> None:
+    ours, theirs = train(layer, x, again), train(copy.deepcopy(layer), x, again)
+    for found, expected in zip(ours, theirs, strict=True):
+        assert torch.equal(found, expected)
+        assert found.shape == expected.shape
+
+
+@layers
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("restore", "poison")
+def test_training_has_the_same_bits(kind: str, isa: str, dtype: torch.dtype, repeated: list[bool]) -> None:
+    if "kept" in kind:
+        return  # is for inference alone
+    ops.set_isa(isa)
+    layer = layer_of(kind).to(dtype)
+    inputs = torch.randn(2, T, B, S).to(dtype).unbind()
+    expected = [train(copy.deepcopy(layer), x) for x in inputs]
+    for _ in range(3):
+        for x, results in zip(inputs, expected, strict=True):
+            assert all(map(torch.equal, train(layer, x), results))
+    assert repeated.count(True) >= (0 if "projected" in kind else 5)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.usefixtures("restore")
+def test_changes_of_a_layer_that_trains(change: str) -> None:
+    layer, x = layer_of("RNN"), torch.randn(T, T, S)
+    for _ in range(3):
+        trains_as_a_new_one(layer, x)
+    CHANGES[change](layer)
+    if layer.weight_dtype is not None:
+        return  # is for inference alone
+    for _ in range(3):
+        trains_as_a_new_one(layer, x)
+
+
+FROZEN: dict[str, tuple[str, ...]] = {
+    "a matrix": ("weight_hh_l0",),
+    "biases": ("bias_ih_l0", "bias_hh_l0"),
+    "all but a bias": ("weight_ih_l0", "weight_hh_l0", "bias_hh_l0"),
+}
+
+
+@pytest.mark.parametrize("frozen", FROZEN)
+@pytest.mark.parametrize("kind", ["GRU batch_first", "LSTM"])
+def test_frozen_weights(frozen: str, kind: str) -> None:
+    layer, x = layer_of(kind), torch.randn(T, B, S)
+    for _ in range(3):
+        trains_as_a_new_one(layer, x)
+    for name in FROZEN[frozen]:
+        getattr(layer, name).requires_grad_(False)
+    for _ in range(3):
+        trains_as_a_new_one(layer, x)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU batch_first", "LSTM"])
+def test_gradients_however_they_come(kind: str) -> None:
+    layer, x = layer_of(kind).double(), torch.randn(T, B, S).double()
+    for _ in range(3):
+        trains_as_a_new_one(layer, x)
+    trains_as_a_new_one(layer, x, again=True)
+    fresh = copy.deepcopy(layer)
+    for pick in (lambda y, *h: y[2], lambda y, *h: h[-1], lambda y, *h: y.transpose(0, 1)[0] * h[0].sum(), lambda y, *h: y.sum().expand(3)):
+        ours, theirs = (torch.autograd.grad(pick(*tensors(one(x))).sum(), list(one.parameters())) for one in (layer, fresh))
+        assert all(map(torch.equal, ours, theirs))
+    y = layer(x)[0]
+    first, second = (torch.autograd.grad(y.sum(), list(layer.parameters()), retain_graph=True) for _ in range(2))
+    assert all(map(torch.equal, first, second))
+    with torch.autograd.graph.save_on_cpu():
+        y = layer(x)[0]
+    assert all(map(torch.equal, torch.autograd.grad(y.sum(), list(layer.parameters())), first))
+    torch.autograd.gradcheck(lambda x: layer(x)[0], (x[:2].detach().requires_grad_(),))
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("change", ["threads", "instruction set", "weights"])
+def test_what_changes_between_forward_and_backward(change: str) -> None:
+    layer, x = layer_of("LSTM"), torch.randn(T, B, S)
+    expected = train(layer, x)[3:]
+    for _ in range(3):
+        train(layer, x)
+    x = x.requires_grad_()
+    found = tensors(layer(x))
+    total = torch.stack([(t.double() * torch.linspace(-1, 1, t.numel()).view(t.shape)).sum() for t in found]).sum()
+    if change == "threads":
+        torch.set_num_threads(1)
+    elif change == "instruction set":
+        ops.set_isa("scalar")
+    else:  # what was there is freed; what is there now has the same numbers
+        for w in layer.parameters():
+            w.data = w.data.clone()
+        spoil = [torch.full_like(w, torch.nan) for w in layer.parameters()]
+        assert spoil
+    for grad, of in zip(torch.autograd.grad(total, [x, *layer.parameters()]), expected, strict=True):
+        torch.testing.assert_close(grad, of)
+
+
+def test_a_weight_changed_in_place_before_backward_is_told() -> None:
+    layer, x = layer_of("GRU batch_first"), torch.randn(T, B, S)
+    for _ in range(3):
+        train(layer, x)
+    output, _ = layer(x)
+    with torch.no_grad():
+        layer.weight_hh_l0.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        output.sum().backward()

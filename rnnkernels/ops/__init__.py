@@ -20,7 +20,7 @@ from . import cells, peer, tangents, traced
 from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
-from .autograd import Both, Sequence
+from .autograd import Both, Repeated, Sequence
 from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped, weights_of
 from .checks import (
     Call,
@@ -39,7 +39,7 @@ from .explained import is_listening, listening, noted
 from .load import compile_for, heats, is_modified, load_page, modified, source_of
 from .packed import Packed, Remembered, keeping, weight_type
 from .packed import check as check_packed
-from .repeat import Repeat
+from .repeat import Inference, Training
 from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 
 __all__ = [
@@ -216,23 +216,28 @@ def again(
         return None
     if type(input) is not Tensor or not input.is_cpu or is_listening():
         return None
-    repeats = None if packed is None or torch.is_grad_enabled() else packed.repeats
-    if repeats is not None and packed is not None and (known := repeats.get(input.shape)) is not None:
-        found: tuple[Tensor, ...] | None = known.results(cell, engine, input, weights, packed)
-        if found is not None:
-            return found
+    training = torch.is_grad_enabled() and (input.requires_grad or any(w is not None and w.requires_grad for w in weights))
+    key = input.shape, training, recompute
+    known = None if packed is None else packed.repeats.get(key)
+    if known is not None and packed is not None and known.is_repeated(cell, engine, input, weights):
+        found: tuple[Tensor, ...]
+        found = Repeated.apply(known, input, *weights_of(weights)) if training else known.results(input, weights, packed)  # type: ignore[no-untyped-call]
+        return found
     dtype, six = input.dtype, weights_of(weights)
     look = look_at((input, *six), dtype)
     s = seen(cell, dtype, engine, recompute, look) if look.plain and look.alike and look.dense else None
-    training = look.needs_grad and torch.is_grad_enabled()
     if s is None or (packed is not None and packed.weight_dtype is not None and (training or s.engine != "cpu")):
         return None
     if training:
         output, *final = Sequence.apply(s, NO_ROWS, input, *six)  # type: ignore[no-untyped-call]
     else:
         output, final, _ = _inference(s, packed, (input, (), six, NO_ROWS, (), ()))
-        if repeats is not None and repeats.takes and (keeps := keeping(s, input, packed)) is not None:
-            repeats[input.shape] = Repeat(engine, keeps, input, weights)
+    if packed is not None and packed.repeats.takes:
+        keeps = keeping(s, input, packed)
+        if training and Training.fits(s):
+            packed.repeats[key] = Training(engine, s, input, weights)
+        elif not training and keeps is not None:
+            packed.repeats[key] = Inference(engine, keeps, input, weights)
     return output, *(state[None] for state in final)
 
 

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from . import parts
-from .cells import Rows, Sizes, grouped
+from .cells import NO_ROWS, Rows, Sizes, Weights, grouped
 from .engines import RUNS
+from .repeat import Training
 from .transforms import gradients, is_legacy_batched, is_transformed
 
 _ROWS = len(Rows._fields)
@@ -47,27 +48,55 @@ class Sequence(torch.autograd.Function):
     def forward(ctx: Any, s: Sizes, rows: Rows, input: Tensor, *args: Tensor | None) -> Any:
         weights, states, given, resets = grouped(s, args)
         output, final, kept, history = RUNS[s.engine].forward(s, True, input, states, weights, rows, given, resets)
-        ctx.sizes, ctx.own = s, not _hooked()
-        ctx.set_materialize_grads(False)
-        # Not needed for gradients, so whoever changes it is free to; a second derivative finds it here.
-        ctx.bias_ih, ctx.bias_version = weights.bias_ih, None if weights.bias_ih is None else weights.bias_ih._version
-        if not s.recompute:
-            weights = weights._replace(bias_ih=None)
-        ctx.save_for_backward(input, *rows, output, kept, *weights, *states, *history, *given, *resets)
+        _save(ctx, s, rows, input, output, kept, weights, (*states, *history, *given, *resets))
         return (output, *final, *(history[: len(s.cell.states) - 1] if s.returns else []))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return (None, None, *_gradients(ctx, *grads))
+        return (None, None, *_gradients(ctx, ctx.needs_input_grad[2:], *grads))
 
 
-def _gradients(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> Seq[Tensor | None]:
+class Repeated(torch.autograd.Function):
+    """That of a call that repeats one before: ``apply(known, input, *weights) -> (output, *final_states)``, these ``[1, B, ·]``."""
+
+    @staticmethod
+    def forward(ctx: Any, known: Training, input: Tensor, *weights: Tensor | None) -> Any:
+        output, final, kept, history = known.forward(input)
+        _save(ctx, known.sizes, NO_ROWS, input, output, kept, Weights(*weights), history, known)
+        return (output, *final)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> Any:
+        return (None, *_gradients(ctx, ctx.needs_input_grad[1:], *grads))
+
+
+def _save(
+    ctx: Any,
+    s: Sizes,
+    rows: Rows,
+    input: Tensor,
+    output: Tensor,
+    kept: Tensor | None,
+    weights: Weights,
+    others: Seq[Tensor],
+    known: Training | None = None,
+) -> None:
+    ctx.sizes, ctx.own, ctx.known = s, not _hooked(), known
+    ctx.set_materialize_grads(False)
+    # Not needed for gradients, so whoever changes it is free to; a second derivative finds it here.
+    ctx.bias_ih, ctx.bias_version = weights.bias_ih, None if weights.bias_ih is None else weights.bias_ih._version
+    if not s.recompute:
+        weights = weights._replace(bias_ih=None)
+    ctx.save_for_backward(input, *rows, output, kept, *weights, *others)
+
+
+def _gradients(ctx: Any, needs: Seq[bool], grad_output: Tensor | None, *others: Tensor | None) -> Seq[Tensor | None]:
     """Of the tensors that :class:`Sequence` takes; within a ``side_by_side`` they may be there only after it."""
     s: Sizes = ctx.sizes
-    needs = ctx.needs_input_grad[2:]
     if grad_output is None and all(grad is None for grad in others):  # as after a second derivative, which reads the output's values alone
         return (None,) * len(needs)
-    grad_final, grad_history = others[: len(s.cell.states)], others[len(s.cell.states) :]
+    grad_final: Seq[Tensor | None] = others[: len(s.cell.states)]
+    grad_history = others[len(s.cell.states) :]
     input, *saved = ctx.saved_tensors
     rows, (output, kept) = Rows(*saved[:_ROWS]), saved[_ROWS : _ROWS + 2]
     weights, rest, given, resets = grouped(s, saved[_ROWS + 2 :])
@@ -75,7 +104,14 @@ def _gradients(ctx: Any, grad_output: Tensor | None, *others: Tensor | None) -> 
     n = len(rest) - len(s.cell.states) + 1 - (s.cell.moments > 0)
     overwrite = ctx.own and _last_use()
     grad_states = [grad_output, *grad_history]
-    if differentiated_again((*grad_states, *grad_final)):
+    again = differentiated_again((*grad_states, *grad_final))
+    known: Training | None = ctx.known
+    if known is not None:
+        found = None if again else known.backward(needs, grad_output, grad_final, input, weights, output, kept, rest, overwrite)
+        if found is not None:
+            return found
+        grad_final = [None if grad is None else grad.squeeze(0) for grad in grad_final]
+    if again:
         if ctx.bias_ih is not None and ctx.bias_ih._version != ctx.bias_version:
             raise RuntimeError("bias_ih: it was changed in place since forward, and a derivative of gradients needs it as it was")
         own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
@@ -93,7 +129,6 @@ class _Half:
 
     sizes: Sizes
     saved_tensors: tuple[Tensor | None, ...]
-    needs_input_grad: tuple[bool, ...]
 
     def save_for_backward(self, *tensors: Tensor | None) -> None:
         self.saved_tensors = tensors
@@ -126,10 +161,9 @@ class Both(torch.autograd.Function):
         (count, saved, results), (one, other) = ctx.counts, ctx.halves
         tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[2:]
         one.saved_tensors, other.saved_tensors = tensors[:saved], tensors[saved:]
-        one.needs_input_grad, other.needs_input_grad = (False, False, *needs[:count]), (False, False, *needs[count:])
         again = differentiated_again(grads)
         with contextlib.nullcontext() if again else RUNS[one.sizes.engine].side_by_side():
-            first = _gradients(one, *grads[:results])
-            second = _gradients(other, *grads[results:])
+            first = _gradients(one, needs[:count], *grads[:results])
+            second = _gradients(other, needs[count:], *grads[results:])
         del one.saved_tensors, other.saved_tensors
         return (None, None, *first, *second)

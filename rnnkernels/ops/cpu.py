@@ -388,7 +388,7 @@ def backward(
         stage_addresses(cell, H, grad_hh, grad_hr),
         address(grad_bias_ih),
         address(grad_bias_hh),
-        _grad_vectors(cell, H, grad_v),
+        grad_vectors(cell, H, grad_v),
         workspace.data_ptr(),
         bytes,
         history[-1].data_ptr() if cell.moments else 0,
@@ -406,7 +406,8 @@ def backward(
     return [*grads, *initial], gates
 
 
-def _grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:
+def grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:
+    """Where the gradients of the per-unit vectors lie."""
     if grad_v is None:
         return []
     if cell.fixed:

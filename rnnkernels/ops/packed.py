@@ -92,8 +92,13 @@ def keep(found: Found, packing: Packing, memory: Tensor) -> None:
     found[packing[1]] = memory
 
 
-class _Repeats(dict[torch.Size, Any]):
-    """What is known of calls with these weights, by the input's shape: a few, and no more once many were made in vain."""
+_Key = tuple[torch.Size, bool, bool]
+
+
+class _Repeats(dict[_Key, Any]):
+    """What is known of calls with these weights, by the input's shape, whether they train and whether they recompute: a few, and no more
+    once many were made in vain.
+    """
 
     MOST, MADE = 16, 256
 
@@ -101,11 +106,11 @@ class _Repeats(dict[torch.Size, Any]):
         super().__init__()
         self._made = 0
 
-    def __setitem__(self, shape: torch.Size, repeat: Any) -> None:
-        if len(self) >= self.MOST and shape not in self:
+    def __setitem__(self, key: _Key, repeat: Any) -> None:
+        if len(self) >= self.MOST and key not in self:
             self.clear()
         self._made += 1
-        super().__setitem__(shape, repeat)
+        super().__setitem__(key, repeat)
 
     @property
     def takes(self) -> bool:

@@ -1,5 +1,5 @@
-"""Inference calls that repeat one before: all of such a call but its memory is known, and of a small layer's call what is not the kernel
-would be the longer part.
+"""Calls of whole batches that start from zeros and repeat one before: all of such a call but its memory is known. Of a small layer's call
+what is not the kernel would be the longer part.
 """
 
 from __future__ import annotations
@@ -13,26 +13,62 @@ from torch import Tensor
 
 from .. import _C
 from . import cpu
-from .cells import LARGE, Sizes, address, addresses, empty, stage_addresses, vectors, weights_of
+from .cells import LARGE, Sizes, Weights, address, addresses, dense, empty, grad_shapes, stage_addresses, vectors, weights_of
 from .packed import Pack, Packed, Remembered, keep
 
-__all__ = ["Repeat"]
+__all__ = ["Inference", "Training"]
 
 
-class Repeat:
-    """A call of the CPU engine, of a whole batch from zeros and without gradients, as one was found to be as it must be: for an input of
-    its shape, and weights that lie where they lay. What they hold is for the keeper of their panels to look at.
+class _Call:
+    """What a call of the CPU engine must be to repeat the one that was seen: its input has the same shape, and its weights lie where they
+    lay. What these hold is for others to look at.
     """
 
     def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
-        cell, H, six = s.cell, s.hidden, weights_of(weights)
-        self._cell, self._engine, self._dtype = cell.name, engine, input.dtype
+        self._cell, self._engine, self._dtype = s.cell.name, engine, input.dtype
         self._threads, self._generation = torch.get_num_threads(), cpu.generation()
         self._marks = [(0, None, type(None)) if w is None else (w.data_ptr(), w.shape, type(w)) for w in weights]
         self._tokens, self._output = s.steps * s.batch, (s.steps, s.batch, s.output)
         self._large = prod(self._output) * input.element_size() >= LARGE
         self._finals = [(1, s.batch, width) for width in s.widths]
-        tasks, self._choice = cpu.tasks_of_whole_rows(s, input.dtype, input.shape[-1], False, False, False, self._threads, False)
+
+    def _tasks(self, s: Sizes, input: Tensor, training: bool, backward: bool) -> list[cpu.Task]:
+        tasks, self._choice = cpu.tasks_of_whole_rows(s, input.dtype, input.shape[-1], training, backward, False, self._threads, False)
+        return tasks
+
+    def _as_now(self) -> bool:
+        """Whether what was known of the engine holds, and a call runs when it is made."""
+        return torch.get_num_threads() == self._threads and cpu.generation() == self._generation and cpu.thread.waiting is None
+
+    def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None]) -> bool:
+        """Whether this is such a call, of an input of the shape that was seen."""
+        dtype = self._dtype
+        if (
+            input.dtype is not dtype
+            or cell != self._cell
+            or engine != self._engine
+            or not self._as_now()
+            or len(weights) != len(self._marks)
+        ):
+            return False
+        if not input.data_ptr() or input.is_neg():  # no address: empty, or yet to be made
+            return False
+        for w, (there, shape, kind) in zip(weights, self._marks, strict=True):
+            if type(w) is not kind:
+                return False
+            if w is None:
+                continue
+            if w.data_ptr() != there or w.shape != shape or w.dtype is not dtype or not w.is_contiguous() or w.is_neg():
+                return False
+        return True
+
+
+class Inference(_Call):
+    """One without gradients, whose weights stay packed."""
+
+    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
+        super().__init__(engine, s, input, weights)
+        cell, H, six = s.cell, s.hidden, weights_of(weights)
         ih, bias_ih, bias_hh = address(six.ih), address(six.bias_ih), address(six.bias_hh)
         matrices, own = stage_addresses(cell, H, six.hh, six.hr), vectors(cell, H, six)
 
@@ -41,40 +77,123 @@ class Repeat:
                 task.problem, 0, ih, bias_ih, bias_hh, 0, 0, matrices, own, [], [], 0, [], 0, task.bytes, [], 0, [], 0, Pack.ALL
             )
 
-        self._ways = [(task, kernel(task)) for task in tasks]
+        self._ways = [(task, kernel(task)) for task in self._tasks(s, input, False, False)]
 
-    def results(
-        self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None], keeper: Packed | Remembered
-    ) -> tuple[Tensor, ...] | None:
-        """The output and the final states ``[1, B, ·]``; None: this call is another. The input has the shape of that which was seen."""
-        dtype, thread, at = self._dtype, cpu.thread, input.data_ptr()
-        if not at or input.dtype is not dtype or input.is_neg():  # no address: empty, or yet to be made
-            return None
-        if cell != self._cell or engine != self._engine or cpu.generation() != self._generation:
-            return None
-        if torch.get_num_threads() != self._threads or thread.waiting is not None or len(weights) != len(self._marks):
-            return None
-        for w, (there, shape, kind) in zip(weights, self._marks, strict=True):
-            if type(w) is not kind:
-                return None
-            if w is None:
-                continue
-            if w.data_ptr() != there or w.shape != shape or w.dtype is not dtype or not w.is_contiguous() or w.is_neg():
-                return None
-        if not input.is_contiguous():
-            input = input.contiguous()
-            at = input.data_ptr()
+    def results(self, input: Tensor, weights: Seq[Tensor | None], keeper: Packed | Remembered) -> tuple[Tensor, ...]:
+        """The output and the final states ``[1, B, ·]``."""
+        input = input.contiguous()
         output = empty(input, self._output) if self._large else input.new_empty(*self._output)
         finals = [input.new_empty(*shape) for shape in self._finals]
         choice = self._choice
         way = 0 if choice is None else choice.forward()
         task, kernel = self._ways[way]
-        workspace = thread.take(task.bytes)
+        workspace = cpu.thread.take(task.bytes)
         panels, pack, found = keeper.memory(task.packing, weights)
         started = perf_counter_ns()
-        kernel.run(at, output.data_ptr(), addresses(finals), workspace.data_ptr(), panels.data_ptr(), pack)
+        kernel.run(input.data_ptr(), 0, output.data_ptr(), addresses(finals), (), workspace.data_ptr(), panels.data_ptr(), pack)
         if found is not None:
             keep(found, task.packing, panels)
         if choice is not None and choice.asks:
             choice.took(way, False, perf_counter_ns() - started, self._tokens)
         return (output, *finals)
+
+
+class Training(_Call):
+    """One with gradients, and its backward pass."""
+
+    @staticmethod
+    def fits(s: Sizes) -> bool:
+        """Whether there is nothing to do but to run kernels."""
+        return s.engine == "cpu" and s.steps > 1 and not (s.recompute or s.cell.moments or s.cell.projected)
+
+    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
+        super().__init__(engine, s, input, weights)
+        self.sizes, cell, H, six = s, s.cell, s.hidden, weights_of(weights)
+        ih, bias_ih, bias_hh = address(six.ih), address(six.bias_ih), address(six.bias_hh)
+        matrices, own = stage_addresses(cell, H, six.hh, six.hr), vectors(cell, H, six)
+        row = cell.room * H
+
+        def forward(task: cpu.Task) -> _C.Forward:
+            return _C.Forward(
+                task.problem, 0, ih, bias_ih, bias_hh, 0, row, matrices, own, [], [], 0, [], 0, task.bytes, [], 0, [], 0, Pack.ALL
+            )
+
+        def backward(task: cpu.Task) -> _C.Backward:
+            return _C.Backward(task.problem, 0, 0, [], [], [], 0, [], [], [], [], 0, 0, 0, 0, [], 0, 0, [], 0, task.bytes, 0, [], [])
+
+        self._kept = (self._tokens, row)
+        self._history = [(self._tokens, H)] * (len(cell.states) - 1)
+        self._grads = grad_shapes(s, input, six)
+        self._forward = [(task.bytes, forward(task)) for task in self._tasks(s, input, True, False)]
+        self._backward = [(task.bytes, backward(task)) for task in self._tasks(s, input, True, True)]
+
+    def forward(self, input: Tensor) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+        """-> output, final states ``[1, B, ·]``, kept values, histories"""
+        input = input.contiguous()
+        kept, output = empty(input, self._kept), empty(input, self._output)
+        finals = [input.new_empty(*shape) for shape in self._finals]
+        history = [empty(input, shape) for shape in self._history]
+        choice = self._choice
+        way = 0 if choice is None else choice.forward()
+        bytes, kernel = self._forward[way]
+        workspace = cpu.thread.take(bytes)
+        started = perf_counter_ns()
+        kernel.run(
+            input.data_ptr(),
+            kept.data_ptr(),
+            output.data_ptr(),
+            addresses(finals),
+            (0, *addresses(history)),
+            workspace.data_ptr(),
+            0,
+            Pack.ALL,
+        )
+        if choice is not None and choice.asks:
+            choice.took(way, False, perf_counter_ns() - started, self._tokens)
+        return output, finals, kept, history
+
+    def backward(
+        self,
+        needs: Seq[bool],
+        grad_output: Tensor | None,
+        grad_final: Seq[Tensor | None],
+        input: Tensor,
+        weights: Weights,
+        output: Tensor,
+        kept: Tensor,
+        history: Seq[Tensor],
+        overwrite: bool,
+    ) -> list[Tensor | None] | None:
+        """Gradients of the input and the weights; None: what was known holds no more."""
+        if not self._as_now():
+            return None
+        cell, H = self.sizes.cell, self.sizes.hidden
+        input = input.contiguous()
+        gates = kept if overwrite else empty(kept, self._kept)
+        above = None if grad_output is None else dense(grad_output)
+        finals = [None if g is None else dense(g) for g in grad_final]
+        grads = [empty(input, shape) if need else None for shape, need in zip(self._grads, needs, strict=True)]
+        x, ih, hh, bias_ih, bias_hh, hr, v = grads
+        choice = self._choice
+        way = 0 if choice is None else choice.backward()
+        bytes, kernel = self._backward[way]
+        workspace = cpu.thread.take(bytes)
+        started = perf_counter_ns()
+        kernel.run(
+            kept.data_ptr(),
+            gates.data_ptr(),
+            output.data_ptr(),
+            input.data_ptr(),
+            workspace.data_ptr(),
+            (address(weights.ih), *stage_addresses(cell, H, weights.hh, weights.hr)),
+            vectors(cell, H, weights),
+            (0, *addresses(history)),
+            (address(above),),
+            list(map(address, finals)),
+            (address(ih), *stage_addresses(cell, H, hh, hr)),
+            (address(x), address(bias_ih), address(bias_hh)),
+            cpu.grad_vectors(cell, H, v),
+        )
+        if choice is not None and choice.asks:
+            choice.took(way, True, perf_counter_ns() - started, self._tokens)
+        return grads
