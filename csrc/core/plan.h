@@ -64,7 +64,8 @@ struct Machine {
   double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
   int64_t chunk_bytes = 256 << 10;  // of input gates a thread makes at a time: they are still in its L2 when the steps want them
   int64_t grad_tokens = 256;        // of a chunk of gate gradients: long enough for sums over them to be written seldom
-  int64_t l1_bytes = 24 << 10, l2_bytes = 900 << 10, l3_bytes = 16 << 20;
+  int64_t l1_bytes = 24 << 10;  // what of L1 weights can have
+  int64_t l2_bytes = 900 << 10, l3_bytes = 16 << 20;
   double barrier_ns = 250, line_ns = 5;      // line: of an operand that another thread wrote
   double fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
 };
@@ -134,7 +135,10 @@ inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t
                       : bytes <= m.l2_bytes               ? m.l2_gbs
                       : bytes * unit_groups <= m.l3_bytes ? m.l3_gbs
                                                           : m.memory_gbs;
-  const double traffic = bytes / rate + (passes - 1) * bytes / m.l2_gbs;
+  // Steps walk the panels forth and back: the one where they turn is still in L1, if it fits there.
+  const double panel = double(panel_bytes(m, p, blocks));
+  const double near = bytes > m.l1_bytes && panel <= m.l1_bytes ? panel : 0;
+  const double traffic = near / (4 * m.l2_gbs) + (bytes - near) / rate + (passes - 1) * bytes / m.l2_gbs;
   // Streaming and arithmetic overlap, but not wholly.
   const double longer = arithmetic > traffic ? arithmetic : traffic, shorter = arithmetic > traffic ? traffic : arithmetic;
   return longer + 0.3 * shorter + pointwise;

@@ -212,6 +212,16 @@ int main() {
   const Machine wide{16, 24, 4};
   const CellInfo& lstm =
       *std::find_if(std::begin(kCells), std::end(kCells), [](const CellInfo& c) { return !std::strcmp(c.name, "lstm"); });
+  const auto panel_of_one_row = [&](int64_t l1_bytes, int64_t hidden, int threads) {
+    Machine m = wide;
+    m.l1_bytes = l1_bytes;
+    Problem p{0, Storage::F32, 100, 1, hidden, hidden, hidden, nullptr, false, false, false, threads};
+    p.least = threads;
+    return plan(m, lstm, p, false).blocks[0];
+  };
+  check(panel_of_one_row(24 << 10, 64, 1) == 1 && panel_of_one_row(24 << 10, 64, 2) == 1, "the panel where steps turn stays in L1");
+  check(panel_of_one_row(36 << 10, 64, 1) == 2 && panel_of_one_row(36 << 10, 64, 2) == 2, "as wide as L1 lets it");
+  check(panel_of_one_row(24 << 10, 256, 2) == 2, "wide where no panel fits L1");
   const auto tried = [&](int64_t batch, int64_t hidden, int threads, bool training) {
     const Problem p{0, Storage::F32, 100, batch, hidden, hidden, hidden, nullptr, false, training, false, threads};
     Team found[kTeams];

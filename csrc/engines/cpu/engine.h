@@ -57,6 +57,8 @@ void backward_step(const Problem&, int stage, const BackwardStep&, int64_t rows,
 // Asks the system to back memory that nobody has touched yet with large pages: a fresh page costs a fault, and a large one no more than a
 // small one.
 void prefer_large_pages(void* memory, int64_t bytes);
+// Of a core's first data cache; 0: the system does not say.
+int64_t level1_bytes();
 
 // For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over;
 // flops a second of the best tile of a product, all of it in L1; a barrier's time. In units of 1e9 and µs.

@@ -3,6 +3,7 @@
 #include "engines/cpu/engine.h"
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <unistd.h>
 #endif
 
 namespace rnnkernels::cpu {
@@ -16,6 +17,15 @@ void prefer_large_pages(void* memory, int64_t bytes) {
   if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)memory, (void)bytes;
+#endif
+}
+
+int64_t level1_bytes() {
+#if defined(_SC_LEVEL1_DCACHE_SIZE)
+  const long found = sysconf(_SC_LEVEL1_DCACHE_SIZE);
+  return found > 0 ? found : 0;
+#else
+  return 0;
 #endif
 }
 

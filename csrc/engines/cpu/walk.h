@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "core/ahead.h"
+#include "engines/cpu/engine.h"
 #include "engines/cpu/table.h"
 #include "engines/cpu/team.h"
 
@@ -25,6 +26,8 @@ inline Machine machine(const Isa& isa, const Problem& p) {
   m.lanes = isa.number[number_of(p.storage)].lanes;
   m.registers = isa.number[number_of(p.storage)].registers;
   m.number_bytes = kNumberBytes[int(p.storage)];
+  static const int64_t l1 = level1_bytes();
+  if (l1 > 0) m.l1_bytes = l1 / 4 * 3;
   return m;
 }
 
