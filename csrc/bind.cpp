@@ -263,10 +263,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         return f;
       }))
       // Now, with these inputs and this memory in the place of its own; by several threads of Python at once.
-      .def("run", [](const Forward& f, Address input, Address gates, Address output, const Addresses& final, const Addresses& history,
-                     Address workspace, Address packed, int pack) {
+      .def("run", [](const Forward& f, Address input, const Addresses& initial, Address gates, Address output, const Addresses& final,
+                     const Addresses& history, Address workspace, Address packed, int pack) {
         Forward now = f;
         now.input = pointer(input);
+        fill(now.initial, initial);
         now.gates = pointer(gates);
         now.output = pointer(output);
         fill(now.final, final);
@@ -342,8 +343,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       }))
       // As that of Forward. `weights` and `grad_weights`: of the input, then of the stages; `grads`: of the input and of both biases.
       .def("run", [](const Backward& g, Address kept, Address grad_gates, Address output, Address input, Address workspace,
-                     const Addresses& weights, const Addresses& vectors, const Addresses& history, const Addresses& grad_states,
-                     const Addresses& grad_final, const Addresses& grad_weights, const Addresses& grads, const Addresses& grad_vectors) {
+                     const Addresses& weights, const Addresses& vectors, const Addresses& initial, const Addresses& history,
+                     const Addresses& grad_states, const Addresses& grad_final, const Addresses& grad_initial,
+                     const Addresses& grad_weights, const Addresses& grads, const Addresses& grad_vectors) {
         Backward now = g;
         now.kept = pointer(kept);
         now.grad_gates = pointer(grad_gates);
@@ -353,9 +355,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         now.weight_ih = pointer(weights.at(0));
         fill(now.weights, {weights.begin() + 1, weights.end()});
         fill(now.vectors, vectors);
+        fill(now.initial, initial);
         fill(now.history, history);
         fill(now.grad_states, grad_states);
         fill(now.grad_final, grad_final);
+        fill(now.grad_initial, grad_initial);
         now.grad_weight_ih = pointer(grad_weights.at(0));
         fill(now.grad_weights, {grad_weights.begin() + 1, grad_weights.end()});
         now.grad_input = pointer(grads.at(0));

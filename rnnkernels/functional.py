@@ -88,7 +88,7 @@ def stack(
             if start > 0 and dropout > 0 and training:
                 input = torch.nn.functional.dropout(input, dropout)
             if plain and slots is None and not bidirectional and not torch.compiler.is_compiling():
-                found = ops.again(cell, input, weights[start], engine, recompute, None if packed is None else packed[start])
+                found = ops.again(cell, input, (), weights[start], engine, recompute, None if packed is None else packed[start])
                 if found is not None:
                     input = found[0]
                     finals.append([state[0] for state in found[1:]])

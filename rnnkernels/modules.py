@@ -417,8 +417,8 @@ class _Layer(nn.RNNBase):
         clock: Callable[[int], Clock] | None = None,
     ) -> tuple[Any, ...]:
         """``clock``: that of so many steps."""
-        if hx is lengths is reset_mask is reset_state is clock is None and return_states is False:
-            found = self._again(input)
+        if lengths is reset_mask is reset_state is clock is None and return_states is False:
+            found = self._again(input, hx)
             if found is not None:
                 return found
         data, states, batch_sizes, weights = self._prepare(input, hx)
@@ -479,7 +479,7 @@ class _Layer(nn.RNNBase):
         last = max(order.index(name) for name in own)
         return cell, [name if name in own else None for name in order[: last + 1]], bool(self._clips())
 
-    def _again(self, input: Any) -> tuple[Any, ...] | None:
+    def _again(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
         """What :meth:`_run` gives, at less cost, where the layer is one sequence and such a call was made before."""
         if torch.compiler.is_compiling():
             return None
@@ -493,9 +493,15 @@ class _Layer(nn.RNNBase):
             return None
         if clips:
             weights = self._weights()[0]
+        states: Sequence[Tensor] = ()
+        if hx is not None:
+            count = len(ops.CELLS[cell].states)
+            states = hx if count > 1 else (hx,)
+            if type(states) is not tuple or len(states) != count or any(type(state) is not Tensor for state in states):
+                return None
         turns, kept = self.batch_first, self._kept()
         place = None if kept is None else kept[0]
-        found = ops.again(cell, input.transpose(0, 1) if turns else input, weights, self.engine, self.recompute, place)
+        found = ops.again(cell, input.transpose(0, 1) if turns else input, states, weights, self.engine, self.recompute, place)
         if found is None:
             return None
         output, *finals = found
@@ -833,6 +839,7 @@ class _Cell(nn.RNNCellBase):
 
     engine: str = "auto"
     _name: str
+    _packed: ops.Remembered | None = None
     _weight_names: tuple[str, ...] = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
 
     def __init__(
@@ -885,7 +892,31 @@ class _Cell(nn.RNNCellBase):
         _check_agreement(input, states or (), weights[0])
         return input, states, weights
 
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self._packed = None
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+
+    def _again(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
+        """What :meth:`_step` gives for a batch without gradients, at less cost, where such a step was made before."""
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(input) is not Tensor or input.dim() != 2:
+            return None
+        weights, parameters = _named(self, self._weight_names), self._parameters
+        if any(w is not None and w is not parameters.get(name) for name, w in zip(self._weight_names, weights, strict=True)):
+            return None  # it is made anew whenever it is asked for: once a step
+        count = len(ops.CELLS[self._cell].states)
+        states = () if hx is None else hx if count > 1 else (hx,)
+        if type(states) is not tuple or len(states) not in (0, count) or any(type(t) is not Tensor or t.dim() != 2 for t in states):
+            return None
+        place = self._packed
+        if place is None:
+            place = self._packed = ops.Remembered()
+        found = ops.again(self._cell, input[None], [state[None] for state in states], weights, self.engine, False, place)
+        return None if found is None else [state[0] for state in found[1:]]
+
     def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:
+        found = self._again(input, hx)
+        if found is not None:
+            return found
         data, states, weights = self._prepare(input, hx)
         _, *finals = ops.sequence(self._cell, data.unsqueeze(0), states, *weights, engine=self.engine)
         return [state.squeeze(0) for state in finals] if input.dim() == 1 else finals

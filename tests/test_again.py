@@ -105,7 +105,6 @@ CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "another length": lambda layer, x: layer(torch.cat([x, x])),
     "unbatched": lambda layer, x: layer(x[:, 0]),
     "unbatched, batch_first": lambda layer, x: setattr(layer, "batch_first", True) or layer(x[:, 0]),
-    "hx": lambda layer, x: layer(x, torch.ones(1, B, H)),
     "lengths": lambda layer, x: layer(x, lengths=torch.tensor([T, 2])),
     "return_states": lambda layer, x: layer(x, return_states=True),
     "zoneout": lambda layer, x: setattr(layer, "zoneout", 0.5) or layer.eval()(x),

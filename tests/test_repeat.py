@@ -426,3 +426,60 @@ def test_a_weight_changed_in_place_before_backward_is_told() -> None:
         layer.weight_hh_l0.mul_(2)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         output.sum().backward()
+
+
+def states_of(layer: Any) -> Any:
+    """Neither zeros nor contiguous."""
+    own = [torch.randn(1, width, B).transpose(1, 2) for width in ([S, S] if isinstance(layer, rnnkernels.LSTM) else [S])]
+    return tuple(own) if len(own) > 1 else own[0]
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "LSTM kept in bfloat16", "reset before"])
+@pytest.mark.parametrize("steps", [1, T])
+def test_states_that_are_given(kind: str, steps: int, repeated: list[bool]) -> None:
+    layer, x = layer_of(kind), torch.randn(steps, B, S)
+    for _ in range(3):
+        as_a_new_one(layer, x)
+        as_a_new_one(layer, x, states_of(layer))
+    assert any(repeated)
+    for wrong in (torch.zeros(1, B, S + 1), torch.zeros(2, B, S), torch.zeros(1, B + 1, S), torch.zeros(B, S)):
+        with pytest.raises(RuntimeError, match=r"[Ee]xpected|should also be"):
+            run(layer, x, (wrong, wrong) if kind.startswith("LSTM") else wrong)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "LSTM", "reset before"])
+def test_gradients_of_states_that_are_given(kind: str, repeated: list[bool]) -> None:
+    layer, x = layer_of(kind).double(), torch.randn(T, B, S).double()
+
+    def grads(one: Any, hx: tuple[Tensor, ...]) -> list[Tensor]:
+        leaves = [state.detach().double().contiguous().requires_grad_() for state in hx]
+        found = tensors(one(x, tuple(leaves) if len(leaves) > 1 else leaves[0]))
+        total = torch.stack([t.square().sum() for t in found]).sum()
+        return list(torch.autograd.grad(total, [*leaves, *one.parameters()]))
+
+    for _ in range(3):
+        hx = states_of(layer)
+        hx = hx if isinstance(hx, tuple) else (hx,)
+        assert all(map(torch.equal, grads(layer, hx), grads(copy.deepcopy(layer), hx)))
+    assert any(repeated)
+
+
+@pytest.mark.parametrize("name", ["RNNCell", "GRUCell", "LSTMCell"])
+def test_cells_that_step_again(name: str, repeated: list[bool]) -> None:
+    torch.manual_seed(0)
+    cell, x = getattr(rnnkernels, name)(S, S), torch.randn(B, S)
+    theirs = getattr(nn, name)(S, S)
+    theirs.load_state_dict(cell.state_dict())
+    hx: Any = torch.randn(B, S)
+    hx = (hx, torch.randn(B, S)) if name == "LSTMCell" else hx
+    with torch.no_grad():
+        for _ in range(4):
+            for given in (None, hx):
+                found, expected = cell(x, given), theirs(x, given)
+                torch.testing.assert_close(found, expected)
+        assert any(repeated)
+        cell.weight_hh.data.mul_(0.5)
+        theirs.weight_hh.mul_(0.5)
+        torch.testing.assert_close(cell(x, hx), theirs(x, hx))
+        with pytest.raises(RuntimeError):
+            cell(x, torch.zeros(B, S + 1) if name != "LSTMCell" else (torch.zeros(B, S + 1), torch.zeros(B, S)))

@@ -203,35 +203,41 @@ def run(call: Call, packed: Packed | Remembered | None = None) -> tuple[Tensor, 
 def again(
     cell: str,
     input: Tensor,
+    states: Seq[Tensor],
     weights: Seq[Tensor | None],
     engine: str = "auto",
     recompute: bool = False,
     packed: Packed | Remembered | None = None,
 ) -> Seq[Tensor] | None:
-    """:func:`sequence` of a padded batch that starts from zeros, on the CPU and while nothing is compiled, if a call of the same shapes was
-    found to be as it must be, with final states ``[1, B, ·]``; or None, and somebody has to look at this one. Of a small layer's call the
+    """:func:`sequence` of a padded batch on the CPU, while nothing is compiled, if a call of the same shapes was found to be as it must be;
+    or None, and somebody has to look at this one. States, none for zeros, and final states are ``[1, B, ·]``. Of a small layer's call the
     way to the kernel is the longer part.
     """
     if torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
         return None
     if type(input) is not Tensor or not input.is_cpu or is_listening():
         return None
-    training = torch.is_grad_enabled() and (input.requires_grad or any(w is not None and w.requires_grad for w in weights))
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, *states))
     key = input.shape, training, recompute
     known = None if packed is None else packed.repeats.get(key)
-    if known is not None and packed is not None and known.is_repeated(cell, engine, input, weights):
+    if known is not None and packed is not None and known.is_repeated(cell, engine, input, weights, states):
         found: tuple[Tensor, ...]
-        found = Repeated.apply(known, input, *weights_of(weights)) if training else known.results(input, weights, packed)  # type: ignore[no-untyped-call]
+        if not training:
+            found = known.results(input, weights, states, packed)
+        else:
+            found = Repeated.apply(known, input, *weights_of(weights), *(state[0] for state in states))  # type: ignore[no-untyped-call]
         return found
-    dtype, six = input.dtype, weights_of(weights)
-    look = look_at((input, *six), dtype)
-    s = seen(cell, dtype, engine, recompute, look) if look.plain and look.alike and look.dense else None
+    if any(state.dim() != 3 or state.shape[0] != 1 for state in states):
+        return None
+    dtype, six, rows = input.dtype, weights_of(weights), [state[0] for state in states]
+    look = look_at((input, *six, *rows), dtype)
+    s = seen(cell, dtype, len(rows), engine, recompute, look) if look.plain and look.alike and look.dense else None
     if s is None or (packed is not None and packed.weight_dtype is not None and (training or s.engine != "cpu")):
         return None
     if training:
-        output, *final = Sequence.apply(s, NO_ROWS, input, *six)  # type: ignore[no-untyped-call]
+        output, *final = Sequence.apply(s, NO_ROWS, input, *six, *rows)  # type: ignore[no-untyped-call]
     else:
-        output, final, _ = _inference(s, packed, (input, (), six, NO_ROWS, (), ()))
+        output, final, _ = _inference(s, packed, (input, rows, six, NO_ROWS, (), ()))
     if packed is not None and packed.repeats.takes:
         keeps = keeping(s, input, packed)
         if training and Training.fits(s):

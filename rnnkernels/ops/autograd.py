@@ -57,12 +57,15 @@ class Sequence(torch.autograd.Function):
 
 
 class Repeated(torch.autograd.Function):
-    """That of a call that repeats one before: ``apply(known, input, *weights) -> (output, *final_states)``, these ``[1, B, ·]``."""
+    """That of a call that repeats one before: ``apply(known, input, *weights, *states) -> (output, *final_states)``, the
+    latter ``[1, B, ·]``.
+    """
 
     @staticmethod
-    def forward(ctx: Any, known: Training, input: Tensor, *weights: Tensor | None) -> Any:
-        output, final, kept, history = known.forward(input)
-        _save(ctx, known.sizes, NO_ROWS, input, output, kept, Weights(*weights), history, known)
+    def forward(ctx: Any, known: Training, input: Tensor, *args: Tensor | None) -> Any:
+        weights, states, _, _ = grouped(known.sizes, args)
+        output, final, kept, history = known.forward(input, states)
+        _save(ctx, known.sizes, NO_ROWS, input, output, kept, weights, (*states, *history), known)
         return (output, *final)
 
     @staticmethod
@@ -107,7 +110,9 @@ def _gradients(ctx: Any, needs: Seq[bool], grad_output: Tensor | None, *others: 
     again = differentiated_again((*grad_states, *grad_final))
     known: Training | None = ctx.known
     if known is not None:
-        found = None if again else known.backward(needs, grad_output, grad_final, input, weights, output, kept, rest, overwrite)
+        found = (
+            None if again else known.backward(needs, grad_output, grad_final, input, rest[:n], weights, output, kept, rest[n:], overwrite)
+        )
         if found is not None:
             return found
         grad_final = [None if grad is None else grad.squeeze(0) for grad in grad_final]
@@ -118,9 +123,9 @@ def _gradients(ctx: Any, needs: Seq[bool], grad_output: Tensor | None, *others: 
         return gradients(s, needs, own, (output, kept, *rest[n:]), grad_states, grad_final)
     if kept is None and parts.fits(s, rows):
         return parts.backward(s, needs, grad_states, grad_final, input, rest[:n], weights, output, rest[n:], given)
-    of_call = (input, rest[:n], weights, rows, output, kept, rest[n:], given, resets)
     grads: list[Tensor | None]
-    grads, _ = RUNS[s.engine].backward(s, needs, grad_states, grad_final, *of_call, overwrite)
+    made = (output, kept, rest[n:])
+    grads, _ = RUNS[s.engine].backward(s, needs, grad_states, grad_final, input, rest[:n], weights, rows, *made, given, resets, overwrite)
     return grads
 
 

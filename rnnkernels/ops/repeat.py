@@ -1,4 +1,4 @@
-"""Calls of whole batches that start from zeros and repeat one before: all of such a call but its memory is known. Of a small layer's call
+"""Calls of whole batches that repeat one before: all of such a call but its memory is known. Of a small layer's call
 what is not the kernel would be the longer part.
 """
 
@@ -40,8 +40,8 @@ class _Call:
         """Whether what was known of the engine holds, and a call runs when it is made."""
         return torch.get_num_threads() == self._threads and cpu.generation() == self._generation and cpu.thread.waiting is None
 
-    def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None]) -> bool:
-        """Whether this is such a call, of an input of the shape that was seen."""
+    def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor]) -> bool:
+        """Whether this is such a call, of an input of the shape that was seen; from zeros, if there are no states."""
         dtype = self._dtype
         if (
             input.dtype is not dtype
@@ -59,6 +59,13 @@ class _Call:
             if w is None:
                 continue
             if w.data_ptr() != there or w.shape != shape or w.dtype is not dtype or not w.is_contiguous() or w.is_neg():
+                return False
+        if not states:
+            return True
+        for state, width in zip(states, self._finals, strict=True):
+            if type(state) is not Tensor or state.shape != width or state.dtype is not dtype or not state.is_cpu:
+                return False
+            if not state.data_ptr() or state.is_neg():
                 return False
         return True
 
@@ -79,9 +86,10 @@ class Inference(_Call):
 
         self._ways = [(task, kernel(task)) for task in self._tasks(s, input, False, False)]
 
-    def results(self, input: Tensor, weights: Seq[Tensor | None], keeper: Packed | Remembered) -> tuple[Tensor, ...]:
+    def results(self, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor], keeper: Packed | Remembered) -> tuple[Tensor, ...]:
         """The output and the final states ``[1, B, ·]``."""
         input = input.contiguous()
+        initial = [state.contiguous() for state in states]
         output = empty(input, self._output) if self._large else input.new_empty(*self._output)
         finals = [input.new_empty(*shape) for shape in self._finals]
         choice = self._choice
@@ -90,7 +98,9 @@ class Inference(_Call):
         workspace = cpu.thread.take(task.bytes)
         panels, pack, found = keeper.memory(task.packing, weights)
         started = perf_counter_ns()
-        kernel.run(input.data_ptr(), 0, output.data_ptr(), addresses(finals), (), workspace.data_ptr(), panels.data_ptr(), pack)
+        kernel.run(
+            input.data_ptr(), addresses(initial), 0, output.data_ptr(), addresses(finals), (), workspace.data_ptr(), panels.data_ptr(), pack
+        )
         if found is not None:
             keep(found, task.packing, panels)
         if choice is not None and choice.asks:
@@ -127,9 +137,10 @@ class Training(_Call):
         self._forward = [(task.bytes, forward(task)) for task in self._tasks(s, input, True, False)]
         self._backward = [(task.bytes, backward(task)) for task in self._tasks(s, input, True, True)]
 
-    def forward(self, input: Tensor) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+    def forward(self, input: Tensor, states: Seq[Tensor]) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
         """-> output, final states ``[1, B, ·]``, kept values, histories"""
         input = input.contiguous()
+        initial = [state.contiguous() for state in states]
         kept, output = empty(input, self._kept), empty(input, self._output)
         finals = [input.new_empty(*shape) for shape in self._finals]
         history = [empty(input, shape) for shape in self._history]
@@ -140,6 +151,7 @@ class Training(_Call):
         started = perf_counter_ns()
         kernel.run(
             input.data_ptr(),
+            addresses(initial),
             kept.data_ptr(),
             output.data_ptr(),
             addresses(finals),
@@ -158,13 +170,14 @@ class Training(_Call):
         grad_output: Tensor | None,
         grad_final: Seq[Tensor | None],
         input: Tensor,
+        states: Seq[Tensor],
         weights: Weights,
         output: Tensor,
         kept: Tensor,
         history: Seq[Tensor],
         overwrite: bool,
     ) -> list[Tensor | None] | None:
-        """Gradients of the input and the weights; None: what was known holds no more."""
+        """Gradients of the input, the weights and the initial states; None: what was known holds no more."""
         if not self._as_now():
             return None
         cell, H = self.sizes.cell, self.sizes.hidden
@@ -172,8 +185,10 @@ class Training(_Call):
         gates = kept if overwrite else empty(kept, self._kept)
         above = None if grad_output is None else dense(grad_output)
         finals = [None if g is None else dense(g) for g in grad_final]
-        grads = [empty(input, shape) if need else None for shape, need in zip(self._grads, needs, strict=True)]
+        grads = [empty(input, shape) if need else None for shape, need in zip(self._grads, needs, strict=False)]
         x, ih, hh, bias_ih, bias_hh, hr, v = grads
+        before = [state.contiguous() for state in states]
+        initial = [torch.empty_like(state) if need else None for state, need in zip(before, needs[len(grads) :], strict=True)]
         choice = self._choice
         way = 0 if choice is None else choice.backward()
         bytes, kernel = self._backward[way]
@@ -187,13 +202,15 @@ class Training(_Call):
             workspace.data_ptr(),
             (address(weights.ih), *stage_addresses(cell, H, weights.hh, weights.hr)),
             vectors(cell, H, weights),
+            addresses(before),
             (0, *addresses(history)),
             (address(above),),
             list(map(address, finals)),
+            list(map(address, initial)),
             (address(ih), *stage_addresses(cell, H, hh, hr)),
             (address(x), address(bias_ih), address(bias_hh)),
             cpu.grad_vectors(cell, H, v),
         )
         if choice is not None and choice.asks:
             choice.took(way, True, perf_counter_ns() - started, self._tokens)
-        return grads
+        return [*grads, *initial]
