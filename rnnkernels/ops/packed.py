@@ -59,25 +59,19 @@ class Pack(enum.IntEnum):
 _UNASKED = 64 << 20
 
 
-# Of a single step of one row, by one thread, looking at more than so many bytes takes longer than torch's products by them.
-_ONE_STEP = 3 << 20
-
-
 @functools.lru_cache(maxsize=1024)
-def _keeping(s: Sizes, dtype: torch.dtype, input_size: int, weight_dtype: torch.dtype | None, complete: bool, threads: int) -> Sizes | None:
+def _keeping(s: Sizes, dtype: torch.dtype, input_size: int, weight_dtype: torch.dtype | None) -> Sizes | None:
     keeps = s._replace(weight_type=weight_type(weight_dtype, dtype), keeps=True)
-    if weight_dtype is not None:
-        return keeps
-    bytes, _ = _C.packing(problem(keeps, dtype, input_size, Rows(), False, 1))
-    slow = complete and s.batch <= 1 and threads == 1 and bytes > _ONE_STEP
-    return None if bytes > _UNASKED or slow else keeps
+    if weight_dtype is None and _C.packing(problem(keeps, dtype, input_size, Rows(), False, 1))[0] > _UNASKED:
+        return None
+    return keeps
 
 
 def keeping(s: Sizes, input: Tensor, packed: Packed | Remembered | None) -> Sizes | None:
     """The call as one that keeps packed weights; None: it is not to, and nobody has asked that it do."""
     if packed is None or s.engine != "cpu":
         return None
-    return _keeping(s, input.dtype, input.shape[-1], packed.weight_dtype, s.steps == 1 and s.complete, torch.get_num_threads())
+    return _keeping(s, input.dtype, input.shape[-1], packed.weight_dtype)
 
 
 def _room(bytes: int) -> Tensor:
