@@ -184,16 +184,13 @@ Fingerprint fingerprint(const void* const* stretches, int count, int64_t bytes) 
       one[c][i] = uint32_t(c * words + i + 1) * 0x85ebca6bu;
       other[c][i] = uint32_t(c * words + i + 1) * 0xc2b2ae35u;
     }
-  const auto mix = [&](int c, const Vector& a, const Vector& b) {
-    const Vector x = one[c] ^ a, y = other[c] + b;
-    one[c] = (x << 13 | x >> 19) * 0x9e3779b1u;
-    other[c] = (y << 15 | y >> 17) * 0xcc9e2d51u;
-  };
   const auto take = [&](const char* from) {
     for (int c = 0; c < parts; ++c) {
       Vector x;
       memcpy(&x, from + c * size, size);
-      mix(c, x, x);
+      const Vector a = one[c] ^ x, b = other[c] + x;
+      one[c] = (a << 13 | a >> 19) * 0x9e3779b1u;
+      other[c] = (b << 15 | b >> 17) * 0xcc9e2d51u;
     }
   };
   for (int s = 0; s < count; ++s) {
@@ -204,15 +201,15 @@ Fingerprint fingerprint(const void* const* stretches, int count, int64_t bytes) 
     memcpy(last, from + at, size_t(bytes - at));
     if (at < bytes) take(last);
   }
-  for (int c = 1; c < parts; ++c) mix(0, one[c], other[c]);
   Fingerprint found{{uint64_t(bytes), ~uint64_t(bytes)}};
-  for (int i = 0; i < words; ++i) {
-    const uint64_t both = uint64_t(one[0][i]) << 32 | other[0][i];
-    found.bits[0] = (found.bits[0] ^ both) * 0x9e3779b97f4a7c15u;
-    found.bits[0] ^= found.bits[0] >> 29;
-    found.bits[1] = (found.bits[1] + both) * 0xc2b2ae3d27d4eb4fu;
-    found.bits[1] ^= found.bits[1] >> 32;
-  }
+  for (int c = 0; c < parts; ++c)
+    for (int i = 0; i < words; ++i) {
+      const uint64_t both = uint64_t(one[c][i]) << 32 | other[c][i];
+      found.bits[0] = (found.bits[0] ^ both) * 0x9e3779b97f4a7c15u;
+      found.bits[0] ^= found.bits[0] >> 29;
+      found.bits[1] = (found.bits[1] + both) * 0xc2b2ae3d27d4eb4fu;
+      found.bits[1] ^= found.bits[1] >> 32;
+    }
   return found;
 }
 
