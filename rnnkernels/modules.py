@@ -55,6 +55,16 @@ def _named(module: nn.Module, names: Sequence[str]) -> list[Any]:
     return [getattr(module, name, None) if (weight := parameters.get(name)) is None else weight for name in names]
 
 
+def _plain_states(cell: str, hx: Any) -> tuple[Tensor, ...] | None:
+    """Those of the cell, none for zeros; or None, and they have to be looked at."""
+    if hx is None:
+        return ()
+    count = len(ops.CELLS[cell].states)
+    states = hx if count > 1 else (hx,)
+    plain = type(states) is tuple and len(states) == count and all(type(state) is Tensor for state in states)
+    return states if plain else None
+
+
 def _check_agreement(input: Tensor, states: Sequence[Tensor], weight: Tensor) -> None:
     """Raise, with torch.nn's texts, unless input, states and weight share a device and, outside autocast, a dtype."""
     device, dtype = input.device, weight.dtype
@@ -493,12 +503,9 @@ class _Layer(nn.RNNBase):
             return None
         if clips:
             weights = self._weights()[0]
-        states: Sequence[Tensor] = ()
-        if hx is not None:
-            count = len(ops.CELLS[cell].states)
-            states = hx if count > 1 else (hx,)
-            if type(states) is not tuple or len(states) != count or any(type(state) is not Tensor for state in states):
-                return None
+        states = _plain_states(cell, hx)
+        if states is None:
+            return None
         turns, kept = self.batch_first, self._kept()
         place = None if kept is None else kept[0]
         found = ops.again(cell, input.transpose(0, 1) if turns else input, states, weights, self.engine, self.recompute, place)
@@ -903,9 +910,8 @@ class _Cell(nn.RNNCellBase):
         weights, parameters = _named(self, self._weight_names), self._parameters
         if any(w is not None and w is not parameters.get(name) for name, w in zip(self._weight_names, weights, strict=True)):
             return None  # it is made anew whenever it is asked for: once a step
-        count = len(ops.CELLS[self._cell].states)
-        states = () if hx is None else hx if count > 1 else (hx,)
-        if type(states) is not tuple or len(states) not in (0, count) or any(type(t) is not Tensor or t.dim() != 2 for t in states):
+        states = _plain_states(self._cell, hx)
+        if states is None or any(state.dim() != 2 for state in states):
             return None
         place = self._packed
         if place is None:

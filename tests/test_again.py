@@ -148,6 +148,14 @@ ERRORS: dict[str, Callable[[Any, Tensor], Any]] = {
     "meta": lambda layer, x: layer(x.to("meta")),
     "weight's shape": wrong_weight,
     "weight's dtype": lambda layer, x: setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.double()) or layer(x),
+    "weight's shape, where it lies": lambda layer, x: (
+        setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.view(-1)),
+        layer(x),
+    ),
+    "weight's rows, where they lie": lambda layer, x: (
+        setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data[:-1]),
+        layer(x),
+    ),
     "gates": lambda layer, x: layer(x, return_states="all"),
     "engine": lambda layer, x: setattr(layer, "engine", "persistent") or layer(x),
     "narrow weights in training": lambda layer, x: setattr(layer, "weight_dtype", torch.int8) or torch.enable_grad()(layer)(x),

@@ -1,7 +1,6 @@
 """Calls that repeat one before: whatever is another, the results are those of a layer that has never been called."""
 
 import copy
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -64,28 +63,6 @@ def as_a_new_one(layer: Any, x: Tensor, *args: Any) -> None:
         assert found.stride() == expected.stride()
 
 
-@layers
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.usefixtures("restore", "poison")
-def test_the_same_bits(kind: str, isa: str, dtype: torch.dtype, repeated: list[bool]) -> None:
-    if "kept" in kind and dtype is torch.float64:
-        return  # narrower weights are not for it
-    ops.set_isa(isa)
-    layer = layer_of(kind).to(dtype)
-    inputs = torch.randn(2, T, B, S).to(dtype).unbind()
-    expected = [run(copy.deepcopy(layer), x) for x in inputs]
-    for _ in range(3):
-        for one, results in zip(inputs, expected, strict=True):
-            found = run(layer, one)
-            for a, b in zip(found, results, strict=True):
-                assert torch.equal(a, b)
-                assert a.shape == b.shape
-            for a in found:  # is nobody else's
-                a.fill_(7)
-    assert repeated.count(True) >= 5, "the first call alone is looked at whole"
-
-
 CHANGES: dict[str, Callable[[Any], Any]] = {
     "in place": lambda layer: layer.weight_hh_l0.data.mul_(0.5),
     "by .data": lambda layer: setattr(layer.weight_ih_l0, "data", layer.weight_ih_l0 * 0.5),
@@ -107,18 +84,6 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "one thread": lambda layer: torch.set_num_threads(1),
     "scalars": lambda layer: ops.set_isa("scalar"),
 }
-
-
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.usefixtures("restore")
-def test_changes_of_the_layer(change: str, repeated: list[bool]) -> None:
-    layer, x = layer_of("RNN"), torch.randn(T, T, S)
-    for _ in range(3):
-        as_a_new_one(layer, x)
-    assert repeated[-1]
-    CHANGES[change](layer)
-    for _ in range(3):
-        as_a_new_one(layer, x)
 
 
 INPUTS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -153,41 +118,6 @@ def test_other_inputs(kind: str, change: str) -> None:
     for _ in range(2):
         as_a_new_one(layer, INPUTS[change](x))
         as_a_new_one(layer, x)
-
-
-BAD: dict[str, tuple[type[Exception], Callable[[Any, Tensor], Any]]] = {
-    "dtype": (ValueError, lambda layer, x: layer(x.double())),
-    "width": (RuntimeError, lambda layer, x: layer(x[..., :-1])),
-    "rank": (ValueError, lambda layer, x: layer(x[None])),
-    "a weight of another dtype": (
-        RuntimeError,
-        lambda layer, x: (setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.view(torch.int32)), layer(x)),
-    ),
-    "a weight of another shape": (
-        RuntimeError,
-        lambda layer, x: (setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.view(-1)), layer(x)),
-    ),
-    "a weight of other rows": (
-        RuntimeError,
-        lambda layer, x: (setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data[:-1]), layer(x)),
-    ),
-    "zoneout": (ValueError, lambda layer, x: (setattr(layer, "zoneout", 2), layer(x))),
-    "engine": (ValueError, lambda layer, x: (setattr(layer, "engine", "none"), layer(x))),
-}
-
-
-@pytest.mark.parametrize("case", BAD)
-def test_errors_come_as_before(case: str) -> None:
-    x = torch.randn(T, B, S)
-    error, call = BAD[case]
-    fresh, used = layer_of("RNN"), layer_of("RNN")
-    for _ in range(3):
-        run(used, x)
-    with torch.no_grad(), pytest.raises(error) as expected:
-        call(fresh, x)
-    with torch.no_grad(), pytest.raises(error) as found:
-        call(used, x)
-    assert str(found.value) == str(expected.value)
 
 
 def test_a_weight_of_the_other_half_type() -> None:
@@ -290,24 +220,6 @@ def test_weights_that_are_always_others_are_given_up(repeated: list[bool]) -> No
     as_a_new_one(layer, x)
 
 
-def test_threads_that_share_a_layer() -> None:
-    layer, wrong = layer_of("LSTM"), list[int]()
-    inputs = [torch.randn(T, batch, S) for batch in (1, 1, 3, 17)]
-    expected = [run(copy.deepcopy(layer), x) for x in inputs]
-    for x in inputs:
-        run(layer, x)
-
-    def work(x: Tensor, of: list[Tensor]) -> None:
-        wrong.extend(len(x) for _ in range(200) if not all(map(torch.equal, run(layer, x), of)))
-
-    threads = [threading.Thread(target=work, args=pair) for pair in zip(inputs, expected, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
 def train(layer: Any, x: Tensor, again: bool = False) -> list[Tensor]:
     """Results, and gradients of the input and all weights; ``again``: and those of a penalty on the latter."""
     x = x.detach().requires_grad_()
@@ -326,34 +238,45 @@ def trains_as_a_new_one(layer: Any, x: Tensor, again: bool = False) -> None:
         assert found.shape == expected.shape
 
 
+passes = pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+
+
 @layers
+@passes
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.usefixtures("restore", "poison")
-def test_training_has_the_same_bits(kind: str, isa: str, dtype: torch.dtype, repeated: list[bool]) -> None:
-    if "kept" in kind:
-        return  # is for inference alone
+def test_the_same_bits(kind: str, training: bool, isa: str, dtype: torch.dtype, repeated: list[bool]) -> None:
+    if "kept" in kind and (training or dtype is torch.float64):
+        return  # narrower weights are for neither
     ops.set_isa(isa)
-    layer = layer_of(kind).to(dtype)
+    layer, call = layer_of(kind).to(dtype), train if training else run
     inputs = torch.randn(2, T, B, S).to(dtype).unbind()
-    expected = [train(copy.deepcopy(layer), x) for x in inputs]
+    expected = [call(copy.deepcopy(layer), x) for x in inputs]
     for _ in range(3):
         for x, results in zip(inputs, expected, strict=True):
-            assert all(map(torch.equal, train(layer, x), results))
-    assert repeated.count(True) >= (0 if "projected" in kind else 5)
+            found = call(layer, x)
+            for a, b in zip(found, results, strict=True):
+                assert torch.equal(a, b)
+                assert a.shape == b.shape
+            for a in found:  # is nobody else's
+                a.fill_(7)
+    assert repeated.count(True) >= (0 if training and "projected" in kind else 5), "the first call alone is looked at whole"
 
 
+@passes
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.usefixtures("restore")
-def test_changes_of_a_layer_that_trains(change: str) -> None:
-    layer, x = layer_of("RNN"), torch.randn(T, T, S)
+def test_changes_of_the_layer(change: str, training: bool, repeated: list[bool]) -> None:
+    layer, x, check = layer_of("RNN"), torch.randn(T, T, S), trains_as_a_new_one if training else as_a_new_one
     for _ in range(3):
-        trains_as_a_new_one(layer, x)
+        check(layer, x)
+    assert repeated[-1]
     CHANGES[change](layer)
-    if layer.weight_dtype is not None:
+    if training and layer.weight_dtype is not None:
         return  # is for inference alone
     for _ in range(3):
-        trains_as_a_new_one(layer, x)
+        check(layer, x)
 
 
 FROZEN: dict[str, tuple[str, ...]] = {

@@ -64,11 +64,14 @@ struct Machine {
   double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
   int64_t chunk_bytes = 256 << 10;  // of input gates a thread makes at a time: they are still in its L2 when the steps want them
   int64_t grad_tokens = 256;        // of a chunk of gate gradients: long enough for sums over them to be written seldom
-  int64_t l1_bytes = 24 << 10;      // what of L1 weights can have
+  int64_t l1_bytes = 24 << 10;      // that weights can have
   int64_t l2_bytes = 900 << 10, l3_bytes = 16 << 20;
   double barrier_ns = 250, line_ns = 5;      // line: of an operand that another thread wrote
   double fork_ns = 1500, pointwise_ns = 12;  // pointwise: a vector of one slot
 };
+
+// What of a first data cache weights can have beside states and gates.
+inline int64_t weights_in_l1(int64_t cache_bytes) { return cache_bytes / 4 * 3; }
 
 struct Schedule {
   int row_groups = 1, unit_groups = 1;

@@ -192,13 +192,10 @@ def grouped(s: Sizes, tensors: Seq[Any]) -> tuple[Weights, list[Any], list[Any],
     return Weights(*tensors[:at]), list(tensors[at:given]), list(tensors[given:resets]), list(tensors[resets:])
 
 
-LARGE = 2 << 20  # bytes from which on faults on small pages would cost as much as the arithmetic
-
-
 def empty(like: Tensor, shape: Seq[int]) -> Tensor:
-    """Memory not yet touched."""
+    """Memory not yet touched. Where it is large, faults on small pages would cost as much as the arithmetic."""
     t = like.new_empty(*shape)  # quicker than of a tuple
-    if t.nbytes >= LARGE and t.device.type == "cpu":
+    if t.nbytes >= 2 << 20 and t.device.type == "cpu":
         _C.prefer_large_pages(t.data_ptr(), t.nbytes)
     return t
 

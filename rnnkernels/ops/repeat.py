@@ -1,19 +1,20 @@
-"""Calls of whole batches that repeat one before: all of such a call but its memory is known. Of a small layer's call
-what is not the kernel would be the longer part.
+"""Calls of whole batches that repeat one before: all of such a call but its memory is known. Of a small layer's call what is not the
+kernel would be the longer part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
-from math import prod
 from time import perf_counter_ns
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import _C
 from . import cpu
-from .cells import LARGE, Sizes, Weights, address, addresses, dense, empty, grad_shapes, stage_addresses, vectors, weights_of
+from .cells import Sizes, Weights, address, addresses, dense, empty, grad_shapes, stage_addresses, vectors, weights_of
+from .choice import Choice
 from .packed import Pack, Packed, Remembered, keep
 
 __all__ = ["Inference", "Training"]
@@ -24,34 +25,50 @@ class _Call:
     lay. What these hold is for others to look at.
     """
 
-    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
-        self._cell, self._engine, self._dtype = s.cell.name, engine, input.dtype
+    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None], training: bool) -> None:
+        cell, H, six = s.cell, s.hidden, weights_of(weights)
+        self.sizes, self._engine, self._dtype = s, engine, input.dtype
         self._threads, self._generation = torch.get_num_threads(), cpu.generation()
         self._marks = [(0, None, type(None)) if w is None else (w.data_ptr(), w.shape, type(w)) for w in weights]
         self._tokens, self._output = s.steps * s.batch, (s.steps, s.batch, s.output)
-        self._large = prod(self._output) * input.element_size() >= LARGE
         self._finals = [(1, s.batch, width) for width in s.widths]
+        ih, bias_ih, bias_hh = address(six.ih), address(six.bias_ih), address(six.bias_hh)
+        matrices, own = stage_addresses(cell, H, six.hh, six.hr), vectors(cell, H, six)
+        row = cell.room * H
 
-    def _tasks(self, s: Sizes, input: Tensor, training: bool, backward: bool) -> list[cpu.Task]:
-        tasks, self._choice = cpu.tasks_of_whole_rows(s, input.dtype, input.shape[-1], training, backward, False, self._threads, False)
-        return tasks
+        def kernel(task: cpu.Task) -> _C.Forward:
+            return _C.Forward(
+                task.problem, 0, ih, bias_ih, bias_hh, 0, row, matrices, own, [], [], 0, [], 0, task.bytes, [], 0, [], 0, Pack.ALL
+            )
+
+        tasks, self._choice = self._tasks(input, training, False)
+        self._forward = [(task, kernel(task)) for task in tasks]
+
+    def _tasks(self, input: Tensor, training: bool, backward: bool) -> tuple[list[cpu.Task], Choice | None]:
+        """One for each team that may run it, and which does."""
+        return cpu.tasks_of_whole_rows(self.sizes, input.dtype, input.shape[-1], training, backward, False, self._threads, False)
 
     def _as_now(self) -> bool:
         """Whether what was known of the engine holds, and a call runs when it is made."""
         return torch.get_num_threads() == self._threads and cpu.generation() == self._generation and cpu.thread.waiting is None
 
+    def _way(self, backward: bool) -> int:
+        choice = self._choice
+        return 0 if choice is None else choice.backward() if backward else choice.forward()
+
+    def _run(self, way: int, backward: bool, kernel: Any, *arguments: Any) -> None:
+        started = perf_counter_ns()
+        kernel.run(*arguments)
+        choice = self._choice
+        if choice is not None and choice.asks:
+            choice.took(way, backward, perf_counter_ns() - started, self._tokens)
+
     def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor]) -> bool:
         """Whether this is such a call, of an input of the shape that was seen; from zeros, if there are no states."""
         dtype = self._dtype
-        if (
-            input.dtype is not dtype
-            or cell != self._cell
-            or engine != self._engine
-            or not self._as_now()
-            or len(weights) != len(self._marks)
-        ):
+        if input.dtype is not dtype or not input.data_ptr() or input.is_neg():  # no address: empty, or yet to be made
             return False
-        if not input.data_ptr() or input.is_neg():  # no address: empty, or yet to be made
+        if cell != self.sizes.cell.name or engine != self._engine or len(weights) != len(self._marks) or not self._as_now():
             return False
         for w, (there, shape, kind) in zip(weights, self._marks, strict=True):
             if type(w) is not kind:
@@ -74,37 +91,22 @@ class Inference(_Call):
     """One without gradients, whose weights stay packed."""
 
     def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
-        super().__init__(engine, s, input, weights)
-        cell, H, six = s.cell, s.hidden, weights_of(weights)
-        ih, bias_ih, bias_hh = address(six.ih), address(six.bias_ih), address(six.bias_hh)
-        matrices, own = stage_addresses(cell, H, six.hh, six.hr), vectors(cell, H, six)
-
-        def kernel(task: cpu.Task) -> _C.Forward:
-            return _C.Forward(
-                task.problem, 0, ih, bias_ih, bias_hh, 0, 0, matrices, own, [], [], 0, [], 0, task.bytes, [], 0, [], 0, Pack.ALL
-            )
-
-        self._ways = [(task, kernel(task)) for task in self._tasks(s, input, False, False)]
+        super().__init__(engine, s, input, weights, False)
 
     def results(self, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor], keeper: Packed | Remembered) -> tuple[Tensor, ...]:
         """The output and the final states ``[1, B, ·]``."""
         input = input.contiguous()
         initial = [state.contiguous() for state in states]
-        output = empty(input, self._output) if self._large else input.new_empty(*self._output)
+        output = empty(input, self._output)
         finals = [input.new_empty(*shape) for shape in self._finals]
-        choice = self._choice
-        way = 0 if choice is None else choice.forward()
-        task, kernel = self._ways[way]
+        way = self._way(False)
+        task, kernel = self._forward[way]
         workspace = cpu.thread.take(task.bytes)
         panels, pack, found = keeper.memory(task.packing, weights)
-        started = perf_counter_ns()
-        kernel.run(
-            input.data_ptr(), addresses(initial), 0, output.data_ptr(), addresses(finals), (), workspace.data_ptr(), panels.data_ptr(), pack
-        )
+        memory = (workspace.data_ptr(), panels.data_ptr())
+        self._run(way, False, kernel, input.data_ptr(), addresses(initial), 0, output.data_ptr(), addresses(finals), (), *memory, pack)
         if found is not None:
             keep(found, task.packing, panels)
-        if choice is not None and choice.asks:
-            choice.took(way, False, perf_counter_ns() - started, self._tokens)
         return (output, *finals)
 
 
@@ -117,25 +119,16 @@ class Training(_Call):
         return s.engine == "cpu" and s.steps > 1 and not (s.recompute or s.cell.moments or s.cell.projected)
 
     def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
-        super().__init__(engine, s, input, weights)
-        self.sizes, cell, H, six = s, s.cell, s.hidden, weights_of(weights)
-        ih, bias_ih, bias_hh = address(six.ih), address(six.bias_ih), address(six.bias_hh)
-        matrices, own = stage_addresses(cell, H, six.hh, six.hr), vectors(cell, H, six)
-        row = cell.room * H
+        super().__init__(engine, s, input, weights, True)
 
-        def forward(task: cpu.Task) -> _C.Forward:
-            return _C.Forward(
-                task.problem, 0, ih, bias_ih, bias_hh, 0, row, matrices, own, [], [], 0, [], 0, task.bytes, [], 0, [], 0, Pack.ALL
-            )
-
-        def backward(task: cpu.Task) -> _C.Backward:
+        def kernel(task: cpu.Task) -> _C.Backward:
             return _C.Backward(task.problem, 0, 0, [], [], [], 0, [], [], [], [], 0, 0, 0, 0, [], 0, 0, [], 0, task.bytes, 0, [], [])
 
-        self._kept = (self._tokens, row)
-        self._history = [(self._tokens, H)] * (len(cell.states) - 1)
-        self._grads = grad_shapes(s, input, six)
-        self._forward = [(task.bytes, forward(task)) for task in self._tasks(s, input, True, False)]
-        self._backward = [(task.bytes, backward(task)) for task in self._tasks(s, input, True, True)]
+        self._kept = (self._tokens, s.cell.room * s.hidden)
+        self._history = [(self._tokens, s.hidden)] * (len(s.cell.states) - 1)
+        self._grads = grad_shapes(s, input, weights_of(weights))
+        tasks, _ = self._tasks(input, True, True)
+        self._backward = [(task, kernel(task)) for task in tasks]
 
     def forward(self, input: Tensor, states: Seq[Tensor]) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
         """-> output, final states ``[1, B, ·]``, kept values, histories"""
@@ -144,24 +137,11 @@ class Training(_Call):
         kept, output = empty(input, self._kept), empty(input, self._output)
         finals = [input.new_empty(*shape) for shape in self._finals]
         history = [empty(input, shape) for shape in self._history]
-        choice = self._choice
-        way = 0 if choice is None else choice.forward()
-        bytes, kernel = self._forward[way]
-        workspace = cpu.thread.take(bytes)
-        started = perf_counter_ns()
-        kernel.run(
-            input.data_ptr(),
-            addresses(initial),
-            kept.data_ptr(),
-            output.data_ptr(),
-            addresses(finals),
-            (0, *addresses(history)),
-            workspace.data_ptr(),
-            0,
-            Pack.ALL,
-        )
-        if choice is not None and choice.asks:
-            choice.took(way, False, perf_counter_ns() - started, self._tokens)
+        way = self._way(False)
+        task, kernel = self._forward[way]
+        workspace = cpu.thread.take(task.bytes)
+        results = (kept.data_ptr(), output.data_ptr(), addresses(finals), (0, *addresses(history)))
+        self._run(way, False, kernel, input.data_ptr(), addresses(initial), *results, workspace.data_ptr(), 0, Pack.ALL)
         return output, finals, kept, history
 
     def backward(
@@ -189,12 +169,13 @@ class Training(_Call):
         x, ih, hh, bias_ih, bias_hh, hr, v = grads
         before = [state.contiguous() for state in states]
         initial = [torch.empty_like(state) if need else None for state, need in zip(before, needs[len(grads) :], strict=True)]
-        choice = self._choice
-        way = 0 if choice is None else choice.backward()
-        bytes, kernel = self._backward[way]
-        workspace = cpu.thread.take(bytes)
-        started = perf_counter_ns()
-        kernel.run(
+        way = self._way(True)
+        task, kernel = self._backward[way]
+        workspace = cpu.thread.take(task.bytes)
+        self._run(
+            way,
+            True,
+            kernel,
             kept.data_ptr(),
             gates.data_ptr(),
             output.data_ptr(),
@@ -211,6 +192,4 @@ class Training(_Call):
             (address(x), address(bias_ih), address(bias_hh)),
             cpu.grad_vectors(cell, H, v),
         )
-        if choice is not None and choice.asks:
-            choice.took(way, True, perf_counter_ns() - started, self._tokens)
         return [*grads, *initial]

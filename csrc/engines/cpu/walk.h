@@ -27,7 +27,7 @@ inline Machine machine(const Isa& isa, const Problem& p) {
   m.registers = isa.number[number_of(p.storage)].registers;
   m.number_bytes = kNumberBytes[int(p.storage)];
   static const int64_t l1 = level1_bytes();
-  if (l1 > 0) m.l1_bytes = l1 / 4 * 3;
+  if (l1 > 0) m.l1_bytes = weights_in_l1(l1);
   return m;
 }
 
