@@ -1,22 +1,65 @@
-// Panels that a core's L2 does not hold come from L3 while others are multiplied.
+// What a product asks for while it multiplies, so that it is in L2 when it is wanted. Asked for all at once most of it would wait for the
+// rest: a core has room for some twenty lines on their way.
 #pragma once
 
 #include "core/plan.h"
 
 namespace rnnkernels {
 
-class Ahead {
- public:
-  Ahead(const Machine& m, int64_t count, int64_t panel_bytes) : wanted_(count * panel_bytes > m.l2_bytes / 2), bytes_(panel_bytes) {}
+// Whether a tile takes so long for a k that it can ask for a line as well.
+RNN_FN constexpr bool asks_ahead(int64_t rows, int vectors, int lanes) { return rows >= 4 && rows * vectors >= 12 && lanes >= 8; }
 
-  // What a tile asks for of the next panel: as many lines as the product has k, the first tile the first ones; null for nothing.
-  const void* lines(const void* next, int64_t tile, int64_t depth) const {
-    const int64_t first = tile * depth * 64;
-    return wanted_ && next && first < bytes_ ? static_cast<const char*>(next) + first : nullptr;
+// Pieces of memory, `stride` bytes apart, of 2^shift lines each. Any address will do.
+struct Ahead {
+  const char* first;
+  int64_t stride, count;
+  int shift;
+
+  RNN_FN int64_t lines() const { return count << shift; }
+  // The k-th of them all.
+  RNN_FN const char* line(int64_t k) const { return first + (k >> shift) * stride + (k & ((int64_t(1) << shift) - 1)) * 64; }
+};
+
+// Asked for one after the other. What will be written is taken from other cores, which had better not want it.
+struct Soon {
+  Ahead reads[3], writes;
+};
+
+// Pieces of so many bytes.
+class Pieces {
+ public:
+  Pieces(int64_t bytes, int64_t stride) : stride_(stride) {
+    while ((int64_t(64) << shift_) < bytes) ++shift_;
+  }
+  Ahead at(const void* first, int64_t count) const { return {static_cast<const char*>(first), stride_, first ? count : 0, shift_}; }
+
+ private:
+  int64_t stride_;
+  int shift_ = 0;
+};
+
+// How many of n places, from the first on, are so far apart: those of another thread may lie between the others, and are not to be touched.
+template <class Place>
+int64_t run_of(int n, int64_t apart, const Place& place) {
+  int run = 1;
+  while (run < n && place(run) == place(0) + run * apart) ++run;
+  return run;
+}
+
+// Panels that a core's L2 does not hold come from L3 while others are multiplied.
+class PanelsAhead {
+ public:
+  PanelsAhead(const Machine& m, int64_t count, int64_t panel_bytes) : far_(count * panel_bytes > m.l2_bytes / 2), bytes_(panel_bytes) {}
+
+  bool far() const { return far_; }
+  // Whether a tile asks for some of the next panel: as many lines as the product has k, the first tile the first ones.
+  bool wanted(const void* next, int64_t tile, int64_t depth) const { return far_ && next && tile * depth * 64 < bytes_; }
+  Ahead lines(const void* next, int64_t tile, int64_t depth) const {
+    return {static_cast<const char*>(next) + tile * depth * 64, 64, depth, 0};
   }
 
  private:
-  bool wanted_;
+  bool far_;
   int64_t bytes_;
 };
 

@@ -304,6 +304,16 @@ RNN_FN int64_t padded(int64_t width, int64_t number_bytes) {
 // The even split of n things over g groups: group i has [begin(i), begin(i + 1)).
 inline int64_t split(int64_t n, int64_t groups, int64_t i) { return n / groups * i + (n % groups < i ? n % groups : i); }
 
+// The same, divided once.
+class Split {
+ public:
+  Split(int64_t n, int64_t groups) : each_(groups ? n / groups : 0), longer_(groups ? n % groups : 0) {}
+  int64_t operator()(int64_t i) const { return each_ * i + (longer_ < i ? longer_ : i); }
+
+ private:
+  int64_t each_, longer_;
+};
+
 // Doubles of a row's parts of sums: for each vector of units, each value's sum and that of its squares.
 inline int64_t partial_row(const Machine& m, const CellInfo& cell, const Problem& p) {
   int most = 0;

@@ -35,11 +35,11 @@ struct ForwardStep {
 
 struct BackwardStep {
   int64_t hidden, output;
-  const void* kept;                     // storage, rows of room()·H
-  void* grad_gates;                     // storage, likewise
-  const void* vectors[kMaxVectors];     // storage
-  int64_t ahead;                        // tokens from this step's row 0 to that of the step to come, to fetch it early
-  int64_t previous_rows;                // rows below it have a step before this one; for the others that is the initial state
+  const void* kept;                  // storage, rows of room()·H
+  void* grad_gates;                  // storage, likewise
+  const void* vectors[kMaxVectors];  // storage
+  int64_t ahead;          // tokens from this step's row 0 to that of the step to come, to fetch it early; 0: others have fetched this one
+  int64_t previous_rows;  // rows below it have a step before this one; for the others that is the initial state
   const void* previous[kMaxStates];     // storage
   const void* initial[kMaxStates];      // storage
   const void* states[kMaxStates];       // storage: after the step
@@ -195,7 +195,7 @@ RNN_FN void backward_units(const BackwardStep& step, const V* w, int64_t row, in
     if constexpr (Info::value.arrives(stage, i)) k[i] = V::load(static_cast<const S*>(step.kept) + token + i * step.hidden, n);
   });
   V d1 = sum ? V::load(sum) : V(0);
-  if (stage == 0 && step.has_before(row)) {
+  if (stage == 0 && step.ahead && step.has_before(row)) {
     each<kept>(
         [&](auto i) { prefetch(static_cast<const S*>(step.kept) + token + step.ahead * room * step.hidden + i.value * step.hidden); });
     if (step.grad_states[0] && stage_width<Cell, Info::value.stages - 1>(step.hidden, step.output) == width)

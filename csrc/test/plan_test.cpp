@@ -1,6 +1,7 @@
 // The plan as a pure function, over thousands of problems: every unit and row has one owner, limits are kept, nothing in the workspace
 // overlaps.
 #include "core/plan.h"
+#include "core/ahead.h"
 #include "core/apart.h"
 #include "core/tiling.h"
 
@@ -181,6 +182,35 @@ void test_tiling(const Device& device, const CellInfo& cell, const Problem& p, b
   }
 }
 
+// Lines asked for are those of the pieces, each once; of a panel that is far away all are asked for, by one tile or the next.
+void test_ahead() {
+  alignas(64) static char memory[1 << 16];
+  for (int64_t lines : {1, 2, 3, 4, 7, 8})
+    for (int64_t count : {0, 1, 5}) {
+      constexpr int64_t stride = 4096;
+      const Ahead ahead = Pieces(lines * 64 - 4, stride).at(memory, count);
+      std::vector<const char*> asked;
+      for (int64_t k = 0; k < ahead.lines(); ++k) asked.push_back(ahead.line(k));
+      for (int64_t i = 0; i < count; ++i)
+        for (int64_t line = 0; line < lines; ++line)
+          check(std::count(asked.begin(), asked.end(), memory + i * stride + line * 64) == 1, "line %ld of %ld, piece %ld of %ld",
+                long(line), long(lines), long(i), long(count));
+    }
+  check(Pieces(64, 64).at(nullptr, 3).lines() == 0, "what is not there is asked for");
+  Machine m{16, 24, 4};
+  m.l2_bytes = 1 << 12;
+  constexpr int64_t depth = 10, bytes = depth * 4 * 64;
+  const PanelsAhead panels(m, 2, bytes);
+  int64_t asked = 0;
+  for (int64_t tile = 0; panels.wanted(memory, tile, depth); ++tile, asked += depth)
+    check(panels.lines(memory, tile, depth).line(0) == memory + asked * 64, "tile %ld asks for other lines", long(tile));
+  check(asked * 64 == bytes, "%ld lines of a panel", long(asked));
+  check(!panels.wanted(nullptr, 0, depth) && !PanelsAhead(Machine{16, 24, 4}, 2, bytes).wanted(memory, 0, depth),
+        "asks for the panel after the last, or for one that is near");
+  const int64_t places[] = {5, 6, 7, 9};
+  check(run_of(4, 1, [&](int r) { return places[r]; }) == 3 && run_of(1, 1, [&](int r) { return places[r]; }) == 1, "runs of places");
+}
+
 }  // namespace
 
 int main() {
@@ -291,6 +321,8 @@ int main() {
       for (int i = 0; i < groups; ++i) {
         const int64_t size = split(n, groups, i + 1) - split(n, groups, i);
         check(size == n / groups || size == n / groups + 1, "split(%ld, %d) is uneven", long(n), groups);
+        check(Split(n, groups)(i) == split(n, groups, i), "Split and split of %ld in %d differ", long(n), groups);
       }
+  test_ahead();
   return check_failures != 0;
 }

@@ -107,7 +107,7 @@ void hold_back(const Walk& w, const BackwardStep& step, const RowSet& rows, int6
 void backward(const Backward& g, const Page& page) {
   Walk w(g.problem, page, true);
   const Problem& p = w.p;
-  const int last = w.cell.stages - 1;
+  const int last = w.cell.stages - 1, newest = w.cell.states - 1;
   const int64_t gates_bytes = w.row_bytes(w.cell.hidden_slots(0) * p.hidden);  // stage 0's operand, as the step before it in time reads it
   void* const gates[2] = {at(g.workspace, w.memory.operand[0]), at(g.workspace, w.memory.operand[0] + p.batch * gates_bytes)};
   auto carried = [&](int i) { return at(g.workspace, w.memory.state[i]); };
@@ -150,7 +150,8 @@ void backward(const Backward& g, const Page& page) {
       step.kept = at(kept, token * token_bytes);
       step.grad_gates = at(g.grad_gates, token * token_bytes);
       for (int i = 0; i < w.cell.vectors; ++i) step.vectors[i] = g.vectors[i];
-      step.ahead = n + 1 < p.steps ? w.offsets[size_t(w.step(n + 1, false))] - token : 0;
+      const bool asked = w.asks_for_pages(me, last, active);
+      step.ahead = n + 1 < p.steps && !asked ? w.offsets[size_t(w.step(n + 1, false))] - token : 0;
       step.previous_rows = !has_before ? 0 : p.rows ? std::min(active, w.rows(before)) : p.batch;
       step.lengths = p.lengths;
       step.before = before;
@@ -183,6 +184,8 @@ void backward(const Backward& g, const Page& page) {
         step.partial = width ? w.partial(g.workspace, s) : nullptr;
         const void* read = s < last ? step.operand[s + 1] : gates[~n & 1];
         const int64_t row_bytes = w.row_bytes(w.products[s].depth), units = w.units(t, s);
+        const int64_t panel_bytes = w.plan_.blocks[s] * w.m.lanes * w.storage_bytes;
+        const Pieces slots(panel_bytes, p.hidden * w.storage_bytes);
         w.tiles(
             me, s, active, w.width_of_stage(s), !p.complete && (n > 0 || s < last), n & 1, g.workspace,
             [&](int64_t row) { return at(read, row * row_bytes); },
@@ -194,6 +197,18 @@ void backward(const Backward& g, const Page& page) {
             [&](const RowSet& rows, int64_t unit, const void* sums) {
               if (unit < units) w.page.backward[s](step, rows, unit, units, w.plan_.blocks[s], sums);
               if (p.units && unit + w.plan_.blocks[s] * w.m.lanes > units) hold_back(w, step, rows, unit, units, sums);
+            },
+            [&](const RowSet& rows, int64_t unit) {
+              Soon soon{};
+              if (!asked || s < last) return soon;
+              const auto of_rows = [&](const void* first, int i) {
+                return Pieces(panel_bytes, w.width(i) * w.storage_bytes)
+                    .at(at(first, (rows[0] * w.width(i) + unit) * w.storage_bytes), rows.count);
+              };
+              soon.reads[0] = of_rows(step.previous[newest], newest);
+              soon.reads[1] = of_rows(step.grad_states[0], 0);
+              soon.reads[2] = slots.at(at(step.kept, rows[0] * token_bytes + unit * w.storage_bytes), rows.count * w.cell.room());
+              return soon;
             });
         if (w.products[s].depth || w.cell.stages > 1) w.wait(me);
       }
@@ -219,7 +234,8 @@ void backward(const Backward& g, const Page& page) {
           [&](const RowSet& rows, int64_t unit, const void* sums) {
             for (int r = 0; r < rows.count; ++r)
               finish(rows[r], unit, std::min(panel_units, units - unit), at(sums, r * panel_units * w.number_bytes));
-          });
+          },
+          [](const RowSet&, int64_t) {});
     }
     w.each_row(me, [&](int64_t b) {
       for (int i = 1; i < w.cell.states; ++i)

@@ -296,6 +296,7 @@ class Gradients {
   void add_weight(const Matrix& matrix, int64_t row, int64_t begin, int64_t end, const std::vector<Token>& tokens, int64_t chunk,
                   const void* turned, bool onto) const {
     const Product product = grad_weight_product(matrix.width, int64_t(tokens.size()));
+    const Pieces pieces(matrix.blocks * w.m.lanes * w.number_bytes, matrix.width * w.number_bytes);
     w.multiply(
         product, matrix.blocks, panels(matrix, chunk), 0, panel_count(w.m, product, matrix.blocks), begin, end,
         [&](int64_t unit) { return at(turned, (unit - begin) * turned_row); },
@@ -304,13 +305,17 @@ class Gradients {
           for (int r = 0; r < rows; ++r) to[r] = at(matrix.sums, (row + first + r) * matrix.width * w.number_bytes);
           w.ops.merge(sums, to, rows, column, matrix.blocks, matrix.width, onto);
         },
-        [&](int64_t unit) { return with_unit(tokens, unit); });
+        [&](int64_t unit) { return with_unit(tokens, unit); },
+        [&](int64_t first, int rows, int64_t column) {
+          return Soon{{}, pieces.at(at(matrix.sums, ((row + first) * matrix.width + column) * w.number_bytes), rows)};
+        });
   }
 
   // This member's tokens' share of it, a few at a time.
   void add_input(const Walk::Member& me, const std::vector<Token>& tokens, void* numbers) const {
     const Product product = grad_input_product(w.cell, w.p);
     const int64_t count = int64_t(tokens.size()), last = split(count, me.members, me.id + 1);
+    const Pieces pieces(w.plan_.grad_input_blocks * w.m.lanes * w.storage_bytes, w.p.input * w.storage_bytes);
     int64_t places[kMaxTileRows];
     for (int64_t begin = split(count, me.members, me.id); begin < last; begin += w.plan_.numbers_tokens) {
       const int64_t end = std::min(begin + w.plan_.numbers_tokens, last);
@@ -323,7 +328,12 @@ class Gradients {
             for (int r = 0; r < rows; ++r) places[r] = tokens[size_t(first + r)].place;
             w.storage.put(sums, places, rows, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
           },
-          [&](int64_t k) { return w.p.units ? w.p.units[tokens[size_t(k)].step] : product.depth; });
+          [&](int64_t k) { return w.p.units ? w.p.units[tokens[size_t(k)].step] : product.depth; },
+          [&](int64_t first, int rows, int64_t unit) {
+            const int64_t place = tokens[size_t(first)].place;
+            const int64_t run = run_of(rows, 1, [&](int r) { return tokens[size_t(first + r)].place; });
+            return Soon{{}, pieces.at(at(g.grad_input, (place * w.p.input + unit) * w.storage_bytes), run)};
+          });
     }
   }
 

@@ -118,6 +118,8 @@ class InputGates {
     const int64_t all = panel_count(w.m, product, blocks), rows = int64_t(chunk.places.size());
     const Walk::Panels own = w.panels_of(me, s);
     const int64_t first_slot = w.first_input_slot(s);
+    const Pieces inputs(w.p.input * w.number_bytes, w.p.input * w.number_bytes),
+        gates(blocks * w.m.lanes * w.storage_bytes, to.slot * w.storage_bytes);
     const auto panels = [&](int64_t begin, int64_t end, int64_t count) {
       w.multiply(
           product, blocks, at(packed_in(f), w.memory.packed_input[s]), begin, std::min(end, all), 0, count,
@@ -126,6 +128,20 @@ class InputGates {
             w.storage.put(sums, &chunk.places[size_t(first)], n, unit, blocks, product.columns, w.p.hidden,
                           at(bias(), first_slot * w.p.hidden * w.number_bytes), at(to.gates, first_slot * to.slot * w.storage_bytes),
                           to.row, to.slot);
+          },
+          [&](int64_t) { return product.depth; },
+          // Inputs come from far away once, for the first panel; the gates of inference stay in the cache.
+          [&](int64_t first, int n, int64_t unit) {
+            Soon soon{};
+            if (unit == begin * blocks * w.m.lanes) {
+              const auto place = [&](int r) { return int64_t(reinterpret_cast<intptr_t>(chunk.operands[size_t(first + r)])); };
+              soon.reads[0] = inputs.at(chunk.operands[size_t(first)], run_of(n, w.p.input * w.number_bytes, place));
+            }
+            if (!w.p.training) return soon;
+            const auto place = [&](int r) { return chunk.places[size_t(first + r)]; };
+            soon.writes = gates.at(at(to.gates, (place(0) * to.row + first_slot * to.slot + unit) * w.storage_bytes),
+                                   run_of(n, 1, place) * w.cell.room());
+            return soon;
           });
     };
     if (!w.p.units) return panels(own.first * finer, (own.first + own.count) * finer, rows);

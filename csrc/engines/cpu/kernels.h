@@ -11,9 +11,8 @@ namespace rnnkernels::cpu {
 // All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once. Meanwhile a
 // tile that is tall enough to have time for it asks for memory that will be wanted next, a line for each k.
 template <class V, class W, int vectors, int rows>
-void product(const void* const* operand, const void* panel, int64_t depth, void* sums, const void* ahead) {
+void product(const void* const* operand, const void* panel, int64_t depth, void* sums, const Soon* soon) {
   using T = typename V::element;
-  const char* const next = static_cast<const char*>(ahead ? ahead : panel);
   const T* a[rows];
   for (int r = 0; r < rows; ++r) a[r] = static_cast<const T*>(operand[r]);
   constexpr bool scaled = sizeof(W) == 1;
@@ -24,9 +23,7 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; ++k, w += vectors * V::lanes) {
-    if constexpr (rows >= 4 && V::lanes >= 8) __builtin_prefetch(next + k * 64, 0, 2);
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
     V column[vectors];
     if constexpr (sizeof(W) == 2) {
 #pragma GCC unroll 8
@@ -42,7 +39,26 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
     }
+    w += vectors * V::lanes;
+  };
+  int64_t k = 0;
+  if constexpr (asks_ahead(rows, vectors, V::lanes)) {
+    const auto ask = [&](const Ahead& pieces, auto write) __attribute__((always_inline)) {
+      const Ahead ahead = pieces;
+      const int64_t first = k, end = depth - k < ahead.lines() ? depth : k + ahead.lines();
+#pragma GCC unroll 2
+      for (; k < end; ++k) {
+        __builtin_prefetch(ahead.line(k - first), write.value, write.value ? 3 : 2);
+        add(k);
+      }
+    };
+    if (soon) {
+      for (const Ahead& pieces : soon->reads) ask(pieces, Index<0>());
+      ask(soon->writes, Index<1>());
+    }
   }
+#pragma GCC unroll 2
+  for (; k < depth; ++k) add(k);
   T* out = static_cast<T*>(sums);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)

@@ -87,7 +87,8 @@ class Prepared {
             return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);
           },
           [&](int64_t unit) { return p.units ? Walk::Depth{unit / p.module * p.module, w.products[s].depth} : w.whole(s); },
-          [&](const RowSet& rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, units, w.plan_.blocks[s], sums); });
+          [&](const RowSet& rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, units, w.plan_.blocks[s], sums); },
+          [](const RowSet&, int64_t) {});
       if (units < w.width_of_stage(s)) hold(me, step, active, units);
     }
     if (width && f.moments && me.unit_group == 0) {

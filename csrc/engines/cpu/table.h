@@ -4,6 +4,7 @@
 #pragma once
 
 #include "cells/list.h"
+#include "core/ahead.h"
 #include "core/plan.h"
 #include "core/step.h"
 
@@ -24,9 +25,8 @@ struct RowSet {
 
 struct NumberOps {
   int lanes, registers;
-  // sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order. ahead: `depth` lines of memory that
-  // had better be in L2 soon, or null.
-  using Product = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums, const void* ahead);
+  // sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order. Null soon: it asks for nothing.
+  using Product = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums, const Soon* soon);
   Product product[kWeightTypes][kMaxVectorsPerPanel][kMaxTileRows];  // by what the panel is made of
   // A panel of numbers [depth][width] made narrower.
   void (*narrow[kWeightTypes])(const void* numbers, int64_t depth, int64_t width, void* packed);

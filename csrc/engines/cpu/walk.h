@@ -9,7 +9,6 @@
 #include <utility>
 #include <vector>
 
-#include "core/ahead.h"
 #include "engines/cpu/engine.h"
 #include "engines/cpu/table.h"
 #include "engines/cpu/team.h"
@@ -183,31 +182,30 @@ class Walk {
   int64_t row_bytes(int64_t width) const { return padded(width, number_bytes) * number_bytes; }
 
   // Rows [first, last), each where operand(row) says, times panels [begin, end); take(row, rows, unit, sums) gets each tile. depth(row):
-  // how much of the operands of rows from this one on is not zero.
-  template <class Operand, class Take>
+  // how much of the operands of rows from this one on is not zero. wanted(row, rows, unit): what a tile to come needs besides panels.
+  template <class Operand, class Take, class Depth, class Wanted>
   void multiply(const Product& product, int blocks, const void* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                const Operand& operand, const Take& take) const {
-    multiply(product, blocks, packed, begin, end, first, last, operand, take, [&](int64_t) { return product.depth; });
-  }
-  template <class Operand, class Take, class Depth>
-  void multiply(const Product& product, int blocks, const void* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                const Operand& operand, const Take& take, const Depth& depth) const {
+                const Operand& operand, const Take& take, const Depth& depth, const Wanted& wanted) const {
     const int vectors = blocks * product.columns;
     const int64_t count = last - first, tiles = ceil_div(count, tile_rows(m, vectors));
     const int64_t bytes = panel_bytes(m, product, blocks);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
-    const Ahead ahead(m, end - begin, bytes);
-    for (int64_t panel = begin; panel < end; ++panel)
+    const PanelsAhead panels(m, end - begin, bytes);
+    const Split cut(count, tiles);
+    for (int64_t panel = begin; panel < end; ++panel) {
+      const void* const next = panel + 1 < end ? at(packed, (panel + 1) * bytes) : nullptr;
       for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t row = first + split(count, tiles, tile);
-        const int n = int(first + split(count, tiles, tile + 1) - row);
+        const int64_t row = first + cut(tile);
+        const int n = int(first + cut(tile + 1) - row);
         const void* operands[kMaxTileRows];
         for (int r = 0; r < n; ++r) operands[r] = operand(row + r);
-        const void* const next = panel + 1 < end ? at(packed, (panel + 1) * bytes) : nullptr;
-        ops.product[int(product.type)][vectors - 1][n - 1](operands, at(packed, panel * bytes), depth(row), sums,
-                                                           ahead.lines(next, tile, product.depth));
+        const bool turns = tile + 1 == tiles;
+        const int64_t then = turns ? 0 : tile + 1;
+        ask_and_multiply(product, vectors, n, operands, at(packed, panel * bytes), depth(row), sums, panels, next, tile, turns,
+                         [&] { return wanted(first + cut(then), int(cut(then + 1) - cut(then)), (panel + turns) * blocks * m.lanes); });
         take(row, n, panel * blocks * m.lanes, sums);
       }
+    }
   }
 
   // Of an operand, what a product reads.
@@ -223,10 +221,10 @@ class Walk {
 
   // This member's tiles of one stage: operand(row) times every panel of its own that has units below `units`, as far as depth(unit) says,
   // each tile handed to pointwise(rows, unit, sums). Even steps walk the panels forward and odd ones backward, so that what the cache saw
-  // last is wanted first.
-  template <class Operand, class Reads, class Pointwise>
+  // last is wanted first. wanted(rows, unit): what the page of a tile to come needs.
+  template <class Operand, class Reads, class Pointwise, class Wanted>
   void tiles(const Member& me, int s, int64_t active, int64_t units, bool multiply, bool backwards, const void* workspace,
-             const Operand& operand, const Reads& depth, const Pointwise& pointwise) const {
+             const Operand& operand, const Reads& depth, const Pointwise& pointwise, const Wanted& wanted) const {
     const Product& product = products[s];
     const int blocks = plan_.blocks[s], vectors = blocks * std::max(product.columns, 1);
     const Panels own = panels_of(me, s);
@@ -235,28 +233,56 @@ class Walk {
     const int64_t bytes = panel_bytes(m, product, blocks);
     multiply = multiply && product.depth;
     bool fetched = me.unit_groups == 1;
-    const Ahead ahead(m, own.count, bytes);
+    const PanelsAhead panels(m, own.count, bytes);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    const Split cut(mine.count, tile_count);
+    const auto panel_of = [&](int64_t i) { return own[backwards ? own.count - 1 - i : i]; };
     for (int64_t i = 0; i < own.count; ++i) {
-      const int64_t panel = own[backwards ? own.count - 1 - i : i], unit = panel * blocks * m.lanes;
+      const int64_t panel = panel_of(i), unit = panel * blocks * m.lanes;
       if (unit >= units) continue;
       const Depth reads = multiply ? depth(unit) : Depth{0, 0};
       const void* const first = at(workspace, memory.packed[s] + reads.begin * vectors * m.lanes * number_bytes);
-      const void *const packed = at(first, panel * bytes), *next = nullptr;
-      if (i + 1 < own.count) next = at(first, own[backwards ? own.count - 2 - i : i + 1] * bytes);
+      const void* const next = i + 1 < own.count ? at(first, panel_of(i + 1) * bytes) : nullptr;
       for (int64_t tile = 0; tile < tile_count; ++tile) {
-        const RowSet set = mine.some(split(mine.count, tile_count, tile), split(mine.count, tile_count, tile + 1));
+        const RowSet set = mine.some(cut(tile), cut(tile + 1));
         if (reads.begin < reads.end) {
           const void* operands[kMaxTileRows];
           for (int r = 0; r < set.count; ++r) operands[r] = at(operand(set[r]), reads.begin * number_bytes);
           if (!fetched) fetch(operands, set.count, reads.end - reads.begin);
           const int64_t length = reads.end - reads.begin;
-          ops.product[int(product.type)][vectors - 1][set.count - 1](operands, packed, length, sums, ahead.lines(next, tile, length));
+          const bool turns = tile + 1 == tile_count;
+          ask_and_multiply(product, vectors, set.count, operands, at(first, panel * bytes), length, sums, panels, next, tile, turns, [&] {
+            const int64_t then = turns ? 0 : tile + 1;
+            return wanted(mine.some(cut(then), cut(then + 1)), turns ? panel_of(i + 1) * blocks * m.lanes : unit);
+          });
         }
         pointwise(set, unit, reads.begin < reads.end ? sums : nullptr);
       }
       fetched = true;
     }
+  }
+
+  // One tile's product, which asks for some of the panel that follows where that is far away, else for what the tile that follows wants.
+  template <class Wanted>
+  void ask_and_multiply(const Product& product, int vectors, int rows, const void* const* operands, const void* panel, int64_t depth,
+                        void* sums, const PanelsAhead& panels, const void* next, int64_t tile, bool turns, const Wanted& wanted) const {
+    Soon soon;
+    bool asks = false;
+    if ((next || !turns) && asks_ahead(rows, vectors, m.lanes)) {
+      if (panels.wanted(next, tile, depth))
+        soon = {{panels.lines(next, tile, depth), {}, {}}, {}}, asks = true;
+      else if constexpr (!std::is_void_v<decltype(wanted())>)
+        soon = wanted(), asks = true;
+    }
+    ops.product[int(product.type)][vectors - 1][rows - 1](operands, panel, depth, sums, asks ? &soon : nullptr);
+  }
+  // Whether that is done for what the pages of this member's tiles read; where their rows lie apart it is not.
+  bool asks_for_pages(const Member& me, int s, int64_t active) const {
+    const int vectors = plan_.blocks[s] * std::max(products[s].columns, 1);
+    const Rows mine = rows_of(me, active);
+    return products[s].depth && mine.count && mine.stride == 1 && !mine.order &&
+           asks_ahead(mine.count / ceil_div(mine.count, tile_rows(m, vectors)), vectors, m.lanes) &&
+           !PanelsAhead(m, panels_of(me, s).count, panel_bytes(m, products[s], plan_.blocks[s])).far();
   }
 
   // Where stage s puts its parts of the sums over a row's units, and what they come to for this member's rows: mean and variance of each
