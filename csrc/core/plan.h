@@ -301,10 +301,7 @@ RNN_FN int64_t padded(int64_t width, int64_t number_bytes) {
   return (ceil_div(width, line) | 1) * line;
 }
 
-// The even split of n things over g groups: group i has [begin(i), begin(i + 1)).
-inline int64_t split(int64_t n, int64_t groups, int64_t i) { return n / groups * i + (n % groups < i ? n % groups : i); }
-
-// The same, divided once.
+// The even split of n things over groups: group i has [begin(i), begin(i + 1)). No groups: of nothing.
 class Split {
  public:
   Split(int64_t n, int64_t groups) : each_(groups ? n / groups : 0), longer_(groups ? n % groups : 0) {}
@@ -313,6 +310,7 @@ class Split {
  private:
   int64_t each_, longer_;
 };
+inline int64_t split(int64_t n, int64_t groups, int64_t i) { return Split(n, groups)(i); }
 
 // Doubles of a row's parts of sums: for each vector of units, each value's sum and that of its squares.
 inline int64_t partial_row(const Machine& m, const CellInfo& cell, const Problem& p) {

@@ -35,11 +35,11 @@ struct ForwardStep {
 
 struct BackwardStep {
   int64_t hidden, output;
-  const void* kept;                  // storage, rows of room()·H
-  void* grad_gates;                  // storage, likewise
-  const void* vectors[kMaxVectors];  // storage
-  int64_t ahead;          // tokens from this step's row 0 to that of the step to come, to fetch it early; 0: others have fetched this one
-  int64_t previous_rows;  // rows below it have a step before this one; for the others that is the initial state
+  const void* kept;                     // storage, rows of room()·H
+  void* grad_gates;                     // storage, likewise
+  const void* vectors[kMaxVectors];     // storage
+  int64_t ahead;                        // tokens from this step's row 0 to that of the step to come, to fetch it early; 0: not to
+  int64_t previous_rows;                // rows below it have a step before this one; for the others that is the initial state
   const void* previous[kMaxStates];     // storage
   const void* initial[kMaxStates];      // storage
   const void* states[kMaxStates];       // storage: after the step

@@ -184,8 +184,6 @@ void backward(const Backward& g, const Page& page) {
         step.partial = width ? w.partial(g.workspace, s) : nullptr;
         const void* read = s < last ? step.operand[s + 1] : gates[~n & 1];
         const int64_t row_bytes = w.row_bytes(w.products[s].depth), units = w.units(t, s);
-        const int64_t panel_bytes = w.plan_.blocks[s] * w.m.lanes * w.storage_bytes;
-        const Pieces slots(panel_bytes, p.hidden * w.storage_bytes);
         w.tiles(
             me, s, active, w.width_of_stage(s), !p.complete && (n > 0 || s < last), n & 1, g.workspace,
             [&](int64_t row) { return at(read, row * row_bytes); },
@@ -201,13 +199,13 @@ void backward(const Backward& g, const Page& page) {
             [&](const RowSet& rows, int64_t unit) {
               Soon soon{};
               if (!asked || s < last) return soon;
-              const auto of_rows = [&](const void* first, int i) {
-                return Pieces(panel_bytes, w.width(i) * w.storage_bytes)
-                    .at(at(first, (rows[0] * w.width(i) + unit) * w.storage_bytes), rows.count);
+              const auto panel_of = [&](const void* memory, int64_t width, int slots) {
+                return Pieces(w.plan_.blocks[s] * w.m.lanes * w.storage_bytes, width * w.storage_bytes)
+                    .at(at(memory, (rows[0] * slots * width + unit) * w.storage_bytes), rows.count * slots);
               };
-              soon.reads[0] = of_rows(step.previous[newest], newest);
-              soon.reads[1] = of_rows(step.grad_states[0], 0);
-              soon.reads[2] = slots.at(at(step.kept, rows[0] * token_bytes + unit * w.storage_bytes), rows.count * w.cell.room());
+              soon.reads[0] = panel_of(step.previous[newest], w.width(newest), 1);
+              soon.reads[1] = panel_of(step.grad_states[0], w.width(0), 1);
+              soon.reads[2] = panel_of(step.kept, p.hidden, w.cell.room());
               return soon;
             });
         if (w.products[s].depth || w.cell.stages > 1) w.wait(me);

@@ -140,7 +140,7 @@ class InputGates {
             if (!w.p.training) return soon;
             const auto place = [&](int r) { return chunk.places[size_t(first + r)]; };
             soon.writes = gates.at(at(to.gates, (place(0) * to.row + first_slot * to.slot + unit) * w.storage_bytes),
-                                   run_of(n, 1, place) * w.cell.room());
+                                   run_of(n, 1, place) * w.cell.room() - first_slot);
             return soon;
           });
     };
