@@ -28,6 +28,8 @@ DERIVATIVES = JVP, PENALTY = ("jvp", "penalty")
 PADDED, LENGTHS, ONE_SHORT, RESETS, PACKED = LAYOUTS = ("padded", "lengths", "one_short", "resets", "packed")
 # Padded, but each step computes only those of a simple recurrent network's modules that are due.
 CLOCKWORK = "clockwork"
+# Padded, each step a call of the layer's cell (nn.LSTMCell and the like) in a loop in Python.
+STEPS = "steps"
 PERIODS = (1, 2, 4, 8, 16, 32, 64, 128)
 # Of all tokens, those at which an episode begins anew.
 RESET_SHARE = 0.02
@@ -129,8 +131,8 @@ class Case:
 
     @property
     def weight_bytes(self) -> int:
-        """U, read once a step (and once more a step in training); in streaming W too."""
-        depth = self.H + (self.I if self.direction == "streaming" else 0)
+        """U, read once a step (and once more a step in training); in streaming and by a cell W too."""
+        depth = self.H + (self.I if self.direction == "streaming" or self.layout == STEPS else 0)
         return round(self.page.hidden_gates * self.H * depth * DTYPES[self.dtype].itemsize * self.weights_share)
 
     @property
@@ -172,6 +174,7 @@ class Preset:
 PRESETS = {
     "quick": (Preset(tuple(IN_TORCH), PASSES, (50,), (1, 32), (128,)),),
     "grid": (Preset(tuple(IN_TORCH), PASSES, (50, 100), (1, 8, 32, 64, 128), (64, 128, 256, 512)),),
+    "steps": (Preset(tuple(IN_TORCH), PASSES, (10,), (1, 16, 64), (32, 128, 256), (STEPS,)),),
     "stream": (Preset(tuple(IN_TORCH), ("streaming",), (100,), (1, 8), (64, 128, 256, 512)),),
     "cells": (Preset(OTHERS, PASSES, (100,), (1, 16, 64), (128, 256)),),
     # torch.compile unrolls the loop and compiles it anew for every case, the slower the more steps: half a minute for training with these

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from bench.cases import COMPILED_STEPS, DERIVATIVES, DTYPES, IN_TORCH, JVP, PACKED, PADDED, PENALTY, RESETS, Case
+from bench.cases import COMPILED_STEPS, DERIVATIVES, DTYPES, IN_TORCH, JVP, PACKED, PADDED, PENALTY, RESETS, STEPS, Case
 from rnnkernels import ops, reference
 
 Results = dict[str, Tensor]
@@ -37,8 +37,25 @@ class Problem:
     given: tuple[Tensor, ...] = ()
 
 
+class Steps(torch.nn.Module):
+    """A cell over a sequence, a call a step."""
+
+    def __init__(self, cell: torch.nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, input: Tensor) -> tuple[Tensor, Any]:
+        outputs, state = [], None
+        for step in input.unbind():
+            state = self.cell(step, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs), state
+
+
 def make_layer(module: ModuleType, case: Case) -> torch.nn.Module:
     name = {"lstm": "LSTM", "gru": "GRU", "srn": "RNN"}[case.cell]
+    if case.layout == STEPS:
+        return Steps(getattr(module, f"{name}Cell")(case.I, case.H, dtype=DTYPES[case.dtype])).train(case.training)
     layer: torch.nn.Module = getattr(module, name)(case.I, case.H, bidirectional=case.bidirectional, dtype=DTYPES[case.dtype])
     return layer.train(case.training)
 
@@ -105,7 +122,7 @@ class Layers:
 
     def way(self, layer: torch.nn.Module, case: Case) -> Layer:
         """How the case's batch goes through a layer, padded on both sides."""
-        return layer if case.layout == PADDED else packed(layer, case)
+        return layer if case.layout in (PADDED, STEPS) else packed(layer, case)
 
     def prepare(self, case: Case, problem: Problem) -> Runner:
         layer = self.layer(case, problem)
@@ -270,7 +287,7 @@ class Ours(Layers):
     """Streaming is the layer's stream; cells that torch.nn lacks run through ops.sequence."""
 
     def way(self, layer: torch.nn.Module, case: Case) -> Layer:
-        if case.layout in (PADDED, PACKED):
+        if case.layout in (PADDED, PACKED, STEPS):
             return super().way(layer, case)
         return partial(layer, lengths=case.lengths, reset_mask=case.reset_mask)
 
@@ -324,7 +341,7 @@ class Plain:
 
     def why_not(self, case: Case) -> str | None:
         if case.cell in IN_TORCH:
-            return "is for variants, and for what happens inside a sequence" if case.layout == PADDED else None
+            return "is for variants, and for what happens inside a sequence" if case.layout in (PADDED, STEPS) else None
         return None if case.page.hidden_gates in BY_PRODUCTS else f"no plain cell has as many products by U: {case.page.hidden_gates}"
 
     def prepare(self, case: Case, problem: Problem) -> Runner:

@@ -109,6 +109,7 @@ Backward backward_call(const Problem& p, Address kept, Address grad_gates, const
 }
 
 void need(const Problem& p, bool backward, int64_t given) {
+  if (backward && p.keeps_packed) throw std::invalid_argument("packed weights are kept for the forward pass");
   if (given < cpu::workspace_bytes(p, cpu::page_of(p), backward))
     throw std::invalid_argument("the workspace is too small: the instruction set changed since it was measured");
 }

@@ -904,20 +904,21 @@ class _Cell(nn.RNNCellBase):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _again(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
-        """What :meth:`_step` gives for a batch without gradients, at less cost, where such a step was made before."""
-        if torch.is_grad_enabled() or torch.compiler.is_compiling() or type(input) is not Tensor or input.dim() != 2:
+        """What :meth:`_step` gives for a batch, at less cost, where such a step was made before."""
+        if torch.compiler.is_compiling() or type(input) is not Tensor or input.dim() != 2:
             return None
-        weights, parameters = _named(self, self._weight_names), self._parameters
-        if any(w is not None and w is not parameters.get(name) for name, w in zip(self._weight_names, weights, strict=True)):
-            return None  # it is made anew whenever it is asked for: once a step
+        weights, parameters = [], self._parameters
+        for name in self._weight_names:
+            weights.append(weight := parameters.get(name))
+            if weight is None and name not in parameters and getattr(self, name, None) is not None:
+                return None  # it is made anew whenever it is asked for: once a step
         states = _plain_states(self._cell, hx)
-        if states is None or any(state.dim() != 2 for state in states):
+        if states is None:
             return None
         place = self._packed
         if place is None:
             place = self._packed = ops.Remembered()
-        found = ops.again(self._cell, input[None], [state[None] for state in states], weights, self.engine, False, place)
-        return None if found is None else [state[0] for state in found[1:]]
+        return ops.again(self._cell, input, states, weights, self.engine, False, place)
 
     def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:
         found = self._again(input, hx)

@@ -35,6 +35,7 @@ SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
         ("quick", 12),
         ("grid", 2 * 5 * 4 * 2 * 3),
         ("figures", 5 + 2 * 2),
+        ("steps", 3 * 2 * 3 * 3),
         ("stream", 2 * 4 * 3),
         ("cells", 12 * len(OTHERS)),
         ("compiled", 4 * len(OTHERS)),
@@ -51,7 +52,7 @@ def test_presets(preset, size):
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    names = "quick grid stream cells compiled inside clockwork packed derivatives bidirectional recurrence memory figures"
+    names = "quick grid steps stream cells compiled inside clockwork packed derivatives bidirectional recurrence memory figures"
     assert set(PRESETS) == set(names.split())
 
 

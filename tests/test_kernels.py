@@ -182,6 +182,26 @@ def test_recompute(cell: str, dtype: torch.dtype, engine: str) -> None:
         assert mine <= 2 * theirs + ulps * torch.finfo(dtype).eps, f"{shape} {ragged=} {reverse=} {bias=}"
 
 
+@pytest.mark.parametrize("cell", [c for c in ops.CELLS if len(ops.CELLS[c].stages) == 1])
+@pytest.mark.usefixtures("poison")
+def test_a_step_of_large_matrices_and_few_rows_takes_torchs_products(cell: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken, product = list[str](), ops.cpu.complete_step
+
+    def watched(*args: Any) -> None:
+        taken.append(cell)
+        product(*args)
+
+    monkeypatch.setattr(ops.cpu, "complete_step", watched)
+    for least, expected in (((0, 0), 4), (ops.cells._COMPLETE, 0)):  # all steps are such, and by what was measured these are none
+        monkeypatch.setattr(ops.cells, "_COMPLETE", least)
+        taken.clear()
+        for recompute, bias in itertools.product((False, True), (False, True)):
+            case, truth, _ = witness(cell, SHAPES["step"], False, False, torch.float64, bias)
+            assert error(run(functools.partial(ours, recompute=recompute), cell, *case), truth) < 1e-12, f"{recompute=} {bias=}"
+        assert len(taken) >= expected
+        assert bool(taken) == bool(expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("tokens", [4, 9, 60])
 @pytest.mark.parametrize("cell", [c for c in ops.CELLS if len(ops.CELLS[c].stages) == 1])

@@ -406,3 +406,163 @@ def test_cells_that_step_again(name: str, repeated: list[bool]) -> None:
         torch.testing.assert_close(cell(x, hx), theirs(x, hx))
         with pytest.raises(RuntimeError):
             cell(x, torch.zeros(B, S + 1) if name != "LSTMCell" else (torch.zeros(B, S + 1), torch.zeros(B, S)))
+
+
+CELLS: dict[str, Callable[[], Any]] = {
+    "RNNCell": lambda: rnnkernels.RNNCell(S, S, engine="cpu"),
+    "GRUCell": lambda: rnnkernels.GRUCell(S, S),
+    "LSTMCell": lambda: rnnkernels.LSTMCell(S, S),
+    "LSTMCell without biases": lambda: rnnkernels.LSTMCell(S, S, bias=False),
+    "PeepholeLSTMCell": lambda: rnnkernels.PeepholeLSTMCell(S, S),
+    "GRUResetBeforeCell": lambda: rnnkernels.GRUResetBeforeCell(S, S),
+    "DreamerGRUCell": lambda: rnnkernels.DreamerGRUCell(S, S),
+    "IndRNNCell": lambda: rnnkernels.IndRNNCell(S, S),
+}
+cells = pytest.mark.parametrize("kind", CELLS)
+
+
+def cell_of(kind: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """A cell, and a state to start from, as the cell takes it."""
+    torch.manual_seed(0)
+    cell, h, c = CELLS[kind]().to(dtype), torch.randn(B, S).to(dtype), torch.randn(B, S).to(dtype)
+    return cell, (h, c) if "LSTM" in kind else h
+
+
+def three_steps(cell: Any, x: Tensor, hx: Any, again: bool = False) -> list[Tensor]:
+    """The last state, and gradients of the input, the first state and all weights; ``again``: and those of a penalty on these."""
+    first = [t.detach().requires_grad_() for t in (hx if isinstance(hx, tuple) else (hx,))]
+    x, state = x.detach().requires_grad_(), tuple(first) if len(first) > 1 else first[0]
+    for _ in range(3):
+        state = cell(x, state)
+    last = state if isinstance(state, tuple) else (state,)
+    leaves = [x, *first, *cell.parameters()]
+    grads = torch.autograd.grad(sum(t.double().square().sum() for t in last), leaves, create_graph=again)
+    more = torch.autograd.grad(sum(g.double().square().sum() for g in grads), leaves, allow_unused=True) if again else ()
+    return [t.detach() for t in (*last, *grads, *more) if t is not None]
+
+
+@cells
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.usefixtures("restore", "poison")
+def test_cells_that_train_again(kind: str, isa: str, dtype: torch.dtype, repeated: list[bool]) -> None:
+    ops.set_isa(isa)
+    cell, hx = cell_of(kind, dtype)
+    for x in torch.randn(4, B, S).to(dtype):
+        found, expected = three_steps(cell, x, hx), three_steps(copy.deepcopy(cell), x, hx)
+        assert all(map(torch.equal, found, expected))
+        repeated.clear()
+    three_steps(cell, x, hx)
+    assert repeated == [True] * (3 if kind != "DreamerGRUCell" else 0), "all steps but those of a norm, which has moments, go the short way"
+
+
+@cells
+def test_cells_that_train_again_as_the_whole_way(kind: str) -> None:
+    """Against the op, which knows nothing of calls that repeat one; and derivatives of derivatives."""
+    cell, hx = cell_of(kind, torch.float64)
+    x = torch.randn(B, S, dtype=torch.float64)
+    three_steps(cell, x, hx)
+    found = three_steps(cell, x, hx, again=True)
+    with torch.autograd.graph.save_on_cpu():
+        assert all(map(torch.equal, three_steps(cell, x, hx), found))
+    name, weights = cell._cell, [getattr(cell, n, None) for n in cell._weight_names]
+
+    def whole(x: Tensor, state: Any) -> Any:
+        _, *last = ops.sequence(name, x[None], list(state) if isinstance(state, tuple) else [state], *weights, engine="cpu")
+        return tuple(last) if len(last) > 1 else last[0]
+
+    whole.parameters = cell.parameters  # type: ignore[attr-defined]
+    for a, b in zip(found, three_steps(whole, x, hx, again=True), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_cell_sees_its_weights_change_between_steps_that_train(repeated: list[bool]) -> None:
+    cell, hx = cell_of("LSTMCell")
+    x = torch.randn(B, S)
+    optimizer = torch.optim.SGD(cell.parameters(), 0.1)
+    for _ in range(4):
+        assert all(map(torch.equal, three_steps(cell, x, hx), three_steps(copy.deepcopy(cell), x, hx)))
+        h, c = cell(x, cell(x, hx))
+        (h.sum() + c.square().sum()).backward()
+        optimizer.step()
+    assert any(repeated)
+    h, _ = cell(x, hx)
+    with torch.no_grad():
+        cell.weight_hh.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        h.sum().backward()
+
+
+STATES: dict[str, Callable[[Tensor], Tensor]] = {
+    "not contiguous": lambda h: h.t().contiguous().t(),
+    "to be negated": lambda h: torch._neg_view(h),
+    "expanded": lambda h: h[:1].expand(B, S),
+    "a Parameter": lambda h: nn.Parameter(h),
+    "of one row more": lambda h: torch.cat([h, h[:1]]),
+    "of another dtype": lambda h: h.double(),
+}
+
+
+@pytest.mark.parametrize("change", STATES)
+@pytest.mark.parametrize("kind", ["RNNCell", "GRUCell"])
+@pytest.mark.parametrize("engine", ["cpu", "auto"])
+def test_other_states_of_a_step_that_trains(kind: str, change: str, engine: str) -> None:
+    cell, hx = cell_of(kind)
+    cell.engine = engine
+    x = torch.randn(B, S)
+    for _ in range(2):
+        three_steps(cell, x, hx)
+    if change.startswith("of"):
+        with pytest.raises(RuntimeError):
+            cell(x, STATES[change](hx))
+        return
+    theirs = getattr(nn, kind)(S, S)
+    theirs.load_state_dict(cell.state_dict())
+    for found, expected in zip(three_steps(cell, x, STATES[change](hx)), three_steps(theirs, x, STATES[change](hx)), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_a_small_step_with_gradients_is_torchs(nonlinearity: str, bias: bool) -> None:
+    """Where its own takes less time; explained as such, and not where somebody asks for something else."""
+    ours, theirs = (package.RNNCell(S, S, bias, nonlinearity) for package in (rnnkernels, nn))
+    theirs.load_state_dict(ours.state_dict())
+    x, h = torch.randn(B, S), torch.randn(B, S)
+    for _ in range(2):
+        assert all(map(torch.equal, three_steps(ours, x, h), three_steps(theirs, x, h)))
+    assert torch.equal(ours(x), theirs(x))
+    assert torch.equal(ours(x[0]), theirs(x[0]))
+    (plan,) = rnnkernels.explain(ours, x, h).plans
+    assert (plan.engine, plan.why) == ("torch", ops.peer.STEP_IS_FASTER)
+    large, many = rnnkernels.RNNCell(S, 1 << 14, False), torch.randn((1 << 14) // S + 1, S)
+    engines = [
+        rnnkernels.explain(ours.requires_grad_(False), x, h),
+        rnnkernels.explain(ours.requires_grad_(True).to(torch.bfloat16), x.bfloat16(), h.bfloat16()),
+        rnnkernels.explain(ours.to(torch.float32), many),
+        rnnkernels.explain(large, x),
+        rnnkernels.explain(rnnkernels.RNNCell(S, S, engine="cpu"), x),
+        rnnkernels.explain(rnnkernels.GRUCell(S, S), x),
+    ]
+    assert [explained.plans[0].engine for explained in engines] == ["cpu"] * len(engines)
+
+
+@pytest.mark.usefixtures("poison")
+def test_a_step_is_not_torchs_where_a_row_may_not_depend_on_its_batch() -> None:
+    cell = rnnkernels.RNNCell(S, S)
+    assert rnnkernels.explain(cell, torch.randn(B, S)).plans[0].engine == "cpu"
+
+
+def test_a_layers_single_step_is_torchs_too() -> None:
+    layer, theirs = rnnkernels.RNN(S, S), nn.RNNCell(S, S)
+    theirs.load_state_dict({name.removesuffix("_l0"): w for name, w in layer.state_dict().items()})
+    x, h = torch.randn(1, B, S), torch.randn(1, B, S)
+    for given in (None, h):
+        for _ in range(3):
+            output, final = layer(x, given)
+            expected = theirs(x[0], None if given is None else given[0])
+            assert torch.equal(output[0], expected)
+            assert torch.equal(final[0], expected)
+    assert rnnkernels.explain(layer, x).plans[0].engine == "torch"
+    assert rnnkernels.explain(layer, torch.cat([x, x])).plans[0].engine == "cpu"
+    assert rnnkernels.explain(layer, x, reset_mask=torch.ones(1, B, dtype=torch.bool)).plans[0].engine == "cpu"

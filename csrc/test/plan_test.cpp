@@ -232,7 +232,7 @@ int main() {
                 const Storage storage = bytes == 8 ? Storage::F64 : batch % 2 ? Storage::F32 : Storage::BF16;
                 Problem p{0, storage, steps, batch, 40, hidden, output, nullptr, false, training, complete, threads};
                 if (!training && !complete && bytes == 4) p.weight_type = WeightType(batch % kWeightTypes);
-                p.keeps_packed = !training && !complete && threads % 2;
+                p.keeps_packed = !backward && !complete && threads % 2;
                 p.chained = !training && !complete && batch % 4 == 1;
                 p.least = hidden % 3 ? 1 : threads / 2;
                 test(m, cell, p, backward);

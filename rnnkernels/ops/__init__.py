@@ -20,7 +20,7 @@ from . import cells, peer, tangents, traced
 from . import cpu as cpu
 from . import parts as parts
 from . import registered as registered
-from .autograd import Both, Repeated, Sequence
+from .autograd import Both, Sequence, repeated
 from .cells import CELLS, NO_ROWS, STORAGE, Cell, Rows, Sizes, Weights, before_each_step, dense, grouped, weights_of
 from .checks import (
     Call,
@@ -210,14 +210,19 @@ def again(
     packed: Packed | Remembered | None = None,
 ) -> Seq[Tensor] | None:
     """:func:`sequence` of a padded batch on the CPU, while nothing is compiled, if a call of the same shapes was found to be as it must be;
-    or None, and somebody has to look at this one. States, none for zeros, and final states are ``[1, B, ·]``. Of a small layer's call the
-    way to the kernel is the longer part.
+    or None, and somebody has to look at this one. States, none for zeros, and final states are ``[1, B, ·]``; of a cell's step of an input
+    ``[B, I]`` they are ``[B, ·]``, and all there is. Of a small layer's call the way to the kernel is the longer part.
     """
     if torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
         return None
     if type(input) is not Tensor or not input.is_cpu or is_listening():
         return None
-    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (input, *weights, *states))
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, input, *states))
+    is_step = input.dim() == 2
+    if training and engine == "auto" and not recompute and (is_step or input.shape[0] == 1):
+        hh = weights[1]
+        if hh is not None and peer.steps_faster(cell, input, hh.shape[-1]):
+            return _step_by_torch(cell, input, states, weights)
     key = input.shape, training, recompute
     known = None if packed is None else packed.repeats.get(key)
     if known is not None and packed is not None and known.is_repeated(cell, engine, input, weights, states):
@@ -225,26 +230,50 @@ def again(
         if not training:
             found = known.results(input, weights, states, packed)
         else:
-            found = Repeated.apply(known, input, *weights_of(weights), *(state[0] for state in states))  # type: ignore[no-untyped-call]
+            rows = states if is_step else [state[0] for state in states]
+            found = repeated(known, packed, input, *weights_of(weights), *rows)
         return found
-    if any(state.dim() != 3 or state.shape[0] != 1 for state in states):
+    if any(state.dim() != input.dim() or not (is_step or state.shape[0] == 1) for state in states):
         return None
-    dtype, six, rows = input.dtype, weights_of(weights), [state[0] for state in states]
-    look = look_at((input, *six, *rows), dtype)
+    dtype, six, rows = input.dtype, weights_of(weights), states if is_step else [state[0] for state in states]
+    steps = input[None] if is_step else input
+    look = look_at((steps, *six, *rows), dtype)
     s = seen(cell, dtype, len(rows), engine, recompute, look) if look.plain and look.alike and look.dense else None
     if s is None or (packed is not None and packed.weight_dtype is not None and (training or s.engine != "cpu")):
         return None
     if training:
-        output, *final = Sequence.apply(s, NO_ROWS, input, *six, *rows)  # type: ignore[no-untyped-call]
+        output, *final = Sequence.apply(s, NO_ROWS, steps, *six, *rows)  # type: ignore[no-untyped-call]
     else:
-        output, final, _ = _inference(s, packed, (input, rows, six, NO_ROWS, (), ()))
+        output, final, _ = _inference(s, packed, (steps, rows, six, NO_ROWS, (), ()))
     if packed is not None and packed.repeats.takes:
         keeps = keeping(s, input, packed)
-        if training and Training.fits(s):
-            packed.repeats[key] = Training(engine, s, input, weights)
+        if training and Training.fits(s, input):
+            packed.repeats[key] = Training(engine, s, input, weights, packed)
         elif not training and keeps is not None:
             packed.repeats[key] = Inference(engine, keeps, input, weights)
-    return output, *(state[None] for state in final)
+    return final if is_step else (output, *(state[None] for state in final))
+
+
+def _step_by_torch(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Tensor | None]) -> Seq[Tensor] | None:
+    """As :func:`again`, if all is as it must be."""
+    x, rows = (input, states) if input.dim() == 2 else (input[0], [state.squeeze(0) for state in states])
+    ih, hh, *biases = weights
+    if ih is None or hh is None:
+        return None
+    dtype, H, (B, I) = input.dtype, hh.shape[-1], x.shape  # noqa: E741
+    if ih.shape != (H, I) or hh.shape != (H, H):
+        return None
+    for bias in biases:
+        if bias is not None and bias.shape != (H,):
+            return None
+    for state in rows:
+        if state.shape != (B, H):
+            return None
+    for t in (ih, hh, *biases, *rows):
+        if t is not None and (t.dtype is not dtype or not t.is_cpu):
+            return None
+    state = peer.step(cell, x, rows, weights)
+    return (state,) if input.dim() == 2 else (state[None], state[None])
 
 
 # Input, states, weights, rows, given, resets, as engines take them.
@@ -370,7 +399,14 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
         return _traceable(call)
     if not look.dense:
         tensors[1:] = [None if t is None else dense(t) for t in tensors[1:]]
-    return _Eager(checked_once(call, look), call, call.rows(), tensors, packed)
+    s, rows = checked_once(call, look), call.rows()
+    lone = needs_grad and s.steps == 1 and rows is NO_ROWS and not (s.recompute or s.returns or s.given)
+    if lone and engine == "auto" and peer.steps_faster(call.cell, input, s.hidden):
+        if is_listening():
+            return noted(s._replace(engine="torch"), call, rows)
+        state = peer.step(call.cell, input[0], call.states or (), weights)
+        return state[None], state
+    return _Eager(s, call, rows, tensors, packed)
 
 
 def _traced(call: Call) -> tuple[Tensor, ...]:

@@ -13,6 +13,7 @@ from torch import Tensor
 from . import parts
 from .cells import NO_ROWS, Rows, Sizes, Weights, grouped
 from .engines import RUNS
+from .packed import Packed, Remembered
 from .repeat import Training
 from .transforms import gradients, is_legacy_batched, is_transformed
 
@@ -57,20 +58,25 @@ class Sequence(torch.autograd.Function):
 
 
 class Repeated(torch.autograd.Function):
-    """That of a call that repeats one before: ``apply(known, input, *weights, *states) -> (output, *final_states)``, the
-    latter ``[1, B, ·]``.
+    """That of a call that repeats one before: ``apply(known, keeper, input, *weights, *states) -> (output, *final_states)``, the latter
+    ``[1, B, ·]``; of a cell's step, the states alone.
     """
 
     @staticmethod
-    def forward(ctx: Any, known: Training, input: Tensor, *args: Tensor | None) -> Any:
+    def forward(ctx: Any, known: Training, keeper: Packed | Remembered, input: Tensor, *args: Tensor | None) -> Any:
         weights, states, _, _ = grouped(known.sizes, args)
-        output, final, kept, history = known.forward(input, states)
+        output, final, kept, history = known.forward(input, states, weights, keeper)
         _save(ctx, known.sizes, NO_ROWS, input, output, kept, weights, (*states, *history), known)
-        return (output, *final)
+        return tuple(final) if known.is_step else (output, *final)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> Any:
-        return (None, *_gradients(ctx, ctx.needs_input_grad[1:], *grads))
+        above = (None,) if ctx.known.is_step else ()
+        return (None, None, *_gradients(ctx, ctx.needs_input_grad[2:], *above, *grads))
+
+
+# What Function.apply does before looks for transforms, of which a call that repeats one is known to be none.
+repeated: Any = super(torch.autograd.Function, Repeated).apply
 
 
 def _save(
@@ -109,24 +115,30 @@ def _gradients(ctx: Any, needs: Seq[bool], grad_output: Tensor | None, *others: 
     grad_states = [grad_output, *grad_history]
     again = differentiated_again((*grad_states, *grad_final))
     known: Training | None = ctx.known
-    if known is not None:
-        found = (
-            None if again else known.backward(needs, grad_output, grad_final, input, rest[:n], weights, output, kept, rest[n:], overwrite)
-        )
+    if known is not None and not again:
+        found = known.backward(needs, grad_output, grad_final, input, rest[:n], weights, output, kept, rest[n:], overwrite)
         if found is not None:
             return found
-        grad_final = [None if grad is None else grad.squeeze(0) for grad in grad_final]
-    if again:
-        if ctx.bias_ih is not None and ctx.bias_ih._version != ctx.bias_version:
-            raise RuntimeError("bias_ih: it was changed in place since forward, and a derivative of gradients needs it as it was")
-        own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
-        return gradients(s, needs, own, (output, kept, *rest[n:]), grad_states, grad_final)
-    if kept is None and parts.fits(s, rows):
-        return parts.backward(s, needs, grad_states, grad_final, input, rest[:n], weights, output, rest[n:], given)
-    grads: list[Tensor | None]
-    made = (output, kept, rest[n:])
-    grads, _ = RUNS[s.engine].backward(s, needs, grad_states, grad_final, input, rest[:n], weights, rows, *made, given, resets, overwrite)
-    return grads
+
+    def of_sequence(input: Tensor, output: Tensor, grad_final: Seq[Tensor | None]) -> Seq[Tensor | None]:
+        if again:
+            if ctx.bias_ih is not None and ctx.bias_ih._version != ctx.bias_version:
+                raise RuntimeError("bias_ih: it was changed in place since forward, and a derivative of gradients needs it as it was")
+            own = (*rows, input, *weights._replace(bias_ih=ctx.bias_ih), *rest[:n], *given, *resets)
+            return gradients(s, needs, own, (output, kept, *rest[n:]), grad_states, grad_final)
+        if kept is None and parts.fits(s, rows):
+            return parts.backward(s, needs, grad_states, grad_final, input, rest[:n], weights, output, rest[n:], given)
+        grads: list[Tensor | None]
+        made = (output, kept, rest[n:])
+        grads, _ = RUNS[s.engine].backward(
+            s, needs, grad_states, grad_final, input, rest[:n], weights, rows, *made, given, resets, overwrite
+        )
+        return grads
+
+    if known is not None and known.is_step:
+        of_input, *of_others = of_sequence(input[None], output[None], grad_final)
+        return [of_input if of_input is None else of_input.squeeze(0), *of_others]
+    return of_sequence(input, output, grad_final if known is None else [None if g is None else g.squeeze(0) for g in grad_final])
 
 
 class _Half:

@@ -143,6 +143,11 @@ class Rows(NamedTuple):
 NO_ROWS = Rows()
 
 
+# Of a matrix that torch multiplies a single step by, at least so many numbers for each row of the batch, by one thread and by more
+# (docs/cpu.md, rung 48).
+_COMPLETE = (140_000, 4_000_000)
+
+
 class Sizes(NamedTuple):
     """What backward needs beyond the arguments: sizes, not tensors."""
 
@@ -169,10 +174,13 @@ class Sizes(NamedTuple):
 
     @property
     def complete(self) -> bool:
-        """One step on the CPU: torch forms both products, since packing weights costs more than using them once. But then a row's bits may
-        depend on its batch, which deterministic mode is not to allow.
+        """One step on the CPU of few rows, as large matrices go: torch forms both products, since to pack the matrices costs more than they
+        are used for. But then a row's bits may depend on its batch, which deterministic mode is not to allow.
         """
         if self.steps != 1 or len(self.cell.stages) != 1 or self.engine != "cpu" or self.cut or self.keeps:
+            return False
+        least = _COMPLETE[torch.get_num_threads() > 1]
+        if self.cell.hidden_gates * self.hidden * self.output < least * max(self.batch, 1):
             return False
         return not deterministic()
 

@@ -252,7 +252,7 @@ def forward(
         moments = new_moments(s, input, N)
     if complete:
         assert kept is not None
-        _complete(cell, H, kept, tokens.flatten(0, -2), states[0] if states else None, weights)
+        complete_step(cell, H, kept, tokens.flatten(0, -2), states[0] if states else None, weights)
     workspace = thread.take(bytes)
     own, pack, done = None, Pack.ALL, None
     if packed is not None:
@@ -312,7 +312,7 @@ def recompute(
     return kept
 
 
-def _complete(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, weights: Weights) -> None:
+def complete_step(cell: Cell, H: int, gates: Tensor, x: Tensor, h: Tensor | None, weights: Weights) -> None:
     """Both products of a single step, by torch: W x over the slots that the input feeds, U h added to these or alone."""
     inputs, bias = cell.input_gates, summed_bias(cell, H, weights.bias_ih, weights.bias_hh)
     x_gates = gates if cell.uniform else gates[:, : inputs * H]
@@ -399,7 +399,7 @@ def backward(
     turn.run(call, None, kept.shape[0], rows, *held)
     if complete:
         after = [output.flatten(0, -2), *history]
-        _complete_backward(s, grads, initial, gates, kept, tokens.flatten(0, -2), states, weights, after)
+        complete_backward(s, grads, initial, gates, kept, tokens.flatten(0, -2), states, weights, after)
     if given or resets:
         initial += grad_given(s, gates, given, of_given, input.shape[:-1], rows.sizes)
         initial += grad_resets(resets, found, rows.resets)
@@ -419,7 +419,7 @@ def grad_vectors(cell: Cell, H: int, grad_v: Tensor | None) -> list[int]:
     return addresses
 
 
-def _complete_backward(
+def complete_backward(
     s: Sizes,
     grads: list[Tensor | None],
     initial: list[Tensor | None],

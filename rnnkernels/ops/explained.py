@@ -72,7 +72,8 @@ def noted(s: Sizes, call: Call, rows: Rows, packed: Packed | Remembered | None =
 def _facts(s: Sizes, call: Call, rows: Rows, beside: bool) -> Facts:
     device, dtype, input_size = call.input.device, call.input.dtype, call.input.shape[-1]
     if s.engine == "torch":
-        why = "engine='torch' was asked for" if call.engine == "torch" else peer.WHY
+        why = peer.STEP_IS_FASTER if device.type == "cpu" else peer.CUDNN_IS_FASTER
+        why = "engine='torch' was asked for" if call.engine == "torch" else why
         return Facts("torch", "torch", 1, "torch.nn's own function", why)
     _, why = choose(call.engine, s, dtype, input_size, device)
     if s.engine == "cpu":

@@ -15,23 +15,26 @@ from .. import _C
 from . import cpu
 from .cells import Sizes, Weights, address, addresses, dense, empty, grad_shapes, stage_addresses, vectors, weights_of
 from .choice import Choice
-from .packed import Pack, Packed, Remembered, keep
+from .packed import Pack, Packed, Remembered, keep, keeping
 
 __all__ = ["Inference", "Training"]
 
 
 class _Call:
     """What a call of the CPU engine must be to repeat the one that was seen: its input has the same shape, and its weights lie where they
-    lay. What these hold is for others to look at.
+    lay. What these hold is for others to look at. A cell's step ``[B, I]`` from states ``[B, ·]`` has no output but them; of a sequence
+    ``[T, B, I]``, states are ``[1, B, ·]``.
     """
 
-    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None], training: bool) -> None:
+    def __init__(self, engine: str, s: Sizes, kept: Sizes, input: Tensor, weights: Seq[Tensor | None], training: bool) -> None:
+        """``kept``: as the forward pass has them, which may keep packed weights."""
         cell, H, six = s.cell, s.hidden, weights_of(weights)
-        self.sizes, self._engine, self._dtype = s, engine, input.dtype
+        self.sizes, self._engine, self._dtype, self.is_step = s, engine, input.dtype, input.dim() == 2
+        self._complete = s.complete
         self._threads, self._generation = torch.get_num_threads(), cpu.generation()
         self._marks = [(0, None, type(None)) if w is None else (w.data_ptr(), w.shape, type(w)) for w in weights]
-        self._tokens, self._output = s.steps * s.batch, (s.steps, s.batch, s.output)
-        self._finals = [(1, s.batch, width) for width in s.widths]
+        self._tokens, self._output = s.steps * s.batch, (*(() if self.is_step else (s.steps,)), s.batch, s.output)
+        self._finals = [(*(() if self.is_step else (1,)), s.batch, width) for width in s.widths]
         ih, bias_ih, bias_hh = address(six.ih), address(six.bias_ih), address(six.bias_hh)
         matrices, own = stage_addresses(cell, H, six.hh, six.hr), vectors(cell, H, six)
         row = cell.room * H
@@ -41,16 +44,24 @@ class _Call:
                 task.problem, 0, ih, bias_ih, bias_hh, 0, row, matrices, own, [], [], 0, [], 0, task.bytes, [], 0, [], 0, Pack.ALL
             )
 
-        tasks, self._choice = self._tasks(input, training, False)
+        tasks, self._choice = self._tasks(kept, input, training, False)
         self._forward = [(task, kernel(task)) for task in tasks]
 
-    def _tasks(self, input: Tensor, training: bool, backward: bool) -> tuple[list[cpu.Task], Choice | None]:
+    def _tasks(self, s: Sizes, input: Tensor, training: bool, backward: bool) -> tuple[list[cpu.Task], Choice | None]:
         """One for each team that may run it, and which does."""
-        return cpu.tasks_of_whole_rows(self.sizes, input.dtype, input.shape[-1], training, backward, False, self._threads, False)
+        return cpu.tasks_of_whole_rows(s, input.dtype, input.shape[-1], training, backward, s.complete, self._threads, False)
 
     def _as_now(self) -> bool:
         """Whether what was known of the engine holds, and a call runs when it is made."""
-        return torch.get_num_threads() == self._threads and cpu.generation() == self._generation and cpu.thread.waiting is None
+        if torch.get_num_threads() != self._threads or cpu.generation() != self._generation or cpu.thread.waiting is not None:
+            return False
+        return not self.is_step or self.sizes.complete == self._complete
+
+    def _results(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Room for the output and the final states; a step's output is the first of these."""
+        output = empty(input, self._output)
+        first, *others = self._finals
+        return output, [output if self.is_step else input.new_empty(*first), *(input.new_empty(*shape) for shape in others)]
 
     def _way(self, backward: bool) -> int:
         choice = self._choice
@@ -62,6 +73,29 @@ class _Call:
         choice = self._choice
         if choice is not None and choice.asks:
             choice.took(way, backward, perf_counter_ns() - started, self._tokens)
+
+    def _go_forward(
+        self,
+        input: Tensor,
+        initial: Seq[Tensor],
+        gates: int,
+        output: Tensor,
+        finals: Seq[Tensor],
+        history: Seq[int],
+        weights: Seq[Tensor | None],
+        keeper: Packed | Remembered | None,
+    ) -> None:
+        way = self._way(False)
+        task, kernel = self._forward[way]
+        workspace = cpu.thread.take(task.bytes)
+        results = (gates, output.data_ptr(), addresses(finals), history)
+        if keeper is None:
+            self._run(way, False, kernel, input.data_ptr(), addresses(initial), *results, workspace.data_ptr(), 0, Pack.ALL)
+            return
+        panels, pack, found = keeper.memory(task.packing, weights)
+        self._run(way, False, kernel, input.data_ptr(), addresses(initial), *results, workspace.data_ptr(), panels.data_ptr(), pack)
+        if found is not None:
+            keep(found, task.packing, panels)
 
     def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor]) -> bool:
         """Whether this is such a call, of an input of the shape that was seen; from zeros, if there are no states."""
@@ -91,35 +125,31 @@ class Inference(_Call):
     """One without gradients, whose weights stay packed."""
 
     def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
-        super().__init__(engine, s, input, weights, False)
+        super().__init__(engine, s, s, input, weights, False)
 
     def results(self, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor], keeper: Packed | Remembered) -> tuple[Tensor, ...]:
-        """The output and the final states ``[1, B, ·]``."""
+        """The output and the final states, of a step these alone."""
         input = input.contiguous()
         initial = [state.contiguous() for state in states]
-        output = empty(input, self._output)
-        finals = [input.new_empty(*shape) for shape in self._finals]
-        way = self._way(False)
-        task, kernel = self._forward[way]
-        workspace = cpu.thread.take(task.bytes)
-        panels, pack, found = keeper.memory(task.packing, weights)
-        memory = (workspace.data_ptr(), panels.data_ptr())
-        self._run(way, False, kernel, input.data_ptr(), addresses(initial), 0, output.data_ptr(), addresses(finals), (), *memory, pack)
-        if found is not None:
-            keep(found, task.packing, panels)
-        return (output, *finals)
+        output, finals = self._results(input)
+        self._go_forward(input, initial, 0, output, finals, (), weights, keeper)
+        return tuple(finals) if self.is_step else (output, *finals)
 
 
 class Training(_Call):
     """One with gradients, and its backward pass."""
 
     @staticmethod
-    def fits(s: Sizes) -> bool:
-        """Whether there is nothing to do but to run kernels."""
-        return s.engine == "cpu" and s.steps > 1 and not (s.recompute or s.cell.moments or s.cell.projected)
+    def fits(s: Sizes, input: Tensor) -> bool:
+        """Whether there is nothing to do but to run kernels and, of a step, torch's products."""
+        whole = s.steps > 1 if input.dim() == 3 else s.cell.input_gates > 0
+        return s.engine == "cpu" and whole and not (s.recompute or s.cell.moments or s.cell.projected)
 
-    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
-        super().__init__(engine, s, input, weights, True)
+    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None], keeper: Packed | Remembered | None) -> None:
+        # Many a step is run with the same weights, a sequence with those that the one before it has changed.
+        kept = keeping(s, input, keeper) if input.dim() == 2 and not s.complete else None
+        super().__init__(engine, s, s if kept is None else kept, input, weights, True)
+        self._keeps = kept is not None
 
         def kernel(task: cpu.Task) -> _C.Backward:
             return _C.Backward(task.problem, 0, 0, [], [], [], 0, [], [], [], [], 0, 0, 0, 0, [], 0, 0, [], 0, task.bytes, 0, [], [])
@@ -127,21 +157,21 @@ class Training(_Call):
         self._kept = (self._tokens, s.cell.room * s.hidden)
         self._history = [(self._tokens, s.hidden)] * (len(s.cell.states) - 1)
         self._grads = grad_shapes(s, input, weights_of(weights))
-        tasks, _ = self._tasks(input, True, True)
+        tasks, _ = self._tasks(s, input, True, True)
         self._backward = [(task, kernel(task)) for task in tasks]
 
-    def forward(self, input: Tensor, states: Seq[Tensor]) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
-        """-> output, final states ``[1, B, ·]``, kept values, histories"""
+    def forward(
+        self, input: Tensor, states: Seq[Tensor], weights: Weights, keeper: Packed | Remembered
+    ) -> tuple[Tensor, list[Tensor], Tensor, list[Tensor]]:
+        """-> output, final states, kept values, histories"""
         input = input.contiguous()
         initial = [state.contiguous() for state in states]
-        kept, output = empty(input, self._kept), empty(input, self._output)
-        finals = [input.new_empty(*shape) for shape in self._finals]
+        kept, (output, finals) = empty(input, self._kept), self._results(input)
         history = [empty(input, shape) for shape in self._history]
-        way = self._way(False)
-        task, kernel = self._forward[way]
-        workspace = cpu.thread.take(task.bytes)
-        results = (kept.data_ptr(), output.data_ptr(), addresses(finals), (0, *addresses(history)))
-        self._run(way, False, kernel, input.data_ptr(), addresses(initial), *results, workspace.data_ptr(), 0, Pack.ALL)
+        if self._complete:
+            cpu.complete_step(self.sizes.cell, self.sizes.hidden, kept, input, initial[0] if initial else None, weights)
+        histories = (0, *addresses(history))
+        self._go_forward(input, initial, kept.data_ptr(), output, finals, histories, weights, keeper if self._keeps else None)
         return output, finals, kept, history
 
     def backward(
@@ -192,4 +222,6 @@ class Training(_Call):
             (address(x), address(bias_ih), address(bias_hh)),
             cpu.grad_vectors(cell, H, v),
         )
+        if self._complete:
+            cpu.complete_backward(self.sizes, grads, initial, gates, kept, input, before, weights, (output, *history))
         return [*grads, *initial]

@@ -17,7 +17,7 @@ std::string fits(const Problem& p, const Page& page) {
     return "units that take no part are for cells of one slot with a matrix";
   if (p.weight_type != WeightType::Numbers && (p.training || p.storage == Storage::F64 || p.units))
     return "narrower weights are for inference in float32 and half types where all units take part";
-  if (p.keeps_packed && (p.training || p.complete)) return "packed weights are kept for inference that is not complete";
+  if (p.keeps_packed && p.complete) return "packed weights are kept where the engine multiplies";
   return "";
 }
 
