@@ -108,6 +108,21 @@ Backward backward_call(const Problem& p, Address kept, Address grad_gates, const
   return g;
 }
 
+Forward placed(const Forward& f, Address input, const Addresses& initial, Address gates, Address output, const Addresses& final,
+               const Addresses& history, Address workspace, Address packed, int pack) {
+  Forward now = f;
+  now.input = pointer(input);
+  fill(now.initial, initial);
+  now.gates = pointer(gates);
+  now.output = pointer(output);
+  fill(now.final, final);
+  fill(now.history, history);
+  now.workspace = pointer(workspace);
+  now.packed = pointer(packed);
+  now.pack = Pack(pack);
+  return now;
+}
+
 void need(const Problem& p, bool backward, int64_t given) {
   if (backward && p.keeps_packed) throw std::invalid_argument("packed weights are kept for the forward pass");
   if (given < cpu::workspace_bytes(p, cpu::page_of(p), backward))
@@ -263,22 +278,15 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
         f.pack = Pack(pack);
         return f;
       }))
-      // Now, with these inputs and this memory in the place of its own; by several threads of Python at once.
-      .def("run", [](const Forward& f, Address input, const Addresses& initial, Address gates, Address output, const Addresses& final,
-                     const Addresses& history, Address workspace, Address packed, int pack) {
-        Forward now = f;
-        now.input = pointer(input);
-        fill(now.initial, initial);
-        now.gates = pointer(gates);
-        now.output = pointer(output);
-        fill(now.final, final);
-        fill(now.history, history);
-        now.workspace = pointer(workspace);
-        now.packed = pointer(packed);
-        now.pack = Pack(pack);
-        py::gil_scoped_release release;
-        cpu::forward(now, cpu::page_of(now.problem));
-      });
+      // With these inputs and this memory in the place of its own: now, by several threads of Python at once, or as a call to be run later.
+      .def("run",
+           [](const Forward& f, Address input, const Addresses& initial, Address gates, Address output, const Addresses& final,
+              const Addresses& history, Address workspace, Address packed, int pack) {
+             const Forward now = placed(f, input, initial, gates, output, final, history, workspace, packed, pack);
+             py::gil_scoped_release release;
+             cpu::forward(now, cpu::page_of(now.problem));
+           })
+      .def("placed", &placed);
   m.def("forward", py::overload_cast<const std::vector<const Forward*>&>(cpu::forward), py::call_guard<py::gil_scoped_release>());
   m.def("forward_chain", cpu::forward_chain, py::call_guard<py::gil_scoped_release>());
 

@@ -63,6 +63,18 @@ class Forward:
         packed: int,
         pack: int,
     ) -> None: ...
+    def placed(
+        self,
+        input: int,
+        initial: Sequence[int],
+        gates: int,
+        output: int,
+        final: Sequence[int],
+        history: Sequence[int],
+        workspace: int,
+        packed: int,
+        pack: int,
+    ) -> Forward: ...
 
 class Backward:
     def __init__(

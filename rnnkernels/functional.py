@@ -80,18 +80,20 @@ def stack(
         reset_mask = None if cut.reset_mask is None else cut.reset_mask.cpu()
     slots = None if states is None else [state.unbind() for state in states]
     count, shown = len(ops.CELLS[cell].states), bool(return_states)
-    plain = batch_sizes is None and not (cut or clock or given or layer_norm or shown or (training and dropout > 0))
+    plain, dropped = batch_sizes is None and not (cut or clock or given or layer_norm or shown), training and dropout > 0
 
     def layers(input: Tensor) -> tuple[Tensor, list[Any]]:
-        finals: list[Any] = []
+        finals: list[Any] = []  # of each layer and direction [1, …]
         for start in range(0, len(weights), directions):
-            if start > 0 and dropout > 0 and training:
+            if start > 0 and dropped:
                 input = torch.nn.functional.dropout(input, dropout)
-            if plain and slots is None and not bidirectional and not torch.compiler.is_compiling():
-                found = ops.again(cell, input, (), weights[start], engine, recompute, None if packed is None else packed[start])
+            if plain and not torch.compiler.is_compiling():
+                initials = [[] if states is None else [state[k : k + 1] for state in states] for k in range(start, start + directions)]
+                places = None if packed is None else packed[start : start + directions]
+                found = ops.layer_again(cell, input, initials, weights[start : start + directions], engine, recompute, places)
                 if found is not None:
-                    input = found[0]
-                    finals.append([state[0] for state in found[1:]])
+                    input = torch.cat([output for output, *_ in found], -1) if bidirectional else found[0][0]
+                    finals += [rest for _, *rest in found]
                     continue
             calls = []
             for k in range(start, start + directions):
@@ -115,24 +117,25 @@ def stack(
                 results = (ops.run(calls[0], None if packed is None else packed[start]),)
                 input = results[0][0]
             if not shown:
-                finals += [rest for _, *rest in results]
+                finals += [[state[None] for state in rest] for _, *rest in results]
                 continue
             for call, (output, *rest) in zip(calls, results, strict=True):
                 after = [output, *rest[count:]]
-                finals.append([*rest[:count], *after])
+                of_layer = [*rest[:count], *after]
                 if return_states == "gates":
                     of_call = (cell, call.input, call.states, call.weights(), after, batch_sizes, call.reverse)
-                    finals[-1] += gates.of_sequence(*of_call, cut, call.reset_states or None)
+                    of_layer += gates.of_sequence(*of_call, cut, call.reset_states or None)
+                finals.append([t[None] for t in of_layer])
         return input, finals
 
-    if len(weights) > directions == 1 and plain and ops.chain_gains(cell, input, states or (), weights, engine):
+    if len(weights) > directions == 1 and plain and not dropped and ops.chain_gains(cell, input, states or (), weights, engine):
         with ops.cpu.side_by_side(chained=True):
             input, finals = layers(input)
     else:
         input, finals = layers(input)
     if len(finals) == 1:
-        return input, *[state[None] for state in finals[0]]
-    return input, *[torch.stack(column) for column in zip(*finals, strict=True)]
+        return input, *finals[0]
+    return input, *[torch.cat(column) for column in zip(*finals, strict=True)]
 
 
 def _in_segments(

@@ -39,7 +39,7 @@ from .explained import is_listening, listening, noted
 from .load import compile_for, heats, is_modified, load_page, modified, source_of
 from .packed import Packed, Remembered, keeping, weight_type
 from .packed import check as check_packed
-from .repeat import Inference, Training
+from .repeat import Directions, Inference, Training
 from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 
 __all__ = [
@@ -61,6 +61,7 @@ __all__ = [
     "cuts_natively",
     "heats",
     "is_modified",
+    "layer_again",
     "listening",
     "load_page",
     "modified",
@@ -208,6 +209,7 @@ def again(
     engine: str = "auto",
     recompute: bool = False,
     packed: Packed | Remembered | None = None,
+    reverse: bool = False,
 ) -> Seq[Tensor] | None:
     """:func:`sequence` of a padded batch on the CPU, while nothing is compiled, if a call of the same shapes was found to be as it must be;
     or None, and somebody has to look at this one. States, none for zeros, and final states are ``[1, B, ·]``; of a cell's step of an input
@@ -219,11 +221,11 @@ def again(
         return None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, input, *states))
     is_step = input.dim() == 2
-    if training and engine == "auto" and not recompute and (is_step or input.shape[0] == 1):
+    if training and cell in peer.STEPS and engine == "auto" and not recompute and (is_step or input.shape[0] == 1):
         hh = weights[1]
         if hh is not None and peer.steps_faster(cell, input, hh.shape[-1]):
             return _step_by_torch(cell, input, states, weights)
-    key = input.shape, training, recompute
+    key = input.shape, training, recompute, False
     known = None if packed is None else packed.repeats.get(key)
     if known is not None and packed is not None and known.is_repeated(cell, engine, input, weights, states):
         found: tuple[Tensor, ...]
@@ -233,25 +235,81 @@ def again(
             rows = states if is_step else [state[0] for state in states]
             found = repeated(known, packed, input, *weights_of(weights), *rows)
         return found
-    if any(state.dim() != input.dim() or not (is_step or state.shape[0] == 1) for state in states):
-        return None
-    dtype, six, rows = input.dtype, weights_of(weights), states if is_step else [state[0] for state in states]
-    steps = input[None] if is_step else input
-    look = look_at((steps, *six, *rows), dtype)
-    s = seen(cell, dtype, len(rows), engine, recompute, look) if look.plain and look.alike and look.dense else None
+    s = _seen(cell, input, states, weights, engine, recompute, reverse)
     if s is None or (packed is not None and packed.weight_dtype is not None and (training or s.engine != "cpu")):
         return None
+    six, rows, steps = weights_of(weights), states if is_step else [state[0] for state in states], input[None] if is_step else input
     if training:
         output, *final = Sequence.apply(s, NO_ROWS, steps, *six, *rows)  # type: ignore[no-untyped-call]
     else:
         output, final, _ = _inference(s, packed, (steps, rows, six, NO_ROWS, (), ()))
-    if packed is not None and packed.repeats.takes:
+    if packed is not None and packed.repeats.takes and cpu.thread.waiting is None:
         keeps = keeping(s, input, packed)
-        if training and Training.fits(s, input):
+        if training and Training.fits(s):
             packed.repeats[key] = Training(engine, s, input, weights, packed)
         elif not training and keeps is not None:
             packed.repeats[key] = Inference(engine, keeps, input, weights)
     return final if is_step else (output, *(state[None] for state in final))
+
+
+def layer_again(
+    cell: str,
+    input: Tensor,
+    states: Seq[Seq[Tensor]],
+    weights: Seq[Seq[Tensor | None]],
+    engine: str,
+    recompute: bool,
+    packed: Seq[Packed | Remembered] | None,
+) -> Seq[Seq[Tensor]] | None:
+    """:func:`again` of a layer's one direction or both; of both with gradients where they are not sooner done side by side."""
+    if len(weights) == 1:
+        one = again(cell, input, states[0], weights[0], engine, recompute, None if packed is None else packed[0])
+        return None if one is None else [one]
+    if packed is None or type(input) is not Tensor or not input.is_cpu or cpu.thread.waiting is not None:
+        return None
+    if torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing() or is_listening():
+        return None
+    leaves = (*weights[0], *weights[1], input, *states[0], *states[1])
+    training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    key, repeats = (input.shape, training, recompute, True), packed[0].repeats
+    known = repeats.get(key)
+    if known is None or not known.is_repeated(cell, engine, input, weights, states):
+        sizes = list[Sizes]()
+        for initial, own, place, reverse in zip(states, weights, packed, (False, True), strict=True):
+            s = _seen(cell, input, initial, own, engine, recompute, reverse)
+            s = s if s is None or training else keeping(s, input, place)
+            if s is None or not repeats.takes:
+                return None
+            sizes.append(s)
+        known = repeats[key] = Directions(engine, sizes, input, weights, training)
+        if not known.is_repeated(cell, engine, input, weights, states):
+            return None
+    if not training:
+        found: Seq[Seq[Tensor]] = known.results(input, weights, states, packed)
+        return found
+    if known.beside:
+        return None
+    both = list[Seq[Tensor]]()
+    for initial, own, place, reverse in zip(states, weights, packed, (False, True), strict=True):
+        one = again(cell, input, initial, own, engine, recompute, place, reverse)
+        if one is None:
+            return None
+        both.append(one)
+    return both
+
+
+def _seen(
+    cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Tensor | None], engine: str, recompute: bool, reverse: bool
+) -> Sizes | None:
+    """The sizes of a call, as :func:`again` takes it, if one like it was found to be as it must be."""
+    is_step = input.dim() == 2
+    if any(state.dim() != input.dim() or not (is_step or state.shape[0] == 1) for state in states):
+        return None
+    rows = states if is_step else [state[0] for state in states]
+    look = look_at((input[None] if is_step else input, *weights_of(weights), *rows), input.dtype)
+    if not (look.plain and look.alike and look.dense):
+        return None
+    return seen(cell, input.dtype, len(rows), engine, recompute, look, reverse)
 
 
 def _step_by_torch(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Tensor | None]) -> Seq[Tensor] | None:

@@ -142,9 +142,9 @@ def _kind(call: Call, look: Look) -> _Kind:
     return (CELLS.get(call.cell), call.input.dtype, counts, options, rows, *masks, *look.shapes)
 
 
-def _plain_kind(cell: str, dtype: torch.dtype, states: int, engine: str, recompute: bool, look: Look) -> _Kind:
+def _plain_kind(cell: str, dtype: torch.dtype, states: int, engine: str, recompute: bool, look: Look, reverse: bool) -> _Kind:
     """That of a call of nothing but these, an input, weights and so many states."""
-    return (CELLS.get(cell), dtype, (states or None, 0), (0, False, engine, recompute, False), (True, True, True), *look.shapes)
+    return (CELLS.get(cell), dtype, (states or None, 0), (0, reverse, engine, recompute, False), (True, True, True), *look.shapes)
 
 
 def checked_once(call: Call, look: Look) -> Sizes:
@@ -163,9 +163,9 @@ def checked_once(call: Call, look: Look) -> Sizes:
     return sizes
 
 
-def seen(cell: str, dtype: torch.dtype, states: int, engine: str, recompute: bool, look: Look) -> Sizes | None:
+def seen(cell: str, dtype: torch.dtype, states: int, engine: str, recompute: bool, look: Look, reverse: bool = False) -> Sizes | None:
     """The sizes of a call of an input, weights and so many states, if one like it was found to be as it must be."""
-    return _seen.get(_plain_kind(cell, dtype, states, engine, recompute, look))
+    return _seen.get(_plain_kind(cell, dtype, states, engine, recompute, look, reverse))
 
 
 def checked(call: Call, concrete: bool, values: bool = True) -> Sizes:

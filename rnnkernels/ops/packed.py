@@ -90,12 +90,12 @@ def keep(found: Found, packing: Packing, memory: Tensor) -> None:
     found[packing[1]] = memory
 
 
-_Key = tuple[torch.Size, bool, bool]
+_Key = tuple[torch.Size, bool, bool, bool]
 
 
 class _Repeats(dict[_Key, Any]):
-    """What is known of calls with these weights, by the input's shape, whether they train and whether they recompute: a few, and no more
-    once many were made in vain.
+    """What is known of calls with these weights, by the input's shape, whether they train, whether they recompute and whether they are of
+    two directions, of which these weights are the first's: a few, and no more once many were made in vain.
     """
 
     MOST, MADE = 16, 256

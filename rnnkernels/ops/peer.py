@@ -18,7 +18,7 @@ _FUNCTIONS: dict[str, Any] = {
     "lstm_projected": torch._VF.lstm,
 }
 
-_STEPS: dict[str, Any] = {"srn_tanh": torch._VF.rnn_tanh_cell, "srn_relu": torch._VF.rnn_relu_cell}
+STEPS: dict[str, Any] = {"srn_tanh": torch._VF.rnn_tanh_cell, "srn_relu": torch._VF.rnn_relu_cell}
 
 CELLS = tuple(_FUNCTIONS)
 CUDNN_IS_FASTER = "torch's cuDNN is taken to be faster here (a guess, not yet measured)"
@@ -42,7 +42,7 @@ def steps_faster(cell: str, input: Tensor, hidden: int) -> bool:
     operations of torch's, are quicker here. Not in deterministic mode, since torch's products of a row may depend on its batch.
     """
     exact = input.dtype is torch.float32 or input.dtype is torch.float64
-    return cell in _STEPS and input.is_cpu and exact and 0 < input.shape[-2] * hidden < 1 << 14 and not deterministic()
+    return cell in STEPS and input.is_cpu and exact and 0 < input.shape[-2] * hidden < 1 << 14 and not deterministic()
 
 
 def step(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Tensor | None]) -> Tensor:
@@ -50,7 +50,7 @@ def step(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Tensor | No
     ih, hh, *biases = weights[:4]
     assert hh is not None
     state = states[0] if states else input.new_zeros(input.shape[0], hh.shape[1])
-    after: Tensor = _STEPS[cell](input, state, ih, hh, *biases)
+    after: Tensor = STEPS[cell](input, state, ih, hh, *biases)
     return after
 
 

@@ -4,6 +4,8 @@ kernel would be the longer part.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Sequence as Seq
 from time import perf_counter_ns
 from typing import Any
@@ -17,7 +19,7 @@ from .cells import Sizes, Weights, address, addresses, dense, empty, grad_shapes
 from .choice import Choice
 from .packed import Pack, Packed, Remembered, keep, keeping
 
-__all__ = ["Inference", "Training"]
+__all__ = ["Directions", "Inference", "Training"]
 
 
 class _Call:
@@ -26,8 +28,10 @@ class _Call:
     ``[T, B, I]``, states are ``[1, B, ·]``.
     """
 
-    def __init__(self, engine: str, s: Sizes, kept: Sizes, input: Tensor, weights: Seq[Tensor | None], training: bool) -> None:
-        """``kept``: as the forward pass has them, which may keep packed weights."""
+    def __init__(
+        self, engine: str, s: Sizes, kept: Sizes, input: Tensor, weights: Seq[Tensor | None], training: bool, beside: bool = False
+    ) -> None:
+        """``kept``: as the forward pass has them, which may keep packed weights. ``beside``: another such call, on a thread each."""
         cell, H, six = s.cell, s.hidden, weights_of(weights)
         self.sizes, self._engine, self._dtype, self.is_step = s, engine, input.dtype, input.dim() == 2
         self._complete = s.complete
@@ -44,18 +48,19 @@ class _Call:
                 task.problem, 0, ih, bias_ih, bias_hh, 0, row, matrices, own, [], [], 0, [], 0, task.bytes, [], 0, [], 0, Pack.ALL
             )
 
-        tasks, self._choice = self._tasks(kept, input, training, False)
+        tasks, self._choice = self._tasks(kept, input, training, False, 1 if beside else self._threads)
         self._forward = [(task, kernel(task)) for task in tasks]
 
-    def _tasks(self, s: Sizes, input: Tensor, training: bool, backward: bool) -> tuple[list[cpu.Task], Choice | None]:
+    @staticmethod
+    def _tasks(s: Sizes, input: Tensor, training: bool, backward: bool, threads: int) -> tuple[list[cpu.Task], Choice | None]:
         """One for each team that may run it, and which does."""
-        return cpu.tasks_of_whole_rows(s, input.dtype, input.shape[-1], training, backward, s.complete, self._threads, False)
+        return cpu.tasks_of_whole_rows(s, input.dtype, input.shape[-1], training, backward, s.complete, threads, False)
 
     def _as_now(self) -> bool:
         """Whether what was known of the engine holds, and a call runs when it is made."""
         if torch.get_num_threads() != self._threads or cpu.generation() != self._generation or cpu.thread.waiting is not None:
             return False
-        return not self.is_step or self.sizes.complete == self._complete
+        return self.sizes.steps > 1 or self.sizes.complete == self._complete
 
     def _results(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Room for the output and the final states; a step's output is the first of these."""
@@ -88,14 +93,16 @@ class _Call:
         way = self._way(False)
         task, kernel = self._forward[way]
         workspace = cpu.thread.take(task.bytes)
-        results = (gates, output.data_ptr(), addresses(finals), history)
-        if keeper is None:
-            self._run(way, False, kernel, input.data_ptr(), addresses(initial), *results, workspace.data_ptr(), 0, Pack.ALL)
-            return
-        panels, pack, found = keeper.memory(task.packing, weights)
-        self._run(way, False, kernel, input.data_ptr(), addresses(initial), *results, workspace.data_ptr(), panels.data_ptr(), pack)
-        if found is not None:
-            keep(found, task.packing, panels)
+        panels, pack, found = (None, Pack.ALL, None) if keeper is None else keeper.memory(task.packing, weights)
+        memory = (workspace.data_ptr(), address(panels), pack)
+        call = (input.data_ptr(), addresses(initial), gates, output.data_ptr(), addresses(finals), history, *memory)
+        if cpu.thread.waiting is None:
+            self._run(way, False, kernel, *call)
+            if found is not None and panels is not None:
+                keep(found, task.packing, panels)
+        else:
+            done = None if found is None or panels is None else functools.partial(keep, found, task.packing, panels)
+            cpu.thread.run(kernel.placed(*call), done, input, initial, output, finals, weights, workspace, panels)
 
     def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor]) -> bool:
         """Whether this is such a call, of an input of the shape that was seen; from zeros, if there are no states."""
@@ -124,8 +131,8 @@ class _Call:
 class Inference(_Call):
     """One without gradients, whose weights stay packed."""
 
-    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None]) -> None:
-        super().__init__(engine, s, s, input, weights, False)
+    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None], beside: bool = False) -> None:
+        super().__init__(engine, s, s, input, weights, False, beside)
 
     def results(self, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor], keeper: Packed | Remembered) -> tuple[Tensor, ...]:
         """The output and the final states, of a step these alone."""
@@ -136,18 +143,41 @@ class Inference(_Call):
         return tuple(finals) if self.is_step else (output, *finals)
 
 
+class Directions:
+    """Two calls that read the same input, a layer's two directions. With gradients what is known of each is its own's to keep."""
+
+    def __init__(self, engine: str, sizes: Seq[Sizes], input: Tensor, weights: Seq[Seq[Tensor | None]], training: bool) -> None:
+        self._threads = torch.get_num_threads()
+        self.beside = cpu.gains_side_by_side(sizes[0], input, training)  # are they sooner done at the same time?
+        of_both = () if training else zip(sizes, weights, strict=True)
+        self._both = [Inference(engine, s, input, own, self.beside) for s, own in of_both]
+
+    def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Seq[Tensor | None]], states: Seq[Seq[Tensor]]) -> bool:
+        """As that of each."""
+        if torch.get_num_threads() != self._threads:
+            return False
+        return all(one.is_repeated(cell, engine, input, w, h) for one, w, h in zip(self._both, weights, states, strict=False))
+
+    def results(
+        self, input: Tensor, weights: Seq[Seq[Tensor | None]], states: Seq[Seq[Tensor]], keepers: Seq[Packed | Remembered]
+    ) -> list[tuple[Tensor, ...]]:
+        """The output and the final states of each."""
+        calls = zip(self._both, weights, states, keepers, strict=True)
+        with cpu.side_by_side() if self.beside else contextlib.nullcontext():
+            return [one.results(input, own, initial, keeper) for one, own, initial, keeper in calls]
+
+
 class Training(_Call):
     """One with gradients, and its backward pass."""
 
     @staticmethod
-    def fits(s: Sizes, input: Tensor) -> bool:
+    def fits(s: Sizes) -> bool:
         """Whether there is nothing to do but to run kernels and, of a step, torch's products."""
-        whole = s.steps > 1 if input.dim() == 3 else s.cell.input_gates > 0
-        return s.engine == "cpu" and whole and not (s.recompute or s.cell.moments or s.cell.projected)
+        return s.engine == "cpu" and not (s.recompute or s.cell.moments or s.cell.projected)
 
     def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None], keeper: Packed | Remembered | None) -> None:
         # Many a step is run with the same weights, a sequence with those that the one before it has changed.
-        kept = keeping(s, input, keeper) if input.dim() == 2 and not s.complete else None
+        kept = keeping(s, input, keeper) if s.steps == 1 and not s.complete else None
         super().__init__(engine, s, s if kept is None else kept, input, weights, True)
         self._keeps = kept is not None
 
@@ -157,7 +187,7 @@ class Training(_Call):
         self._kept = (self._tokens, s.cell.room * s.hidden)
         self._history = [(self._tokens, s.hidden)] * (len(s.cell.states) - 1)
         self._grads = grad_shapes(s, input, weights_of(weights))
-        tasks, _ = self._tasks(s, input, True, True)
+        tasks, _ = self._tasks(s, input, True, True, self._threads)
         self._backward = [(task, kernel(task)) for task in tasks]
 
     def forward(
@@ -169,7 +199,7 @@ class Training(_Call):
         kept, (output, finals) = empty(input, self._kept), self._results(input)
         history = [empty(input, shape) for shape in self._history]
         if self._complete:
-            cpu.complete_step(self.sizes.cell, self.sizes.hidden, kept, input, initial[0] if initial else None, weights)
+            cpu.complete_step(self.sizes.cell, self.sizes.hidden, kept, input.flatten(0, -2), initial[0] if initial else None, weights)
         histories = (0, *addresses(history))
         self._go_forward(input, initial, kept.data_ptr(), output, finals, histories, weights, keeper if self._keeps else None)
         return output, finals, kept, history
@@ -223,5 +253,6 @@ class Training(_Call):
             cpu.grad_vectors(cell, H, v),
         )
         if self._complete:
-            cpu.complete_backward(self.sizes, grads, initial, gates, kept, input, before, weights, (output, *history))
+            after = (output.flatten(0, -2), *history)
+            cpu.complete_backward(self.sizes, grads, initial, gates, kept, input.flatten(0, -2), before, weights, after)
         return [*grads, *initial]
