@@ -566,3 +566,7 @@ def test_a_layers_single_step_is_torchs_too() -> None:
     assert rnnkernels.explain(layer, x).plans[0].engine == "torch"
     assert rnnkernels.explain(layer, torch.cat([x, x])).plans[0].engine == "cpu"
     assert rnnkernels.explain(layer, x, reset_mask=torch.ones(1, B, dtype=torch.bool)).plans[0].engine == "cpu"
+    narrow = rnnkernels.RNN(S, S, weight_dtype=torch.bfloat16)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="is for inference"):
+            narrow(x)

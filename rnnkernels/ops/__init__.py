@@ -222,8 +222,8 @@ def again(
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, input, *states))
     is_step = input.dim() == 2
     if training and cell in peer.STEPS and engine == "auto" and not recompute and (is_step or input.shape[0] == 1):
-        hh = weights[1]
-        if hh is not None and peer.steps_faster(cell, input, hh.shape[-1]):
+        hh, wide = weights[1], packed is None or packed.weight_dtype is None
+        if wide and hh is not None and peer.steps_faster(cell, input, hh.shape[-1]):
             return _step_by_torch(cell, input, states, weights)
     key = input.shape, training, recompute, False
     known = None if packed is None else packed.repeats.get(key)
