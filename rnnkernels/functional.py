@@ -80,7 +80,8 @@ def stack(
         reset_mask = None if cut.reset_mask is None else cut.reset_mask.cpu()
     slots = None if states is None else [state.unbind() for state in states]
     count, shown = len(ops.CELLS[cell].states), bool(return_states)
-    plain, dropped = batch_sizes is None and not (cut or clock or given or layer_norm or shown), training and dropout > 0
+    plain = batch_sizes is None and input.dim() == 3 and not (cut or clock or given or layer_norm or shown)
+    dropped = training and dropout > 0
 
     def layers(input: Tensor) -> tuple[Tensor, list[Any]]:
         finals: list[Any] = []  # of each layer and direction [1, …]

@@ -570,3 +570,66 @@ def test_a_layers_single_step_is_torchs_too() -> None:
     for _ in range(2):
         with pytest.raises(RuntimeError, match="is for inference"):
             narrow(x)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("change", ["threads", "instruction set"])
+@pytest.mark.parametrize("kind", ["GRUCell", "LSTMCell", "LSTM"])
+def test_states_that_do_not_lie_as_kernels_read_them_and_what_changes_before_backward(kind: str, change: str) -> None:
+    torch.manual_seed(0)
+    ours, theirs = (getattr(package, kind)(S, S, dtype=torch.float64) for package in (rnnkernels, nn))
+    theirs.load_state_dict(ours.state_dict())
+    around = (T,) if kind == "LSTM" else ()
+    x = torch.randn(*around, B, S, dtype=torch.float64)
+
+    def grads(layer: Any, state: Tensor, meanwhile: Callable[[], Any]) -> list[Tensor]:
+        h = (state if kind != "LSTM" else state[None]).detach().requires_grad_()
+        last = layer(x, (h, h) if "LSTM" in kind else h)
+        meanwhile()
+        while isinstance(last, tuple):
+            last = last[0]
+        return list(torch.autograd.grad(last.square().sum(), [h, *layer.parameters()]))
+
+    for state in (torch.randn(S, B, dtype=torch.float64).t(), torch.randn(1, S, dtype=torch.float64).expand(B, S)):
+        torch.set_num_threads(2)
+        ops.set_isa(None)
+        for _ in range(3):
+            grads(ours, torch.randn(B, S, dtype=torch.float64), lambda: None)
+        found = grads(ours, state, lambda: torch.set_num_threads(1) if change == "threads" else ops.set_isa("scalar"))
+        for a, b in zip(found, grads(theirs, state, lambda: None), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["GRUCell", "LSTMCell"])
+def test_a_state_may_be_changed_in_place_as_torchs(kind: str) -> None:
+    cell, theirs = getattr(rnnkernels, kind)(S, S), getattr(nn, kind)(S, S)
+    theirs.load_state_dict(cell.state_dict())
+    x = torch.randn(B, S)
+    for _ in range(4):
+        found = []
+        for one in (cell, theirs):
+            state = one(x)
+            h = state[0] if isinstance(state, tuple) else state
+            h[0] = 0
+            found.append(torch.autograd.grad(h.square().sum(), list(one.parameters())))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("kind", ["RNN", "GRU", "LSTM"])
+def test_the_output_and_the_last_state_of_one_step_are_apart(kind: str) -> None:
+    layer, x = getattr(rnnkernels, kind)(S, S), torch.randn(1, B, S)
+    for training in (True, False) * 4:
+        with torch.set_grad_enabled(training):
+            output, *finals = tensors(layer(x))
+        assert len({t.data_ptr() for t in (output, *finals)}) == 1 + len(finals)
+        if training:
+            finals[0][:, 0] = 0
+            output.sum().backward()
+
+
+def test_a_stack_is_of_sequences_alone() -> None:
+    layer = rnnkernels.RNN(S, S)
+    layer(torch.randn(1, B, S))
+    with pytest.raises(RuntimeError, match="input: expected 3-D"):
+        rnnkernels.functional.stack("srn_tanh", torch.randn(B, S), None, layer._weights(), packed=layer._kept())

@@ -316,7 +316,7 @@ def _step_by_torch(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[T
     """As :func:`again`, if all is as it must be."""
     x, rows = (input, states) if input.dim() == 2 else (input[0], [state.squeeze(0) for state in states])
     ih, hh, *biases = weights
-    if ih is None or hh is None:
+    if ih is None or hh is None or len(biases) > 2:
         return None
     dtype, H, (B, I) = input.dtype, hh.shape[-1], x.shape  # noqa: E741
     if ih.shape != (H, I) or hh.shape != (H, H):
@@ -331,7 +331,7 @@ def _step_by_torch(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[T
         if t is not None and (t.dtype is not dtype or not t.is_cpu):
             return None
     state = peer.step(cell, x, rows, weights)
-    return (state,) if input.dim() == 2 else (state[None], state[None])
+    return (state,) if input.dim() == 2 else (state[None], state.clone()[None])
 
 
 # Input, states, weights, rows, given, resets, as engines take them.
@@ -463,7 +463,7 @@ def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Ten
         if is_listening():
             return noted(s._replace(engine="torch"), call, rows)
         state = peer.step(call.cell, input[0], call.states or (), weights)
-        return state[None], state
+        return state[None], state.clone()
     return _Eager(s, call, rows, tensors, packed)
 
 

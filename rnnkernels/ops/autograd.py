@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import parts
-from .cells import NO_ROWS, Rows, Sizes, Weights, grouped
+from .cells import NO_ROWS, Rows, Sizes, Weights, dense, grouped
 from .engines import RUNS
 from .packed import Packed, Remembered
 from .repeat import Training
@@ -119,6 +119,7 @@ def _gradients(ctx: Any, needs: Seq[bool], grad_output: Tensor | None, *others: 
         found = known.backward(needs, grad_output, grad_final, input, rest[:n], weights, output, kept, rest[n:], overwrite)
         if found is not None:
             return found
+        rest = [*map(dense, rest[:n]), *rest[n:]]  # as whoever goes the whole way has them
 
     def of_sequence(input: Tensor, output: Tensor, grad_final: Seq[Tensor | None]) -> Seq[Tensor | None]:
         if again:

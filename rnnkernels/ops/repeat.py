@@ -62,12 +62,6 @@ class _Call:
             return False
         return self.sizes.steps > 1 or self.sizes.complete == self._complete
 
-    def _results(self, input: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Room for the output and the final states; a step's output is the first of these."""
-        output = empty(input, self._output)
-        first, *others = self._finals
-        return output, [output if self.is_step else input.new_empty(*first), *(input.new_empty(*shape) for shape in others)]
-
     def _way(self, backward: bool) -> int:
         choice = self._choice
         return 0 if choice is None else choice.backward() if backward else choice.forward()
@@ -138,7 +132,9 @@ class Inference(_Call):
         """The output and the final states, of a step these alone."""
         input = input.contiguous()
         initial = [state.contiguous() for state in states]
-        output, finals = self._results(input)
+        output = empty(input, self._output)
+        first, *others = self._finals  # of which a step's first is all the output there is
+        finals = [output if self.is_step else input.new_empty(*first), *(input.new_empty(*shape) for shape in others)]
         self._go_forward(input, initial, 0, output, finals, (), weights, keeper)
         return tuple(finals) if self.is_step else (output, *finals)
 
@@ -196,7 +192,10 @@ class Training(_Call):
         """-> output, final states, kept values, histories"""
         input = input.contiguous()
         initial = [state.contiguous() for state in states]
-        kept, (output, finals) = empty(input, self._kept), self._results(input)
+        kept, output = empty(input, self._kept), empty(input, self._output)
+        finals = [
+            input.new_empty(*shape) for shape in self._finals
+        ]  # a step's too: the caller may change them, and backward reads the output
         history = [empty(input, shape) for shape in self._history]
         if self._complete:
             cpu.complete_step(self.sizes.cell, self.sizes.hidden, kept, input.flatten(0, -2), initial[0] if initial else None, weights)
