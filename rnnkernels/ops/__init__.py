@@ -201,6 +201,13 @@ def run(call: Call, packed: Packed | Remembered | None = None) -> tuple[Tensor, 
     return noted(found.s, found.call, found.rows, packed) if is_listening() else found.finished()
 
 
+def _may_repeat(input: Tensor) -> bool:
+    """Whether a call may go straight to the CPU's kernels, as far as can be told before its sizes are looked at."""
+    if torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing() or is_listening():
+        return False
+    return type(input) is Tensor and input.is_cpu
+
+
 def again(
     cell: str,
     input: Tensor,
@@ -215,9 +222,7 @@ def again(
     or None, and somebody has to look at this one. States, none for zeros, and final states are ``[1, B, ·]``; of a cell's step of an input
     ``[B, I]`` they are ``[B, ·]``, and all there is. Of a small layer's call the way to the kernel is the longer part.
     """
-    if torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing():
-        return None
-    if type(input) is not Tensor or not input.is_cpu or is_listening():
+    if not _may_repeat(input):
         return None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, input, *states))
     is_step = input.dim() == 2
@@ -265,9 +270,7 @@ def layer_again(
     if len(weights) == 1:
         one = again(cell, input, states[0], weights[0], engine, recompute, None if packed is None else packed[0])
         return None if one is None else [one]
-    if packed is None or type(input) is not Tensor or not input.is_cpu or cpu.thread.waiting is not None:
-        return None
-    if torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing() or is_listening():
+    if packed is None or cpu.thread.waiting is not None or not _may_repeat(input):
         return None
     leaves = (*weights[0], *weights[1], input, *states[0], *states[1])
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)

@@ -90,13 +90,13 @@ class _Call:
         panels, pack, found = (None, Pack.ALL, None) if keeper is None else keeper.memory(task.packing, weights)
         memory = (workspace.data_ptr(), address(panels), pack)
         call = (input.data_ptr(), addresses(initial), gates, output.data_ptr(), addresses(finals), history, *memory)
-        if cpu.thread.waiting is None:
-            self._run(way, False, kernel, *call)
-            if found is not None and panels is not None:
-                keep(found, task.packing, panels)
-        else:
-            done = None if found is None or panels is None else functools.partial(keep, found, task.packing, panels)
+        done = None if found is None or panels is None else functools.partial(keep, found, task.packing, panels)
+        if cpu.thread.waiting is not None:
             cpu.thread.run(kernel.placed(*call), done, input, initial, output, finals, weights, workspace, panels)
+            return
+        self._run(way, False, kernel, *call)
+        if done is not None:
+            done()
 
     def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor]) -> bool:
         """Whether this is such a call, of an input of the shape that was seen; from zeros, if there are no states."""
@@ -193,9 +193,8 @@ class Training(_Call):
         input = input.contiguous()
         initial = [state.contiguous() for state in states]
         kept, output = empty(input, self._kept), empty(input, self._output)
-        finals = [
-            input.new_empty(*shape) for shape in self._finals
-        ]  # a step's too: the caller may change them, and backward reads the output
+        # A step's too are apart from the output: the caller may change them, and backward reads it.
+        finals = [input.new_empty(*shape) for shape in self._finals]
         history = [empty(input, shape) for shape in self._history]
         if self._complete:
             cpu.complete_step(self.sizes.cell, self.sizes.hidden, kept, input.flatten(0, -2), initial[0] if initial else None, weights)
