@@ -19,6 +19,7 @@ import torch
 
 from bench.cases import DERIVATIVES, DTYPES, Case
 from bench.timing import elapsed, repeats_for
+from rnnkernels import ops
 
 # m, k, n of x W' for some T·B, I and gates·H: a roof is the best of them.
 PRODUCTS = ((1024, 256, 1024), (3200, 512, 2048), (6400, 128, 512))
@@ -66,7 +67,7 @@ class Roofs:
         """The highest. torch's own is not the machine's everywhere: MKL may go without AVX-512 on other makers' processors."""
         if (dtype, threads) not in self.rates:
             rates = [product_rate(*sizes, DTYPES[dtype], threads) for sizes in PRODUCTS]
-            arguments = (dtype == "float64", threads)
+            arguments = (ops.cells.STORAGE[DTYPES[dtype]], threads)
             tile = self.best("measure_product", *arguments)
             if tile is not None:
                 run, seconds = partial(kernel_measure("measure_product"), *arguments), self.elapsed["measure_product", arguments]

@@ -230,6 +230,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build", build);
   m.def("supported_isas", cpu::supported_isas);
   m.def("isa", cpu::isa);
+  m.def("pages_isa", cpu::pages_isa);
   m.def("set_isa", cpu::set_isa);
   m.def("workspace_bytes", [](const Problem& p, bool backward) { return cpu::workspace_bytes(p, cpu::page_of(p), backward); });
   m.def("packing", [](const Problem& p) {
@@ -256,7 +257,11 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   });
   m.def("prefer_large_pages", [](Address memory, int64_t bytes) { cpu::prefer_large_pages(pointer(memory), bytes); });
   m.def("measure_bandwidth", cpu::measure_bandwidth, py::call_guard<py::gil_scoped_release>());
-  m.def("measure_product", cpu::measure_product, py::call_guard<py::gil_scoped_release>());
+  m.def("measure_product", [](int storage, int threads) {
+    if (storage < 0 || storage >= kStorages) throw py::value_error("no such storage type");
+    const py::gil_scoped_release release;
+    return cpu::measure_product(Storage(storage), threads);
+  });
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
 
   // What is to be run, and running some that do not depend on each other side by side.

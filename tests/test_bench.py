@@ -268,7 +268,7 @@ def test_the_floor_is_the_roof_that_binds(monkeypatch):
 
 def test_the_rate_of_products_is_the_highest(monkeypatch):
     monkeypatch.setattr(roofs, "PRODUCTS", ((64, 64, 64),))
-    monkeypatch.setattr(roofs, "kernel_measure", {"measure_product": lambda doubles, threads: 1e6 if doubles else 1e-6}.get)
+    monkeypatch.setattr(roofs, "kernel_measure", {"measure_product": lambda storage, threads: 1e6 if storage == 1 else 1e-6}.get)
     machine = roofs.Roofs()
     assert machine.rate("float64", 1).by == "a tile in registers"
     assert machine.flop_rate("float64", 1) == 1e15

@@ -98,7 +98,7 @@ def test_pages_stay_pages_and_engines_stay_readable() -> None:
             assert lines <= (150 if makes_pages else 90), f"{path.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16"])
 def test_no_function_of_an_instruction_set_can_be_picked_for_another(isa: str) -> None:
     objects = list((ROOT / "build").glob(f"CMakeFiles/rnnkernels_core.dir/csrc/engines/cpu/isa_{isa}.cpp.o"))
     if not objects:

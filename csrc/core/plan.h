@@ -59,6 +59,7 @@ struct Machine {
   int lanes;      // of the number type
   int registers;  // accumulators a tile may use
   int64_t number_bytes;
+  bool pairs = false;    // tensors are bfloat16, of which the processor multiplies two at once
   double fma_ns = 0.28;  // one vector multiply-add, steady state; also one vector load, or two broadcasts
   double latency = 4;    // multiply-adds in flight that reach it
   double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
@@ -72,6 +73,11 @@ struct Machine {
 
 // What of a first data cache weights can have beside states and gates.
 inline int64_t weights_in_l1(int64_t cache_bytes) { return cache_bytes / 4 * 3; }
+
+// Whether the rows of the input are no operands as they lie: an odd one of pairs would end in half a word of something else.
+inline bool converts_input(const Machine& m, const Problem& p) {
+  return m.pairs ? p.input % 2 != 0 : kStorageBytes[int(p.storage)] != m.number_bytes;
+}
 
 struct Schedule {
   int row_groups = 1, unit_groups = 1;
@@ -92,12 +98,17 @@ struct Schedule {
 
 RNN_FN int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// A packed panel: [depth][blocks][columns][lanes]; of int8 after the factors [blocks][columns][lanes].
+// A packed panel: [depth][blocks][columns][lanes]; of int8 after the factors [blocks][columns][lanes]. In pairs two k share a word as wide
+// as a number, and the last one of an odd depth has zero beside it.
+inline bool in_pairs(const Machine& m, const Product& p) { return m.pairs && p.type != WeightType::Int8; }
+inline int64_t words(const Machine& m, const Product& p, int64_t depth) { return in_pairs(m, p) ? ceil_div(depth, 2) : depth; }
 inline int64_t panel_count(const Machine& m, const Product& p, int blocks) { return ceil_div(p.units, int64_t(blocks) * m.lanes); }
-inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) { return p.depth * blocks * p.columns * m.lanes; }
+inline int64_t panel_elements(const Machine& m, const Product& p, int blocks) {
+  return words(m, p, p.depth) * blocks * p.columns * m.lanes;
+}
 inline int64_t panel_bytes(const Machine& m, const Product& p, int blocks) {
   const int64_t elements = panel_elements(m, p, blocks);
-  if (p.type == WeightType::Numbers) return elements * m.number_bytes;
+  if (p.type == WeightType::Numbers || in_pairs(m, p)) return elements * m.number_bytes;
   const int64_t factors = int64_t(blocks) * p.columns * m.lanes * m.number_bytes;
   return p.type == WeightType::BF16 ? elements * 2 : factors + ceil_div(elements, m.number_bytes) * m.number_bytes;
 }
@@ -132,7 +143,7 @@ inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t
   const double tile = double(vectors) * rows / passes;  // multiply-adds in flight
   const double loads = vectors + 0.5 * rows / passes;
   const double cycle = (tile > m.latency ? tile > loads ? tile : loads : m.latency > loads ? m.latency : loads) + 1;
-  const double arithmetic = double(panels) * passes * p.depth * cycle * m.fma_ns;
+  const double arithmetic = double(panels) * passes * words(m, p, p.depth) * cycle * m.fma_ns;
   const double bytes = double(panels) * double(panel_bytes(m, p, blocks));
   const double rate = bytes <= m.l1_bytes                 ? 4 * m.l2_gbs
                       : bytes <= m.l2_bytes               ? m.l2_gbs
@@ -215,6 +226,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
   const int most = p.threads < 1 ? 1 : p.threads, least = p.least < most ? p.least : most;
   const bool gradients = backward && !p.complete;
   const Schedule base = gradients ? grad_schedule(m, cell, p) : Schedule();
+  const double at_once = m.lanes * (m.pairs ? 2 : 1);
   double products = 0;  // multiply-adds a token of the products outside the recurrence
   if (gradients) {
     products = 2.0 * double(p.input) * double(cell.input_slots() * p.hidden);
@@ -231,7 +243,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       s.unit_groups = unit_groups;
       const int64_t rows = ceil_div(p.batch, row_groups);
       double pack = 0, step = 0;
-      double input = products * double(p.batch) * double(p.steps) / m.lanes * 1.15 * m.fma_ns / s.threads();
+      double input = products * double(p.batch) * double(p.steps) / at_once * 1.15 * m.fma_ns / s.threads();
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
         if (p.complete) product.depth = 0;
@@ -247,15 +259,14 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
         }
         if (!backward && !p.complete) {
           input += product_ns(m, x, s.input_blocks[stage], rows * p.steps, unit_groups);
-          pack += double(x.units) * x.columns * x.depth / m.lanes * 2 * m.fma_ns / s.threads();
+          pack += double(x.units) * x.columns * x.depth / at_once * 2 * m.fma_ns / s.threads();
         }
-        pack += double(product.units) * product.columns * product.depth / m.lanes * 2 * m.fma_ns / s.threads();
+        pack += double(product.units) * product.columns * product.depth / at_once * 2 * m.fma_ns / s.threads();
       }
       s.ns = step * double(p.steps) + input + pack + (s.threads() > 1 ? m.fork_ns : 0);
       // What a step of a chunk takes of a thread's memory: its gates, and where storage is not the number type its input as numbers.
-      const bool convert = kStorageBytes[int(p.storage)] != m.number_bytes;
       const int64_t bytes =
-          (rows * cell.input_slots() * ceil_div(p.hidden, unit_groups) + (convert ? p.batch * p.input : 0)) * m.number_bytes;
+          (rows * cell.input_slots() * ceil_div(p.hidden, unit_groups) + (converts_input(m, p) ? p.batch * p.input : 0)) * m.number_bytes;
       s.chunk = m.chunk_bytes / (bytes > 0 ? bytes : 1);
       if (p.chained && s.chunk > chain_steps(p)) s.chunk = chain_steps(p);
       s.chunk = s.chunk < 1 ? 1 : s.chunk > p.steps ? p.steps : s.chunk;
@@ -333,16 +344,17 @@ struct Layout {
   int64_t packed[kMaxStages], packed_input[kMaxStages];  // from the caller's memory on, where the problem keeps them
   int64_t prints[kMaxStages], input_prints[kMaxStages];  // there too: of what weights each panel was made
   int64_t packed_bytes;
-  int64_t wide, wide_bytes;     // where weights are narrower than numbers, a panel of numbers for each thread, so many bytes apart
-  int64_t state[kMaxStates];    // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
-  int64_t between;              // forward, several stages: this step's kept values, [B][kept·H]
-  int64_t operand[kMaxStages];  // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
-  int64_t gates;                // inference: input gates of a chunk, storage type, [chunk][B][X slots · H]
+  int64_t wide, wide_bytes;      // where weights are narrower than numbers, a panel of numbers for each thread, so many bytes apart
+  int64_t paired, paired_bytes;  // an operand's rows in pairs, [B][words] for each thread, so many bytes apart
+  int64_t state[kMaxStates];     // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
+  int64_t between;               // forward, several stages: this step's kept values, [B][kept·H]
+  int64_t operand[kMaxStages];   // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
+  int64_t gates;                 // inference: input gates of a chunk, storage type, [chunk][B][X slots · H]
   // Sums over a row's units: doubles [B][vectors of units][sums][2], twice, so that a stage's are not written over while they are read; and
   // what became of them, for each thread, numbers [B][moments()] forward, [B][kMaxSums] backward.
   int64_t partial, totals;
   int64_t bias;     // forward: of the input's slots, as numbers
-  int64_t numbers;  // forward, half types: a chunk's input as numbers, for each thread [chunk · B][I]
+  int64_t numbers;  // forward, half types: a chunk's input as operands, for each thread [chunk · B][I]
   // Backward's products: panels of W; for each thread, grad_thread bytes apart, gate gradients as numbers [numbers_tokens][X slots·H] and
   // turned [turned_units][K]; for each group of rows, grad_group bytes apart, panels of the input and of each stage's operand,
   // [round_chunks] times of its K tokens of a chunk, and sums over the slots and vectors. The weights' sums, grad_sums bytes apart, for
@@ -378,11 +390,17 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   }
   l.packed_bytes = l.bytes;
   if (p.keeps_packed) l.bytes = 0;
-  int64_t widest = 0;
-  for (int stage = 0; stage < cell.stages && p.weight_type != WeightType::Numbers; ++stage)
-    if (const int64_t n = panel_elements(m, forward_product(cell, p, stage), s.blocks[stage]); n > widest) widest = n;
-  l.wide_bytes = widest * m.number_bytes;
+  l.wide_bytes = l.paired_bytes = 0;
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    const Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
+    const bool pairs = in_pairs(m, product), narrow = product.type != WeightType::Numbers && !pairs;
+    const int64_t wide = narrow ? panel_elements(m, product, s.blocks[stage]) * m.number_bytes : 0;
+    const int64_t paired = pairs && !p.complete ? rows(words(m, product, product.depth)) : 0;
+    if (wide > l.wide_bytes) l.wide_bytes = wide;
+    if (paired > l.paired_bytes) l.paired_bytes = paired;
+  }
   l.wide = l.take(s.threads() * l.wide_bytes);
+  l.paired = l.take(s.threads() * l.paired_bytes);
   for (int stage = 0; stage < cell.stages; ++stage) {
     const int64_t width = width_of(p, cell.stage[stage].width) * cell.hidden_slots(stage);
     l.operand[stage] = l.take(backward ? (stage == 0 ? 2 : 1) * rows(width) : 0);
@@ -424,7 +442,7 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   l.grad_sums = l.bytes - first_sums;
   if (copies > 1) l.take((copies - 1) * l.grad_sums);
   l.bias = l.take(input ? cell.input_slots() * p.hidden * m.number_bytes : 0);
-  l.numbers = l.take(input && storage != m.number_bytes ? s.threads() * s.chunk * p.batch * p.input * m.number_bytes : 0);
+  l.numbers = l.take(input && converts_input(m, p) ? s.threads() * s.chunk * p.batch * p.input * m.number_bytes : 0);
   return l;
 }
 

@@ -13,6 +13,10 @@ struct bf16 {
 struct f16 {
   uint16_t bits;
 };
+// Two in a word, where a processor multiplies them so.
+struct Pair {
+  bf16 low, high;
+};
 
 RNN_FN uint32_t float_bits(float x) {
   uint32_t u;

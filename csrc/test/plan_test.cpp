@@ -63,7 +63,13 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     if (backward) parts.push_back({l.operand[i], (i ? 1 : 2) * rows(cell.hidden_slots(i) * width_of(p, cell.stage[i].width))});
   }
   for (int i = 0; i < cell.states; ++i) parts.push_back({l.state[i], (i || backward ? 1 : 2) * rows(width_of(p, cell.state_width(i)))});
-  if (p.weight_type != WeightType::Numbers) parts.push_back({l.wide, s.threads() * l.wide_bytes});
+  if (p.weight_type == WeightType::Int8 || (p.weight_type == WeightType::BF16 && !m.pairs))
+    parts.push_back({l.wide, s.threads() * l.wide_bytes});
+  for (int i = 0; i < cell.stages && !p.complete; ++i) {
+    const Product product = backward ? backward_product(cell, p, i) : forward_product(cell, p, i);
+    if (in_pairs(m, product) && l.paired_bytes < rows(ceil_div(product.depth, 2))) where("operands longer than the place for their pairs");
+  }
+  if (m.pairs) parts.push_back({l.paired, s.threads() * l.paired_bytes});
   if (!backward && cell.stages > 1) parts.push_back({l.between, rows(cell.kept * p.hidden)});
   if (cell.moments()) {
     parts.push_back({l.partial, 2 * p.batch * partial_row(m, cell, p) * int64_t(sizeof(double))});
@@ -75,7 +81,8 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     if (!p.training)
       parts.push_back({l.gates, regions * s.chunk * p.batch * cell.input_slots() * p.hidden * kStorageBytes[int(p.storage)]});
     parts.push_back({l.bias, cell.input_slots() * p.hidden * m.number_bytes});
-    if (p.storage == Storage::BF16) parts.push_back({l.numbers, s.threads() * s.chunk * p.batch * p.input * m.number_bytes});
+    if (p.storage == Storage::BF16 && (!m.pairs || p.input % 2))
+      parts.push_back({l.numbers, s.threads() * s.chunk * p.batch * p.input * m.number_bytes});
   }
   if (backward && !p.complete) {
     if (s.grad_chunk < 1 || s.grad_chunk > std::max<int64_t>(p.steps, 1)) where("a chunk of gradients of no steps or more than all");
@@ -230,7 +237,8 @@ int main() {
                 const int64_t output = cell.projected() ? (hidden + 1) / 2 : hidden;
                 const bool complete = steps == 1 && cell.stages == 1, training = backward || hidden % 2;
                 const Storage storage = bytes == 8 ? Storage::F64 : batch % 2 ? Storage::F32 : Storage::BF16;
-                Problem p{0, storage, steps, batch, 40, hidden, output, nullptr, false, training, complete, threads};
+                m.pairs = storage == Storage::BF16 && lanes == 16 && hidden != 511;
+                Problem p{0, storage, steps, batch, threads == 3 ? 41 : 40, hidden, output, nullptr, false, training, complete, threads};
                 if (!training && !complete && bytes == 4) p.weight_type = WeightType(batch % kWeightTypes);
                 p.keeps_packed = !backward && !complete && threads % 2;
                 p.chained = !training && !complete && batch % 4 == 1;

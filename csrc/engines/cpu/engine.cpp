@@ -35,7 +35,7 @@ Packing packing(const Problem& p, const Page& page) {
   const Machine m = machine(current(), p);
   const Schedule s = plan(m, page.cell, p, false);
   Packing found{layout(m, page.cell, p, s, false).packed_bytes,
-                {p.cell, int(p.storage), int(p.weight_type), p.input, p.hidden, p.output, m.lanes}};
+                {p.cell, int(p.storage), int(p.weight_type), p.input, p.hidden, p.output, m.lanes, m.pairs}};
   for (int stage = 0; stage < page.cell.stages; ++stage) {
     found.shape.push_back(s.blocks[stage]);
     found.shape.push_back(s.input_blocks[stage]);
@@ -185,7 +185,7 @@ void backward(const Backward& g, const Page& page) {
         const void* read = s < last ? step.operand[s + 1] : gates[~n & 1];
         const int64_t row_bytes = w.row_bytes(w.products[s].depth), units = w.units(t, s);
         w.tiles(
-            me, s, active, w.width_of_stage(s), !p.complete && (n > 0 || s < last), n & 1, g.workspace,
+            me, s, active, w.width_of_stage(s), !p.complete && (n > 0 || s < last), n & 1, g.workspace, g.workspace,
             [&](int64_t row) { return at(read, row * row_bytes); },
             [&](int64_t unit) {
               Walk::Depth depth = w.readers(s, unit);
@@ -228,7 +228,7 @@ void backward(const Backward& g, const Page& page) {
       };
       const int64_t panel_units = w.plan_.blocks[last] * w.m.lanes;
       w.tiles(
-          me, last, p.batch, units, !p.complete, false, g.workspace, side, [&](int64_t unit) { return w.readers(last, unit); },
+          me, last, p.batch, units, !p.complete, false, g.workspace, g.workspace, side, [&](int64_t unit) { return w.readers(last, unit); },
           [&](const RowSet& rows, int64_t unit, const void* sums) {
             for (int r = 0; r < rows.count; ++r)
               finish(rows[r], unit, std::min(panel_units, units - unit), at(sums, r * panel_units * w.number_bytes));

@@ -13,6 +13,7 @@ namespace rnnkernels::cpu {
 std::vector<std::string> supported_isas();
 std::vector<std::string> built_isas();
 std::string isa();
+std::string pages_isa();  // that for which its pages are compiled
 // Throws std::invalid_argument for a name that is not supported; the empty name chooses the best.
 void set_isa(const std::string& name);
 
@@ -63,7 +64,7 @@ int64_t level1_bytes();
 // For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over;
 // flops a second of the best tile of a product, all of it in L1; a barrier's time. In units of 1e9 and µs.
 double measure_bandwidth(int64_t bytes, int threads);
-double measure_product(bool doubles, int threads);
+double measure_product(Storage, int threads);
 double measure_barrier(int threads);
 
 }  // namespace rnnkernels::cpu

@@ -204,8 +204,8 @@ class Gradients {
       std::vector<const void*> rows(static_cast<size_t>(count));
       auto lay = [&](const Matrix& matrix) {
         const Product product = grad_weight_product(matrix.width, count);
-        w.storage.spread(rows.data(), product, matrix.blocks, 0, panel_count(w.m, product, matrix.blocks), begin, end,
-                         panels(matrix, chunk));
+        w.panels(product).spread(rows.data(), product, matrix.blocks, 0, panel_count(w.m, product, matrix.blocks), begin, end,
+                                 panels(matrix, chunk));
       };
       if (g.grad_weight_ih) {
         for (int64_t k = begin; k < end; ++k) rows[size_t(k)] = at(g.input, tokens[size_t(k)].place * w.p.input * w.storage_bytes);
@@ -278,7 +278,8 @@ class Gradients {
             gates.clear();
             for (const Token& k : tokens) gates.push_back(gates_of(k));
             const int64_t unit = i * w.p.hidden + begin, most = with_unit(tokens, begin);
-            w.storage.turn(gates.data(), unit, end - begin, most, turned, turned_row / w.number_bytes);
+            w.panels(grad_weight_product(w.p.hidden, most))
+                .turn(gates.data(), unit, end - begin, most, turned, turned_row / w.number_bytes);
             const auto add = [&](const Matrix& matrix, int64_t row, int64_t width) {
               add_weight(matrix, row, begin, std::min(end, width), tokens, int64_t(c), turned, onto || c > 0);
             };
@@ -319,7 +320,7 @@ class Gradients {
     int64_t places[kMaxTileRows];
     for (int64_t begin = split(count, me.members, me.id); begin < last; begin += w.plan_.numbers_tokens) {
       const int64_t end = std::min(begin + w.plan_.numbers_tokens, last);
-      for (int64_t k = begin; k < end; ++k) w.storage.load(gates_of(tokens[size_t(k)]), x_slots, at(numbers, (k - begin) * numbers_row));
+      for (int64_t k = begin; k < end; ++k) w.load_operand(gates_of(tokens[size_t(k)]), x_slots, at(numbers, (k - begin) * numbers_row));
       w.multiply(
           product, w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0,
           panel_count(w.m, product, w.plan_.grad_input_blocks), begin, end,

@@ -70,7 +70,7 @@ class InputGates {
       std::stable_sort(chunk.steps.begin(), chunk.steps.end(),
                        [&](int64_t a, int64_t b) { return w.p.units[w.step(a, true)] > w.p.units[w.step(b, true)]; });
     const int64_t input_bytes = w.p.input * w.storage_bytes;
-    const bool convert = w.storage_bytes != w.number_bytes;
+    const bool convert = converts_input(w.m, w.p);
     char* numbers = static_cast<char*>(f.workspace) + w.memory.numbers + me.id * w.plan_.chunk * w.p.batch * w.p.input * w.number_bytes;
     for (int64_t n : chunk.steps) {
       const int64_t t = w.step(n, true), token = w.offsets[size_t(t)];
@@ -80,7 +80,7 @@ class InputGates {
         chunk.places.push_back(w.p.training ? token + b : row_in_chunk(me, n - n0) + b);
         const void* x = at(f.input, (token + b) * input_bytes);
         if (convert) {
-          w.storage.load(x, w.p.input, numbers);
+          w.load_operand(x, w.p.input, numbers);
           x = numbers;
           numbers += w.p.input * w.number_bytes;
         }

@@ -15,7 +15,7 @@ namespace {
 
 const Isa* const kBuilt[] = {
 #if RNNKERNELS_X86
-    &isa_avx512, &isa_avx2,
+    &isa_avx512bf16, &isa_avx512, &isa_avx2,
 #endif
     &isa_scalar};
 
@@ -24,9 +24,10 @@ bool runs(const Isa* isa) {
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (isa == &isa_avx2) return avx2;
-  if (isa == &isa_avx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
+  if (isa == &isa_avx512) return avx512;
+  if (isa == &isa_avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return isa == &isa_scalar;
 }
@@ -72,6 +73,7 @@ std::vector<std::string> built_isas() {
   return names;
 }
 std::string isa() { return current().name; }
+std::string pages_isa() { return current().pages; }
 void set_isa(const std::string& name) { chosen.store(choose(name), std::memory_order_release); }
 
 }  // namespace rnnkernels::cpu

@@ -1,20 +1,29 @@
-// Kernels of the CPU engine over any number type: the product of rows and a panel, the pages between memory and registers, packing.
+// Kernels of the CPU engine over any number type: the product of rows and a panel, the pages between memory and registers.
 // Every function here is a template over a number type of its instruction set, so that none is shared between instruction sets.
 #pragma once
 
-#include <string.h>
-
-#include "engines/cpu/table.h"
+#include "engines/cpu/operands.h"
 
 namespace rnnkernels::cpu {
+
+// What a panel of elements W is multiplied with.
+template <class W, class T>
+struct OperandOf {
+  using type = T;
+};
+template <class T>
+struct OperandOf<Pair, T> {
+  using type = Pair;
+};
 
 // All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once. Meanwhile a
 // tile that is tall enough to have time for it asks for memory that will be wanted next, a line for each k.
 template <class V, class W, int vectors, int rows>
 void product(const void* const* operand, const void* panel, int64_t depth, void* sums, const Soon* soon) {
   using T = typename V::element;
-  const T* a[rows];
-  for (int r = 0; r < rows; ++r) a[r] = static_cast<const T*>(operand[r]);
+  using A = typename OperandOf<W, T>::type;
+  const A* a[rows];
+  for (int r = 0; r < rows; ++r) a[r] = static_cast<const A*>(operand[r]);
   constexpr bool scaled = sizeof(W) == 1;
   const T* const factors = static_cast<const T*>(panel);
   const W* w = scaled ? reinterpret_cast<const W*>(factors + vectors * V::lanes) : static_cast<const W*>(panel);
@@ -24,7 +33,7 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
   const auto add = [&](int64_t k) __attribute__((always_inline)) {
-    V column[vectors];
+    decltype(V::load(w)) column[vectors];
     if constexpr (sizeof(W) == 2) {
 #pragma GCC unroll 8
       for (int v = 0; v + 1 < vectors; v += 2) V::load_two(w + v * V::lanes, column[v], column[v + 1]);
@@ -35,7 +44,7 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const V x = V::broadcast(a[r] + k);
+      const auto x = V::broadcast(a[r] + k);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
     }
@@ -63,46 +72,10 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v)
-      (scaled ? sum[r][v] * V::load(factors + v * V::lanes) : sum[r][v]).store(out + (r * vectors + v) * V::lanes);
-}
-
-// Of each k two vectors and two, as the product takes them.
-template <class V>
-void narrow_bf16(const void* numbers, int64_t depth, int64_t width, void* packed) {
-  constexpr int L = V::lanes;
-  const auto* from = static_cast<const typename V::element*>(numbers);
-  auto* to = static_cast<bf16*>(packed);
-  for (int64_t k = 0; k < depth; ++k, from += width, to += width) {
-    int64_t i = 0;
-    for (; i + 2 * L <= width; i += 2 * L) V::store_two(to + i, V::load(from + i), V::load(from + i + L));
-    if (i < width) V::load(from + i).store(to + i);
-  }
-}
-
-// A column's largest magnitude becomes 127. What is not finite makes all of its column's results NaN.
-template <class V>
-void narrow_int8(const void* numbers, int64_t depth, int64_t width, void* packed) {
-  using T = typename V::element;
-  const T* const from = static_cast<const T*>(numbers);
-  T* const factors = static_cast<T*>(packed);
-  int8_t* const to = reinterpret_cast<int8_t*>(factors + width);
-  for (int64_t c = 0; c < width; ++c) {
-    T most = 0;
-    for (int64_t k = 0; k < depth; ++k) {
-      const T x = from[k * width + c], magnitude = x < 0 ? -x : x;
-      if (magnitude > most || x != x) most = magnitude;
+    for (int v = 0; v < vectors; ++v) {
+      if constexpr (scaled) sum[r][v] = sum[r][v] * V::load(factors + v * V::lanes);
+      sum[r][v].store(out + (r * vectors + v) * V::lanes);
     }
-    const bool finite = most - most == 0;
-    const T factor = finite ? most / 127 : most - most;
-    factors[c] = factor;
-    for (int64_t k = 0; k < depth; ++k) {
-      const T steps = finite && factor > 0 ? from[k * width + c] / factor : T(0);
-      // The factor of the smallest numbers is rounded itself.
-      const T bounded = steps > 127 ? T(127) : steps < -127 ? T(-127) : steps;
-      to[k * width + c] = int8_t(bounded < 0 ? bounded - T(0.5) : bounded + T(0.5));
-    }
-  }
 }
 
 template <class V>
@@ -139,126 +112,6 @@ void store(const void* numbers, int64_t n, void* storage) {
     const int m = int(n - i < V::lanes ? n - i : V::lanes);
     V::load(static_cast<const typename V::element*>(numbers) + i, m).store(static_cast<S*>(storage) + i, m);
   }
-}
-
-// Rows of a square of numbers become its columns: each round interleaves the first half with the second.
-template <class V>
-RNN_FN void transpose(V (&square)[V::lanes]) {
-  constexpr int L = V::lanes;
-  if constexpr (L > 1) {
-    V other[L];
-#pragma GCC unroll 8
-    for (int round = 1; round < L; round *= 2) {
-#pragma GCC unroll 16
-      for (int i = 0; i < L / 2; ++i) {
-        other[2 * i] = interleave_low(square[i], square[i + L / 2]);
-        other[2 * i + 1] = interleave_high(square[i], square[i + L / 2]);
-      }
-#pragma GCC unroll 16
-      for (int i = 0; i < L; ++i) square[i] = other[i];
-    }
-  }
-}
-
-template <class V, class S>
-void pack(const void* weights, const Product& p, int blocks, int64_t begin, int64_t end, int64_t first, void* packed) {
-  using T = typename V::element;
-  constexpr int L = V::lanes;
-  const S* w = static_cast<const S*>(weights);
-  const int64_t vectors = int64_t(blocks) * p.columns;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    T* out = static_cast<T*>(packed) + panel * p.depth * vectors * L;
-    for (int64_t v = 0; v < vectors; ++v) {
-      const int64_t column = v % p.columns, unit = (panel * blocks + v / p.columns) * L;
-      const int64_t left = p.units - unit;
-      const S* rows = w + (column * p.units + (left > 0 ? unit : 0)) * p.depth;
-      for (int64_t k = first; k < p.depth; k += L) {
-        const int n = int(p.depth - k < L ? p.depth - k : L);
-        V square[L];
-        for (int lane = 0; lane < L; ++lane) square[lane] = lane < left ? V::load(rows + lane * p.depth + k, n) : V(0);
-        transpose(square);
-        for (int i = 0; i < n; ++i) square[i].store(out + ((k + i) * vectors + v) * L);
-      }
-    }
-  }
-}
-
-template <int bytes>
-struct Words {
-  typedef uint32_t Vector __attribute__((vector_size(bytes)));
-};
-
-// Each word of a stripe has two chains of its own, so that this is nearly as fast as memory. A chain's step is a bijection both of what it
-// has and of what it takes in: one changed word is never lost, and of changes that fall into one word of their stripes one case in 2^64.
-template <class V>
-Fingerprint fingerprint(const void* const* stretches, int count, int64_t bytes) {
-  constexpr int size = V::lanes > 4 ? V::lanes * 4 : 16, words = size / 4, parts = 4;
-  using Vector = typename Words<size>::Vector;
-  Vector one[parts], other[parts];
-  for (int c = 0; c < parts; ++c)
-    for (int i = 0; i < words; ++i) {
-      one[c][i] = uint32_t(c * words + i + 1) * 0x85ebca6bu;
-      other[c][i] = uint32_t(c * words + i + 1) * 0xc2b2ae35u;
-    }
-  const auto take = [&](const char* from) {
-    for (int c = 0; c < parts; ++c) {
-      Vector x;
-      memcpy(&x, from + c * size, size);
-      const Vector a = one[c] ^ x, b = other[c] + x;
-      one[c] = (a << 13 | a >> 19) * 0x9e3779b1u;
-      other[c] = (b << 15 | b >> 17) * 0xcc9e2d51u;
-    }
-  };
-  for (int s = 0; s < count; ++s) {
-    const char* const from = static_cast<const char*>(stretches[s]);
-    int64_t at = 0;
-    for (; at + size * parts <= bytes; at += size * parts) take(from + at);
-    char last[size * parts] = {};
-    memcpy(last, from + at, size_t(bytes - at));
-    if (at < bytes) take(last);
-  }
-  Fingerprint found{{uint64_t(bytes), ~uint64_t(bytes)}};
-  for (int c = 0; c < parts; ++c)
-    for (int i = 0; i < words; ++i) {
-      const uint64_t both = uint64_t(one[c][i]) << 32 | other[c][i];
-      found.bits[0] = (found.bits[0] ^ both) * 0x9e3779b97f4a7c15u;
-      found.bits[0] ^= found.bits[0] >> 29;
-      found.bits[1] = (found.bits[1] + both) * 0xc2b2ae3d27d4eb4fu;
-      found.bits[1] ^= found.bits[1] >> 32;
-    }
-  return found;
-}
-
-template <class V, class S>
-void spread(const void* const* rows, const Product& p, int blocks, int64_t begin, int64_t end, int64_t first, int64_t last, void* packed) {
-  using T = typename V::element;
-  const int64_t width = int64_t(blocks) * V::lanes;
-  for (int64_t panel = begin; panel < end; ++panel) {
-    T* out = static_cast<T*>(packed) + (panel * p.depth + first) * width;
-    for (int64_t k = first; k < last; ++k, out += width)
-      for (int b = 0; b < blocks; ++b) {
-        const int64_t unit = panel * width + b * V::lanes, left = rows[k] ? p.units - unit : 0;
-        const V x = left > 0 ? V::load(static_cast<const S*>(rows[k]) + unit, int(left < V::lanes ? left : V::lanes)) : V(0);
-        x.store(out + b * V::lanes);
-      }
-  }
-}
-
-template <class V, class S>
-void turn(const void* const* tokens, int64_t first, int64_t width, int64_t count, void* turned, int64_t turned_row) {
-  using T = typename V::element;
-  constexpr int L = V::lanes;
-  const auto at = [&](int64_t k, int64_t c) { return static_cast<const S*>(tokens[k]) + first + c; };
-  for (int64_t k = 0; k < count; k += L)
-    for (int64_t c = 0; c < width; c += L) {
-      const int rows = int(count - k < L ? count - k : L), columns = int(width - c < L ? width - c : L);
-      V square[L];
-      for (int i = 0; i < L; ++i) square[i] = i < rows ? V::load(at(k + i, c), columns) : V(0);
-      // Half of these rows are another core's, and no stream that hardware would foresee.
-      for (int i = 0; i < L && k + L + i < count; ++i) __builtin_prefetch(at(k + L + i, c));
-      transpose(square);
-      for (int i = 0; i < columns; ++i) square[i].store(static_cast<T*>(turned) + (c + i) * turned_row + k, rows);
-    }
 }
 
 template <class V>
@@ -344,12 +197,12 @@ void backward(const BackwardStep& step, const RowSet& rows, int64_t unit, int64_
 
 // Every tile that fits the registers, from `vectors` × `rows` on.
 template <class V, class W, int registers, int vectors = 1, int rows = 1>
-constexpr void add_products(NumberOps& ops, WeightType type) {
-  if constexpr (rows == 1 || vectors * rows <= registers) ops.product[int(type)][vectors - 1][rows - 1] = product<V, W, vectors, rows>;
+constexpr void add_products(Tiles& tiles) {
+  if constexpr (rows == 1 || vectors * rows <= registers) tiles.tile[vectors - 1][rows - 1] = product<V, W, vectors, rows>;
   if constexpr (rows < kMaxTileRows) {
-    add_products<V, W, registers, vectors, rows + 1>(ops, type);
+    add_products<V, W, registers, vectors, rows + 1>(tiles);
   } else if constexpr (vectors < kMaxVectorsPerPanel) {
-    add_products<V, W, registers, vectors + 1>(ops, type);
+    add_products<V, W, registers, vectors + 1>(tiles);
   }
 }
 
@@ -357,10 +210,10 @@ template <class V, int registers>
 constexpr NumberOps number_ops() {
   using T = typename V::element;
   NumberOps ops{V::lanes, registers, {}, {}, add<V, T>, multiply_add<V>, merge<V>};
-  add_products<V, T, registers>(ops, WeightType::Numbers);
+  add_products<V, T, registers>(ops.products[int(WeightType::Numbers)]);
   if constexpr (sizeof(T) == 4) {
-    add_products<V, bf16, registers>(ops, WeightType::BF16);
-    add_products<V, int8_t, registers>(ops, WeightType::Int8);
+    add_products<V, bf16, registers>(ops.products[int(WeightType::BF16)]);
+    add_products<V, int8_t, registers>(ops.products[int(WeightType::Int8)]);
     ops.narrow[int(WeightType::BF16)] = narrow_bf16<V>;
     ops.narrow[int(WeightType::Int8)] = narrow_int8<V>;
   }
@@ -369,7 +222,15 @@ constexpr NumberOps number_ops() {
 
 template <class V, class S>
 constexpr StorageOps storage_ops() {
-  return {pack<V, S>, spread<V, S>, turn<V, S>, put<V, S>, load<V, S>, add<V, S>, store<V, S>};
+  return {{pack<V, S>, spread<V, S>, turn<V, S>}, put<V, S>, load<V, S>, add<V, S>, store<V, S>};
+}
+
+// V: their sums.
+template <class V, class P, int registers>
+constexpr PairOps pair_ops() {
+  PairOps ops{{}, {pack<P, bf16>, spread<P, bf16>, turn<P, bf16>}, narrow_pairs<P>};
+  add_products<V, Pair, registers>(ops.products);
+  return ops;
 }
 
 template <class Cell, class V, class S>
@@ -395,17 +256,23 @@ constexpr Page make_page(const char* name, const char* page = "") {
 #endif
 }
 
-template <class F32, class F64, int registers>
-constexpr Isa make_isa(const char* name) {
-  return {name,
-          fingerprint<F32>,
-          {number_ops<F32, registers>(), number_ops<F64, registers>()},
-          {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},
-          {
+template <class F32, class F64>
+inline constexpr Page kPages[kCellCount] = {
 #define RNN_CELL(cell, heat, ...) make_page<Complete<__VA_ARGS__>, F32, F64>(#cell, #__VA_ARGS__),
 #include "cells/cells.def"
 #undef RNN_CELL
-          }};
+};
+
+// With pairs it has another name than its pages.
+template <class F32, class F64, int registers>
+constexpr Isa make_isa(const char* pages, const char* name = nullptr, const PairOps* pairs = nullptr) {
+  return {name ? name : pages,
+          pages,
+          fingerprint<F32>,
+          {number_ops<F32, registers>(), number_ops<F64, registers>()},
+          {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},
+          kPages<F32, F64>,
+          pairs};
 }
 
 }  // namespace rnnkernels::cpu

@@ -18,7 +18,7 @@ class Packer {
   // Weights [columns·units, depth].
   void pack(const Product& product, int blocks, const void* weights, void* packed, Kept kept) const {
     each_panel(product, blocks, [&](int64_t panel) {
-      if (is_new(product, blocks, weights, panel, kept)) w.storage.pack(weights, product, blocks, panel, panel + 1, 0, packed);
+      if (is_new(product, blocks, weights, panel, kept)) w.panels(product).pack(weights, product, blocks, panel, panel + 1, 0, packed);
     });
   }
 
@@ -28,19 +28,19 @@ class Packer {
     const int64_t panels = panel_count(w.m, product, blocks);
     std::vector<const void*> rows(static_cast<size_t>(product.depth));
     for (int64_t k = 0; k < product.depth; ++k) rows[size_t(k)] = at(weights, k * product.units * w.storage_bytes);
-    w.storage.spread(rows.data(), product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), 0, product.depth,
-                     packed);
+    w.panels(product).spread(rows.data(), product, blocks, split(panels, me.members, me.id), split(panels, me.members, me.id + 1), 0,
+                             product.depth, packed);
   }
 
   // A stage's matrix: with modules, of each panel what its product reads.
   void pack_matrix(int s, const void* weights, void* packed, void* workspace, Kept kept) const {
     const Product& product = w.products[s];
     const int blocks = w.plan_.blocks[s];
-    if (product.type != WeightType::Numbers) return pack_narrow(s, weights, packed, workspace, kept);
+    if (product.type != WeightType::Numbers && !in_pairs(w.m, product)) return pack_narrow(s, weights, packed, workspace, kept);
     if (!w.p.units) return pack(product, blocks, weights, packed, kept);
     each_panel(product, blocks, [&](int64_t panel) {
       if (!is_new(product, blocks, weights, panel, kept)) return;
-      w.storage.pack(weights, product, blocks, panel, panel + 1, panel * blocks * w.m.lanes / w.p.module * w.p.module, packed);
+      w.storage.panels.pack(weights, product, blocks, panel, panel + 1, panel * blocks * w.m.lanes / w.p.module * w.p.module, packed);
       clear_below_blocks(s, false, panel, packed);
     });
   }
@@ -84,15 +84,14 @@ class Packer {
   void pack_narrow(int s, const void* weights, void* packed, void* workspace, Kept kept) const {
     const int blocks = w.plan_.blocks[s];
     const int64_t bytes = panel_bytes(w.m, w.products[s], blocks);
-    Product wide = w.products[s];
-    wide.type = WeightType::Numbers;
-    const int64_t elements = panel_elements(w.m, wide, blocks);
+    const Product& product = w.products[s];
+    const int64_t elements = panel_elements(w.m, product, blocks);
     void* const numbers = at(workspace, w.memory.wide + me.id * w.memory.wide_bytes);
-    each_panel(wide, blocks, [&](int64_t panel) {
-      if (!is_new(wide, blocks, weights, panel, kept)) return;
+    each_panel(product, blocks, [&](int64_t panel) {
+      if (!is_new(product, blocks, weights, panel, kept)) return;
       // The kernel finds a panel's place by its number, and this one is to lie first.
-      w.storage.pack(weights, wide, blocks, panel, panel + 1, 0, at(numbers, -panel * elements * w.number_bytes));
-      w.ops.narrow[int(w.products[s].type)](numbers, wide.depth, int64_t(blocks) * wide.columns * w.m.lanes, at(packed, panel * bytes));
+      w.storage.panels.pack(weights, product, blocks, panel, panel + 1, 0, at(numbers, -panel * elements * w.number_bytes));
+      w.ops.narrow[int(product.type)](numbers, product.depth, int64_t(blocks) * product.columns * w.m.lanes, at(packed, panel * bytes));
     });
   }
 

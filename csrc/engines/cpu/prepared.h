@@ -81,7 +81,7 @@ class Prepared {
       const int operand = w.cell.stage[s].operand;
       const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden), units = w.units(t, s);
       w.tiles(
-          me, s, active, units, !p.complete, side, packed_in(f),
+          me, s, active, units, !p.complete, side, packed_in(f), f.workspace,
           [&](int64_t row) -> const void* {
             if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
             return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);

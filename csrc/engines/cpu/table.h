@@ -23,11 +23,16 @@ struct RowSet {
   }
 };
 
+// Kernels for each tile: sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order. Null soon: it
+// asks for nothing.
+struct Tiles {
+  using Tile = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums, const Soon* soon);
+  Tile tile[kMaxVectorsPerPanel][kMaxTileRows];
+};
+
 struct NumberOps {
   int lanes, registers;
-  // sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order. Null soon: it asks for nothing.
-  using Product = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums, const Soon* soon);
-  Product product[kWeightTypes][kMaxVectorsPerPanel][kMaxTileRows];  // by what the panel is made of
+  Tiles products[kWeightTypes];  // by what the panel is made of
   // A panel of numbers [depth][width] made narrower.
   void (*narrow[kWeightTypes])(const void* numbers, int64_t depth, int64_t width, void* packed);
   void (*add)(const void* from, int64_t n, void* to);
@@ -36,7 +41,8 @@ struct NumberOps {
   void (*merge)(const void* sums, void* const* rows, int count, int64_t unit, int blocks, int64_t width, bool onto);
 };
 
-struct StorageOps {
+// How matrices come to lie as operands.
+struct PanelOps {
   // Panels [begin, end) of weights [columns·units, depth], of each row what comes from column `first` on.
   void (*pack)(const void* weights, const Product&, int blocks, int64_t begin, int64_t end, int64_t first, void* packed);
   // Rows [first, last) of panels [begin, end) of a matrix [depth, units] given by the addresses of its rows, null for zeros.
@@ -44,6 +50,18 @@ struct StorageOps {
                  void* packed);
   // Rows become columns: turned[column][k] = rows[k][first + column].
   void (*turn)(const void* const* rows, int64_t first, int64_t width, int64_t count, void* turned, int64_t turned_row);
+};
+
+// Where the processor multiplies bfloat16 two at once, rows and panels are of pairs along the depth, which these have halved.
+struct PairOps {
+  Tiles products;
+  PanelOps panels;
+  // A row of numbers rounded; the last one of an odd number has zero beside it.
+  void (*narrow)(const void* numbers, int64_t n, void* pairs);
+};
+
+struct StorageOps {
+  PanelOps panels;
   // gates[token][column][unit…] = sums + bias, for the tokens of a tile; the bias as numbers, null for zero.
   void (*put)(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
               void* gates, int64_t gates_row, int64_t gates_slot);
@@ -68,17 +86,21 @@ struct Page {
 
 struct Isa {
   const char* name;
+  const char* pages;  // of the instruction set that pages are compiled for
   // Of `count` stretches of memory, each of so many bytes, one after the other.
   Fingerprint (*fingerprint)(const void* const* stretches, int count, int64_t bytes);
   NumberOps number[2];  // float, double
   StorageOps storage[kStorages];
-  Page page[kCellCount];
+  const Page* page;      // [kCellCount]
+  const PairOps* pairs;  // or null
 };
 
 extern const Isa isa_scalar;
 #if RNNKERNELS_X86
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
+extern const PairOps pairs_avx512bf16;
+extern const Isa isa_avx512bf16;
 #endif
 
 }  // namespace rnnkernels::cpu

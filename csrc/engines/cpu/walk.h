@@ -9,26 +9,12 @@
 #include <utility>
 #include <vector>
 
-#include "engines/cpu/engine.h"
-#include "engines/cpu/table.h"
+#include "engines/cpu/machine.h"
 #include "engines/cpu/team.h"
 
 namespace rnnkernels::cpu {
 
-const Isa& current();  // the chosen instruction set
 const Page& page_of(int cell, const Isa&);
-
-inline int number_of(Storage s) { return s == Storage::F64; }
-
-inline Machine machine(const Isa& isa, const Problem& p) {
-  Machine m{};
-  m.lanes = isa.number[number_of(p.storage)].lanes;
-  m.registers = isa.number[number_of(p.storage)].registers;
-  m.number_bytes = kNumberBytes[int(p.storage)];
-  static const int64_t l1 = level1_bytes();
-  if (l1 > 0) m.l1_bytes = weights_in_l1(l1);
-  return m;
-}
 
 // Address arithmetic on untyped memory; null stays null.
 template <class P>
@@ -178,6 +164,17 @@ class Walk {
     return first;
   }
 
+  const PanelOps& panels(const Product& product) const { return in_pairs(m, product) ? isa.pairs->panels : storage.panels; }
+  const Tiles& kernels(const Product& product) const {
+    return in_pairs(m, product) ? isa.pairs->products : ops.products[int(product.type)];
+  }
+  // n numbers of storage type as an operand's row.
+  void load_operand(const void* from, int64_t n, void* to) const {
+    if (!m.pairs) return storage.load(from, n, to);
+    std::memcpy(to, from, size_t(n * storage_bytes));
+    if (n % 2) std::memset(at(to, n * storage_bytes), 0, size_t(storage_bytes));
+  }
+
   // Bytes of a row of numbers in the workspace.
   int64_t row_bytes(int64_t width) const { return padded(width, number_bytes) * number_bytes; }
 
@@ -221,9 +218,10 @@ class Walk {
 
   // This member's tiles of one stage: operand(row) times every panel of its own that has units below `units`, as far as depth(unit) says,
   // each tile handed to pointwise(rows, unit, sums). Even steps walk the panels forward and odd ones backward, so that what the cache saw
-  // last is wanted first. wanted(rows, unit): what the page of a tile to come needs.
+  // last is wanted first. Operands are numbers, to be made pairs in the workspace where panels are of pairs. wanted(rows, unit): what the
+  // page of a tile to come needs.
   template <class Operand, class Reads, class Pointwise, class Wanted>
-  void tiles(const Member& me, int s, int64_t active, int64_t units, bool multiply, bool backwards, const void* workspace,
+  void tiles(const Member& me, int s, int64_t active, int64_t units, bool multiply, bool backwards, const void* packed, void* workspace,
              const Operand& operand, const Reads& depth, const Pointwise& pointwise, const Wanted& wanted) const {
     const Product& product = products[s];
     const int blocks = plan_.blocks[s], vectors = blocks * std::max(product.columns, 1);
@@ -232,7 +230,10 @@ class Walk {
     const int64_t tile_count = ceil_div(mine.count, tile_rows(m, vectors));
     const int64_t bytes = panel_bytes(m, product, blocks);
     multiply = multiply && product.depth;
-    bool fetched = me.unit_groups == 1;
+    bool fetched = me.unit_groups == 1, made = false;
+    const bool pairs = multiply && in_pairs(m, product);
+    void* const paired = at(workspace, memory.paired + me.id * memory.paired_bytes);
+    const int64_t paired_row = row_bytes(words(m, product, product.depth));
     const PanelsAhead panels(m, own.count, bytes);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
     const Split cut(mine.count, tile_count);
@@ -241,15 +242,20 @@ class Walk {
       const int64_t panel = panel_of(i), unit = panel * blocks * m.lanes;
       if (unit >= units) continue;
       const Depth reads = multiply ? depth(unit) : Depth{0, 0};
-      const void* const first = at(workspace, memory.packed[s] + reads.begin * vectors * m.lanes * number_bytes);
+      const void* const first = at(packed, memory.packed[s] + reads.begin * vectors * m.lanes * number_bytes);
       const void* const next = i + 1 < own.count ? at(first, panel_of(i + 1) * bytes) : nullptr;
       for (int64_t tile = 0; tile < tile_count; ++tile) {
         const RowSet set = mine.some(cut(tile), cut(tile + 1));
         if (reads.begin < reads.end) {
           const void* operands[kMaxTileRows];
           for (int r = 0; r < set.count; ++r) operands[r] = at(operand(set[r]), reads.begin * number_bytes);
-          if (!fetched) fetch(operands, set.count, reads.end - reads.begin);
           const int64_t length = reads.end - reads.begin;
+          if (!fetched) fetch(operands, set.count, length);
+          for (int r = 0; pairs && r < set.count; ++r) {
+            void* const row = at(paired, (cut(tile) + r) * paired_row);
+            if (!made) isa.pairs->narrow(operands[r], length, row);
+            operands[r] = row;
+          }
           const bool turns = tile + 1 == tile_count;
           ask_and_multiply(product, vectors, set.count, operands, at(first, panel * bytes), length, sums, panels, next, tile, turns, [&] {
             const int64_t then = turns ? 0 : tile + 1;
@@ -258,7 +264,7 @@ class Walk {
         }
         pointwise(set, unit, reads.begin < reads.end ? sums : nullptr);
       }
-      fetched = true;
+      fetched = made = true;
     }
   }
 
@@ -268,13 +274,14 @@ class Walk {
                         void* sums, const PanelsAhead& panels, const void* next, int64_t tile, bool turns, const Wanted& wanted) const {
     Soon soon;
     bool asks = false;
+    depth = words(m, product, depth);
     if ((next || !turns) && asks_ahead(rows, vectors, m.lanes)) {
       if (panels.wanted(next, tile, depth))
         soon = {{panels.lines(next, tile, depth), {}, {}}, {}}, asks = true;
       else if constexpr (!std::is_void_v<decltype(wanted())>)
         soon = wanted(), asks = true;
     }
-    ops.product[int(product.type)][vectors - 1][rows - 1](operands, panel, depth, sums, asks ? &soon : nullptr);
+    kernels(product).tile[vectors - 1][rows - 1](operands, panel, depth, sums, asks ? &soon : nullptr);
   }
   // Whether that is done for what the pages of this member's tiles read; where their rows lie apart it is not.
   bool asks_for_pages(const Member& me, int s, int64_t active) const {

@@ -1,0 +1,10 @@
+// What AVX-512 has of its own for bfloat16, compiled with its own flags (see CMakeLists.txt); everything else is that of isa_avx512.cpp.
+#include "num/avx512bf16.h"
+
+#include "engines/cpu/kernels.h"
+
+namespace rnnkernels::cpu {
+
+extern constexpr PairOps pairs_avx512bf16 = pair_ops<avx512bf16::F32, avx512bf16::Pairs, 24>();
+
+}  // namespace rnnkernels::cpu
