@@ -925,7 +925,9 @@ class _Cell(nn.RNNCellBase):
         if found is not None:
             return found
         data, states, weights = self._prepare(input, hx)
-        _, *finals = ops.sequence(self._cell, data.unsqueeze(0), states, *weights, engine=self.engine)
+        six = ops.Weights(*weights, *[None] * (len(ops.Weights._fields) - len(weights)))
+        call = ops.Call(self._cell, data.unsqueeze(0), states, *six, *ops.NO_ROWS, (), (), 0, False, self.engine, False, False)
+        _, *finals = ops.run(call, is_step=True)
         return [state.squeeze(0) for state in finals] if input.dim() == 1 else finals
 
 

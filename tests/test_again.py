@@ -108,7 +108,7 @@ CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "lengths": lambda layer, x: layer(x, lengths=torch.tensor([T, 2])),
     "return_states": lambda layer, x: layer(x, return_states=True),
     "zoneout": lambda layer, x: setattr(layer, "zoneout", 0.5) or layer.eval()(x),
-    "autocast": lambda layer, x: torch.autocast("cpu", torch.bfloat16)(layer)(x),
+    "autocast": lambda layer, x: torch.autocast("cpu", torch.bfloat16)(layer)(x.bfloat16()),
     "vmap": lambda layer, x: torch.func.vmap(layer)(torch.stack([x, x])),
     "transposed weight": lambda layer, x: setattr(layer.weight_hh_l0, "data", layer.weight_hh_l0.data.t().contiguous().t()) or layer(x),
     "negated weight": lambda layer, x: setattr(layer.weight_hh_l0, "data", torch._neg_view(layer.weight_hh_l0.data)) or layer(x),

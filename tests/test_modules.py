@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._pytree import tree_leaves
 
 import rnnkernels
 from rnnkernels import ops
@@ -699,3 +700,33 @@ def test_public_names() -> None:
     package: ModuleType = rnnkernels
     for name in (*LAYERS, *CELLS, "explain", "Explanation"):
         assert getattr(package, name).__doc__
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("input", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
+def test_autocast_gives_the_dtypes_that_it_gives_of_torch(
+    kind: str, weight: torch.dtype, input: torch.dtype, state: torch.dtype | None, training: bool
+) -> None:
+    theirs, ours = (getattr(module, kind)(I, H, dtype=weight).train(training) for module in (nn, rnnkernels))
+    ours.load_state_dict(theirs.state_dict())
+    is_cell = kind.endswith("Cell")
+    x = torch.randn(*(() if is_cell else (T,)), B, I, dtype=input)
+    h = None if state is None else torch.randn(*(() if is_cell else (1,)), B, H, dtype=state)
+    hx = (h, h) if h is not None and kind.startswith("LSTM") else h
+    for _ in range(3):  # the later ones may go the short way
+        with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
+            found, wanted = ours(x, hx), theirs(x, hx)
+            assert torch.is_autocast_enabled("cpu")
+        for a, b in zip(tree_leaves(found), tree_leaves(wanted), strict=True):
+            assert a.dtype == b.dtype
+            torch.testing.assert_close(a, b, rtol=0.02, atol=0.02)
+        if not training:
+            continue
+        for layer, results in ((ours, found), (theirs, wanted)):
+            layer.zero_grad()
+            sum(t.float().sum() for t in tree_leaves(results)).backward()
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=0.05, atol=0.3)

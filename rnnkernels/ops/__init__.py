@@ -7,8 +7,10 @@ through the ops of ``registered.py``. All run the same code.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
+from collections.abc import Iterator
 from collections.abc import Sequence as Seq
 from typing import Any, NamedTuple
 
@@ -45,6 +47,7 @@ from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 __all__ = [
     "CELLS",
     "ENGINES",
+    "NO_ROWS",
     "Call",
     "Cell",
     "Packed",
@@ -75,6 +78,7 @@ __all__ = [
 ]
 
 _GRU = re.compile("gru(_candidate|_layer_norm|_gate_norm|_zoneout|_grad_clip|_dropout)*")
+_LSTM = re.compile("lstm(_.*)?")
 
 
 def build_info() -> dict[str, Any]:
@@ -98,10 +102,18 @@ def before_each_token(cell: Cell, after: Tensor, initial: Tensor, batch_sizes: T
     return cells.before_each_token(Sizes(cell, reverse, len(batch_sizes), initial.shape[0], width, width), after, initial, batch_sizes)
 
 
-def _autocast(call: Call, packed: Packed | None) -> Call:
-    """As torch.nn, whose GRU keeps the input's dtype on a CPU."""
+def _keeps_dtype(cell: str, is_step: bool) -> bool:
+    """Whether autocast on a CPU leaves a cell the dtype of its state, as torch.nn's GRU and, a step at a time, its LSTM."""
+    return bool(_GRU.fullmatch(cell) or (is_step and _LSTM.fullmatch(cell)))
+
+
+def _autocast(call: Call, packed: Packed | None, is_step: bool) -> Call:
+    """As torch.nn."""
     place, weights = call.input.device.type, call.weights()
-    dtype = call.input.dtype if place == "cpu" and _GRU.fullmatch(call.cell) else torch.get_autocast_dtype(place)
+    if place == "cpu" and _keeps_dtype(call.cell, is_step):
+        dtype = (call.states[0] if call.states else call.input).dtype
+    else:
+        dtype = torch.get_autocast_dtype(place)
     if packed is not None and any(t is not None and t.dtype not in (dtype, torch.float64) for t in weights):
         raise RuntimeError(f"weight_dtype: expected None where autocast makes the weights {dtype}, got {packed.weight_dtype}")
 
@@ -193,12 +205,22 @@ def sequence(
     return run(call, packed)
 
 
-def run(call: Call, packed: Packed | Remembered | None = None) -> tuple[Tensor, ...]:
-    """:func:`sequence` of its arguments as one value."""
-    found = _begun(call, packed)
+def run(call: Call, packed: Packed | Remembered | None = None, is_step: bool = False) -> tuple[Tensor, ...]:
+    """:func:`sequence` of its arguments as one value. ``is_step``: it is the step of a cell, to which autocast does something else."""
+    found = _begun(call, packed, is_step)
     if not isinstance(found, _Eager):
         return found
     return noted(found.s, found.call, found.rows, packed) if is_listening() else found.finished()
+
+
+@contextlib.contextmanager
+def _no_autocast() -> Iterator[None]:
+    """On the CPU, where it is on. ``torch.autocast(enabled=False)`` takes longer than a step."""
+    torch.set_autocast_enabled("cpu", False)
+    try:
+        yield
+    finally:
+        torch.set_autocast_enabled("cpu", True)
 
 
 def _may_repeat(input: Tensor) -> bool:
@@ -222,10 +244,13 @@ def again(
     or None, and somebody has to look at this one. States, none for zeros, and final states are ``[1, B, ·]``; of a cell's step of an input
     ``[B, I]`` they are ``[B, ·]``, and all there is. Of a small layer's call the way to the kernel is the longer part.
     """
+    is_step = input.dim() == 2
+    if torch.is_autocast_enabled("cpu") and _keeps_dtype(cell, is_step):
+        with _no_autocast():
+            return again(cell, input, states, weights, engine, recompute, packed, reverse)
     if not _may_repeat(input):
         return None
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (*weights, input, *states))
-    is_step = input.dim() == 2
     if training and cell in peer.STEPS and engine == "auto" and not recompute and (is_step or input.shape[0] == 1):
         hh, wide = weights[1], packed is None or packed.weight_dtype is None
         if wide and hh is not None and peer.steps_faster(cell, input, hh.shape[-1]):
@@ -270,6 +295,9 @@ def layer_again(
     if len(weights) == 1:
         one = again(cell, input, states[0], weights[0], engine, recompute, None if packed is None else packed[0])
         return None if one is None else [one]
+    if torch.is_autocast_enabled("cpu") and _keeps_dtype(cell, False):
+        with _no_autocast():
+            return layer_again(cell, input, states, weights, engine, recompute, packed)
     if packed is None or cpu.thread.waiting is not None or not _may_repeat(input):
         return None
     leaves = (*weights[0], *weights[1], input, *states[0], *states[1])
@@ -422,14 +450,14 @@ class _Eager(NamedTuple):
         return _shaped(results, len(self.s.cell.states), self.call.input) if self.call.return_states else results
 
 
-def _begun(call: Call, packed: Packed | Remembered | None) -> _Eager | tuple[Tensor, ...]:
+def _begun(call: Call, packed: Packed | Remembered | None, is_step: bool = False) -> _Eager | tuple[Tensor, ...]:
     """The call as far as it goes without kernels of its own: ready for them, or, by another way, done."""
     input, weights, engine, transformed = call.input, call.weights(), call.engine, is_transformed()
     asked = packed if isinstance(packed, Packed) else None
     if asked is not None:
         check_packed(asked.weight_dtype, engine, input.device, transformed)
     if torch._C._is_any_autocast_enabled() and (place := input.device.type) in ("cpu", "cuda") and torch.is_autocast_enabled(place):
-        call = _autocast(call, asked)
+        call = _autocast(call, asked, is_step)
         input, weights = call.input, call.weights()
     if call.return_states and engine == "torch" and call.cell in CELLS and len(CELLS[call.cell].states) > 1:
         raise RuntimeError("return_states: torch.nn's functions do not give them; choose another engine")
