@@ -55,13 +55,13 @@ def _named(module: nn.Module, names: Sequence[str]) -> list[Any]:
     return [getattr(module, name, None) if (weight := parameters.get(name)) is None else weight for name in names]
 
 
-def _plain_states(cell: str, hx: Any) -> tuple[Tensor, ...] | None:
+def _plain_states(cell: str, hx: Any, rank: int) -> Sequence[Tensor] | None:
     """Those of the cell, none for zeros; or None, and they have to be looked at."""
     if hx is None:
         return ()
     count = len(ops.CELLS[cell].states)
     states = hx if count > 1 else (hx,)
-    plain = type(states) is tuple and len(states) == count and all(type(state) is Tensor for state in states)
+    plain = type(states) is tuple and len(states) == count and all(type(state) is Tensor and state.dim() == rank for state in states)
     return states if plain else None
 
 
@@ -494,7 +494,7 @@ class _Layer(nn.RNNBase):
         if torch.compiler.is_compiling():
             return None
         single = self._single
-        if single is None or type(input) is not Tensor or input.dim() != 3 or input.size(2) != self.input_size:
+        if single is None or type(input) is not Tensor or input.dim() not in (2, 3) or input.size(-1) != self.input_size:
             return None
         (cell, names, clips), parameters = single, self._parameters
         try:
@@ -503,15 +503,17 @@ class _Layer(nn.RNNBase):
             return None
         if clips:
             weights = self._weights()[0]
-        states = _plain_states(cell, hx)
+        states = _plain_states(cell, hx, input.dim())
         if states is None:
             return None
-        turns, kept = self.batch_first, self._kept()
-        place = None if kept is None else kept[0]
-        found = ops.again(cell, input.transpose(0, 1) if turns else input, states, weights, self.engine, self.recompute, place)
+        batched, kept = input.dim() == 3, self._kept()
+        turns, place = batched and self.batch_first, None if kept is None else kept[0]
+        data = input.transpose(0, 1) if turns else input if batched else input.unsqueeze(1)
+        states = states if batched else [state.unsqueeze(1) for state in states]
+        found = ops.again(cell, data, states, weights, self.engine, self.recompute, place)
         if found is None:
             return None
-        output, *finals = found
+        output, *finals = found if batched else [result.squeeze(1) for result in found]
         return output.transpose(0, 1) if turns else output, self._join(finals)
 
     def stream(self, batch_size: int | None = None, hx: Any = None) -> Stream:
@@ -905,20 +907,24 @@ class _Cell(nn.RNNCellBase):
 
     def _again(self, input: Any, hx: Any) -> Sequence[Tensor] | None:
         """What :meth:`_step` gives for a batch, at less cost, where such a step was made before."""
-        if torch.compiler.is_compiling() or type(input) is not Tensor or input.dim() != 2:
+        if torch.compiler.is_compiling() or type(input) is not Tensor or input.dim() not in (1, 2):
             return None
         weights, parameters = [], self._parameters
         for name in self._weight_names:
             weights.append(weight := parameters.get(name))
             if weight is None and name not in parameters and getattr(self, name, None) is not None:
                 return None  # it is made anew whenever it is asked for: once a step
-        states = _plain_states(self._cell, hx)
+        states = _plain_states(self._cell, hx, input.dim())
         if states is None:
             return None
         place = self._packed
         if place is None:
             place = self._packed = ops.Remembered()
-        return ops.again(self._cell, input, states, weights, self.engine, False, place)
+        if input.dim() == 2:
+            return ops.again(self._cell, input, states, weights, self.engine, False, place)
+        rows = [state.unsqueeze(0) for state in states]
+        found = ops.again(self._cell, input.unsqueeze(0), rows, weights, self.engine, False, place)
+        return None if found is None else [state.squeeze(0) for state in found]
 
     def _step(self, input: Tensor, hx: Any) -> Sequence[Tensor]:
         found = self._again(input, hx)

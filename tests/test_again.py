@@ -101,10 +101,61 @@ def test_inputs_however_they_lie(how: str, stacks: list[str]) -> None:
     assert len(stacks) == 1
 
 
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("given", [False, True], ids=["zeros", "hx"])
+@pytest.mark.parametrize("batch_first", [False, True], ids=["time first", "batch_first"])
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN", "projected", "recompute"])
+def test_unbatched_input_is_a_batch_of_one_row(name: str, batch_first: bool, given: bool, training: bool, stacks: list[str]) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name](batch_first=batch_first)
+    x = torch.randn(T, I, requires_grad=training)
+    states = [
+        torch.randn(1, size, requires_grad=training) for size in (getattr(layer, "proj_size", 0) or H, H)[: 1 + (layer.mode == "LSTM")]
+    ]
+
+    def run(*shape: int) -> list[Tensor]:
+        data, initial = x.view(*shape, I), [state.view(1, *([1] * (len(shape) - 1)), -1) for state in states]
+        hx = None if not given else tuple(initial) if len(initial) > 1 else initial[0]
+        with torch.set_grad_enabled(training):
+            found = flat(layer(data, hx))
+        if training:
+            leaves = [x, *layer.parameters(), *(states if given else ())]
+            found += torch.autograd.grad(sum(t.double().sum() for t in found), leaves)
+        return [t.detach() for t in found]
+
+    batch = run(*((1, T) if batch_first else (T, 1)))
+    assert len(stacks) == 1
+    for _ in range(2):
+        alone = run(T)
+        assert len(stacks) == 1
+        assert alone[0].dim() == alone[1].dim() == 2
+        assert all(torch.equal(a, b.view_as(a)) for a, b in zip(alone, batch, strict=True))
+    with pytest.raises(RuntimeError, match="For unbatched 2-D input"):
+        layer(x, torch.zeros(1, 1, H) if len(states) == 1 else (torch.zeros(1, 1, H),) * 2)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_a_cells_unbatched_step_is_a_batch_of_one_row(kind: str, training: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    cell = getattr(rnnkernels, kind)(I, 2 * I)
+    x, h = torch.randn(I, requires_grad=training), torch.randn(2 * I, requires_grad=training)
+
+    def run(x: Tensor, h: Tensor) -> list[Tensor]:
+        with torch.set_grad_enabled(training):
+            found = flat(cell(x, (h, h) if kind == "LSTMCell" else h))
+        assert all(t.shape == h.shape for t in found)
+        grads = torch.autograd.grad(sum(t.double().sum() for t in found), [x, h, *cell.parameters()]) if training else ()
+        return [t.detach().flatten() for t in (*found, *grads)]
+
+    batch = run(x[None], h[None])
+    monkeypatch.setattr(ops, "run", None)  # the long way
+    for _ in range(2):
+        assert all(map(torch.equal, batch, run(x, h)))
+
+
 CHANGES: dict[str, Callable[[Any, Tensor], Any]] = {
     "another length": lambda layer, x: layer(torch.cat([x, x])),
-    "unbatched": lambda layer, x: layer(x[:, 0]),
-    "unbatched, batch_first": lambda layer, x: setattr(layer, "batch_first", True) or layer(x[:, 0]),
     "lengths": lambda layer, x: layer(x, lengths=torch.tensor([T, 2])),
     "return_states": lambda layer, x: layer(x, return_states=True),
     "zoneout": lambda layer, x: setattr(layer, "zoneout", 0.5) or layer.eval()(x),
