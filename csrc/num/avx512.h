@@ -12,8 +12,13 @@
 #include "math.h"
 #include "storage.h"
 
+// avx512bf16.h has the same numbers, with conversions of its own.
+#ifndef RNN_AVX512
+#define RNN_AVX512 avx512
+#endif
+
 namespace rnnkernels {
-namespace avx512 {
+namespace RNN_AVX512 {
 
 RNN_FN __mmask16 first16(int n) {
   return _mm512_cmplt_epi32_mask(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), _mm512_set1_epi32(n));
@@ -22,12 +27,16 @@ RNN_FN __mmask16 first16(int n) {
 RNN_FN __m512 widen(bf16, __m256i x) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(x), 16)); }
 RNN_FN __m512 widen(f16, __m256i x) { return _mm512_cvtph_ps(x); }
 RNN_FN __m256i narrow(f16, __m512 x) { return _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+#ifdef __AVX512BF16__
+RNN_FN __m256i narrow(bf16, __m512 x) { return __m256i(_mm512_cvtneps_pbh(x)); }
+#else
 RNN_FN __m256i narrow(bf16, __m512 x) {
   const __m512i u = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), _mm512_set1_epi32(1));
   const __m512i rounded = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q);  // rounding could carry a NaN into infinity
   return _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_or_epi32(rounded, nan, u, _mm512_set1_epi32(0x00400000)), 16));
 }
+#endif
 
 struct F32 {
   using element = float;
@@ -149,5 +158,5 @@ using math::relu;
 using math::sigmoid;
 using math::tanh;
 
-}  // namespace avx512
+}  // namespace RNN_AVX512
 }  // namespace rnnkernels

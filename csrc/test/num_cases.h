@@ -44,6 +44,7 @@ struct Isa {
 const Isa* scalar();
 const Isa* avx2();
 const Isa* avx512();
+const Isa* avx512bf16();
 
 // Every word of the vocabulary once, for the chain rule.
 template <class V>

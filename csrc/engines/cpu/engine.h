@@ -13,7 +13,6 @@ namespace rnnkernels::cpu {
 std::vector<std::string> supported_isas();
 std::vector<std::string> built_isas();
 std::string isa();
-std::string pages_isa();  // that for which its pages are compiled
 // Throws std::invalid_argument for a name that is not supported; the empty name chooses the best.
 void set_isa(const std::string& name);
 

@@ -13,6 +13,19 @@ namespace rnnkernels::cpu {
 
 namespace {
 
+#if RNNKERNELS_X86
+Isa with(const Bfloat16& own, const Isa& other, const char* name) {
+  Isa isa = other;
+  isa.name = name;
+  isa.pairs = &own.pairs;
+  isa.storage[int(Storage::BF16)] = own.storage;
+  for (int cell = 0; cell < kCellCount; ++cell) isa.page[cell].ops[int(Storage::BF16)] = own.page[cell];
+  return isa;
+}
+
+const Isa isa_avx512bf16 = with(bfloat16_avx512, isa_avx512, "avx512bf16");
+#endif
+
 const Isa* const kBuilt[] = {
 #if RNNKERNELS_X86
     &isa_avx512bf16, &isa_avx512, &isa_avx2,
@@ -73,7 +86,6 @@ std::vector<std::string> built_isas() {
   return names;
 }
 std::string isa() { return current().name; }
-std::string pages_isa() { return current().pages; }
 void set_isa(const std::string& name) { chosen.store(choose(name), std::memory_order_release); }
 
 }  // namespace rnnkernels::cpu

@@ -6,6 +6,5 @@
 namespace rnnkernels::cpu {
 
 extern constexpr Isa isa_avx512 = make_isa<avx512::F32, avx512::F64, 24>("avx512");
-extern constexpr Isa isa_avx512bf16 = make_isa<avx512::F32, avx512::F64, 24>("avx512", "avx512bf16", &pairs_avx512bf16);
 
 }  // namespace rnnkernels::cpu

@@ -6,22 +6,12 @@
 
 namespace rnnkernels::cpu {
 
-// What a panel of elements W is multiplied with.
-template <class W, class T>
-struct OperandOf {
-  using type = T;
-};
-template <class T>
-struct OperandOf<Pair, T> {
-  using type = Pair;
-};
-
-// All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once. Meanwhile a
-// tile that is tall enough to have time for it asks for memory that will be wanted next, a line for each k.
-template <class V, class W, int vectors, int rows>
+// All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once, multiplied as
+// vectors C. Meanwhile a tile that is tall enough to have time for it asks for memory that will be wanted next, a line for each k.
+template <class V, class C, class W, int vectors, int rows>
 void product(const void* const* operand, const void* panel, int64_t depth, void* sums, const Soon* soon) {
   using T = typename V::element;
-  using A = typename OperandOf<W, T>::type;
+  using A = typename C::element;
   const A* a[rows];
   for (int r = 0; r < rows; ++r) a[r] = static_cast<const A*>(operand[r]);
   constexpr bool scaled = sizeof(W) == 1;
@@ -33,18 +23,18 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
   const auto add = [&](int64_t k) __attribute__((always_inline)) {
-    decltype(V::load(w)) column[vectors];
+    C column[vectors];
     if constexpr (sizeof(W) == 2) {
 #pragma GCC unroll 8
       for (int v = 0; v + 1 < vectors; v += 2) V::load_two(w + v * V::lanes, column[v], column[v + 1]);
-      if constexpr (vectors % 2) column[vectors - 1] = V::load(w + (vectors - 1) * V::lanes);
+      if constexpr (vectors % 2) column[vectors - 1] = C::load(w + (vectors - 1) * V::lanes);
     } else {
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) column[v] = V::load(w + v * V::lanes);
+      for (int v = 0; v < vectors; ++v) column[v] = C::load(w + v * V::lanes);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r) {
-      const auto x = V::broadcast(a[r] + k);
+      const C x = C::broadcast(a[r] + k);
 #pragma GCC unroll 8
       for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
     }
@@ -196,13 +186,13 @@ void backward(const BackwardStep& step, const RowSet& rows, int64_t unit, int64_
 }
 
 // Every tile that fits the registers, from `vectors` × `rows` on.
-template <class V, class W, int registers, int vectors = 1, int rows = 1>
+template <class V, class C, class W, int registers, int vectors = 1, int rows = 1>
 constexpr void add_products(Tiles& tiles) {
-  if constexpr (rows == 1 || vectors * rows <= registers) tiles.tile[vectors - 1][rows - 1] = product<V, W, vectors, rows>;
+  if constexpr (rows == 1 || vectors * rows <= registers) tiles.tile[vectors - 1][rows - 1] = product<V, C, W, vectors, rows>;
   if constexpr (rows < kMaxTileRows) {
-    add_products<V, W, registers, vectors, rows + 1>(tiles);
+    add_products<V, C, W, registers, vectors, rows + 1>(tiles);
   } else if constexpr (vectors < kMaxVectorsPerPanel) {
-    add_products<V, W, registers, vectors + 1>(tiles);
+    add_products<V, C, W, registers, vectors + 1>(tiles);
   }
 }
 
@@ -210,10 +200,10 @@ template <class V, int registers>
 constexpr NumberOps number_ops() {
   using T = typename V::element;
   NumberOps ops{V::lanes, registers, {}, {}, add<V, T>, multiply_add<V>, merge<V>};
-  add_products<V, T, registers>(ops.products[int(WeightType::Numbers)]);
+  add_products<V, V, T, registers>(ops.products[int(WeightType::Numbers)]);
   if constexpr (sizeof(T) == 4) {
-    add_products<V, bf16, registers>(ops.products[int(WeightType::BF16)]);
-    add_products<V, int8_t, registers>(ops.products[int(WeightType::Int8)]);
+    add_products<V, V, bf16, registers>(ops.products[int(WeightType::BF16)]);
+    add_products<V, V, int8_t, registers>(ops.products[int(WeightType::Int8)]);
     ops.narrow[int(WeightType::BF16)] = narrow_bf16<V>;
     ops.narrow[int(WeightType::Int8)] = narrow_int8<V>;
   }
@@ -229,7 +219,7 @@ constexpr StorageOps storage_ops() {
 template <class V, class P, int registers>
 constexpr PairOps pair_ops() {
   PairOps ops{{}, {pack<P, bf16>, spread<P, bf16>, turn<P, bf16>}, narrow_pairs<P>};
-  add_products<V, Pair, registers>(ops.products);
+  add_products<V, P, Pair, registers>(ops.products);
   return ops;
 }
 
@@ -256,23 +246,31 @@ constexpr Page make_page(const char* name, const char* page = "") {
 #endif
 }
 
-template <class F32, class F64>
-inline constexpr Page kPages[kCellCount] = {
-#define RNN_CELL(cell, heat, ...) make_page<Complete<__VA_ARGS__>, F32, F64>(#cell, #__VA_ARGS__),
-#include "cells/cells.def"
-#undef RNN_CELL
-};
-
-// With pairs it has another name than its pages.
 template <class F32, class F64, int registers>
-constexpr Isa make_isa(const char* pages, const char* name = nullptr, const PairOps* pairs = nullptr) {
-  return {name ? name : pages,
-          pages,
+constexpr Isa make_isa(const char* name) {
+  return {name,
           fingerprint<F32>,
           {number_ops<F32, registers>(), number_ops<F64, registers>()},
           {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},
-          kPages<F32, F64>,
-          pairs};
+          {
+#define RNN_CELL(cell, heat, ...) make_page<Complete<__VA_ARGS__>, F32, F64>(#cell, #__VA_ARGS__),
+#include "cells/cells.def"
+#undef RNN_CELL
+          },
+          nullptr};
+}
+
+template <class F32, class Pairs, int registers>
+constexpr Bfloat16 make_bfloat16() {
+  return {pair_ops<F32, Pairs, registers>(),
+          storage_ops<F32, bf16>(),
+          {
+#if !RNNKERNELS_SANITIZED
+#define RNN_CELL(cell, heat, ...) page_ops<Complete<__VA_ARGS__>, F32, bf16>(),
+#include "cells/cells.def"
+#undef RNN_CELL
+#endif
+          }};
 }
 
 }  // namespace rnnkernels::cpu

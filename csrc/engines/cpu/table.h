@@ -86,21 +86,26 @@ struct Page {
 
 struct Isa {
   const char* name;
-  const char* pages;  // of the instruction set that pages are compiled for
   // Of `count` stretches of memory, each of so many bytes, one after the other.
   Fingerprint (*fingerprint)(const void* const* stretches, int count, int64_t bytes);
   NumberOps number[2];  // float, double
   StorageOps storage[kStorages];
-  const Page* page;      // [kCellCount]
+  Page page[kCellCount];
   const PairOps* pairs;  // or null
+};
+
+// What an instruction set that knows bfloat16 has of its own; everything else is that of another one.
+struct Bfloat16 {
+  PairOps pairs;
+  StorageOps storage;
+  PageOps page[kCellCount];
 };
 
 extern const Isa isa_scalar;
 #if RNNKERNELS_X86
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
-extern const PairOps pairs_avx512bf16;
-extern const Isa isa_avx512bf16;
+extern const Bfloat16 bfloat16_avx512;
 #endif
 
 }  // namespace rnnkernels::cpu
