@@ -103,10 +103,11 @@ def tables(arguments: argparse.Namespace) -> int:
     require("rich", "bench")
     from bench.tables import markdown, write
 
+    reports = list(map(load, arguments.source))
     if arguments.write:
-        write(load(arguments.source), Path(arguments.write))
+        write(reports, Path(arguments.write))
     else:
-        print(markdown(load(arguments.source)))
+        print("\n\n".join(map(markdown, reports)))
     return 0
 
 
@@ -128,13 +129,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--saved", action="store_true", help="instead of time, the memory that training cases take")
     command.add_argument("--list", action="store_true", help="the ids of the cases, and no more")
 
-    for name, text in (("plots", "PNG files from a report"), ("tables", "a markdown table from a report")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("--from", dest="source", required=True, metavar="JSON")
-        if name == "plots":
-            command.add_argument("--out", metavar="FOLDER", help="default: the report's own")
-        else:
-            command.add_argument("--write", metavar="PAGE", help="put it between the markers of this page")
+    command = commands.add_parser("plots", help="PNG files from a report")
+    command.add_argument("--from", dest="source", required=True, metavar="JSON")
+    command.add_argument("--out", metavar="FOLDER", help="default: the report's own")
+
+    command = commands.add_parser("tables", help="markdown tables from reports")
+    command.add_argument("--from", dest="source", nargs="+", required=True, metavar="JSON")
+    command.add_argument("--write", metavar="PAGE", help="put them between the markers of this page")
 
     arguments = parser.parse_args(argv)
     return {"run": run, "plots": plots, "tables": tables}[arguments.command](arguments)

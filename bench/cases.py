@@ -147,10 +147,12 @@ class Case:
 
 
 def label(facts: dict[str, Any]) -> str:
-    """The cell of a case in a report, and what its batch is where it is not padded, as in older reports all are."""
-    layout = facts.get("layout", PADDED)
-    name = f"bidirectional {facts['cell']}" if facts.get("bidirectional") else str(facts["cell"])
-    return name if layout == PADDED else f"{name} {layout}"
+    """The cell of a case in a report, its dtype where it is not float32, and what its batch is where it is not padded, as in older reports
+    all are.
+    """
+    layout, dtype = facts.get("layout", PADDED), facts["dtype"]
+    names = ("bidirectional" if facts.get("bidirectional") else "", facts["cell"], dtype if dtype != "float32" else "")
+    return " ".join(filter(None, (*names, layout if layout != PADDED else "")))
 
 
 @dataclass(frozen=True)

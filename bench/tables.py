@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,6 @@ def listed(values: list[int]) -> str:
     return ", ".join(map(str, values))
 
 
-def write(report: dict[str, Any], page: Path) -> None:
-    """Puts it between the two markers."""
-    write_between(page, BEGIN, END, markdown(report))
+def write(reports: Iterable[dict[str, Any]], page: Path) -> None:
+    """Puts them between the two markers."""
+    write_between(page, BEGIN, END, "\n\n".join(map(markdown, reports)))

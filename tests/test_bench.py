@@ -364,6 +364,18 @@ def test_the_table_in_the_readme(synthetic, tmp_path):
     assert "1 of 48 cases gave wrong results" in text
 
 
+def test_several_tables_in_the_readme(synthetic, tmp_path):
+    half = json.loads(synthetic.read_text())
+    for case in half["cases"]:
+        case["dtype"] = "bfloat16"
+    (tmp_path / "half.json").write_text(json.dumps(half))
+    page = tmp_path / "README.md"
+    page.write_text(f"{tables.BEGIN}\n{tables.END}\n")
+    assert main(["tables", "--from", str(synthetic), str(tmp_path / "half.json"), "--write", str(page)]) == 0
+    rows = [line.split("|")[1].strip() for line in page.read_text().splitlines() if line.startswith("| gru")]
+    assert rows == ["gru inference", "gru training", "gru bfloat16 inference", "gru bfloat16 training"]
+
+
 def test_the_table_of_variants_is_by_peer(synthetic, tmp_path):
     report = json.loads(synthetic.read_text())
     for case in report["cases"]:
