@@ -291,7 +291,7 @@ def layer_again(
     recompute: bool,
     packed: Seq[Packed | Remembered] | None,
 ) -> Seq[Seq[Tensor]] | None:
-    """:func:`again` of a layer's one direction or both; of both with gradients where they are not sooner done side by side."""
+    """:func:`again` of a layer's one direction or both."""
     if len(weights) == 1:
         one = again(cell, input, states[0], weights[0], engine, recompute, None if packed is None else packed[0])
         return None if one is None else [one]
@@ -309,7 +309,7 @@ def layer_again(
         for initial, own, place, reverse in zip(states, weights, packed, (False, True), strict=True):
             s = _seen(cell, input, initial, own, engine, recompute, reverse)
             s = s if s is None or training else keeping(s, input, place)
-            if s is None or not repeats.takes:
+            if s is None or s.engine != "cpu" or not repeats.takes:
                 return None
             sizes.append(s)
         known = repeats[key] = Directions(engine, sizes, input, weights, training)
@@ -319,7 +319,7 @@ def layer_again(
         found: Seq[Seq[Tensor]] = known.results(input, weights, states, packed)
         return found
     if known.beside:
-        return None
+        return _beside(cell, input, states, weights, engine, recompute)
     both = list[Seq[Tensor]]()
     for initial, own, place, reverse in zip(states, weights, packed, (False, True), strict=True):
         one = again(cell, input, initial, own, engine, recompute, place, reverse)
@@ -327,6 +327,23 @@ def layer_again(
             return None
         both.append(one)
     return both
+
+
+def _beside(
+    cell: str, input: Tensor, states: Seq[Seq[Tensor]], weights: Seq[Seq[Tensor | None]], engine: str, recompute: bool
+) -> Seq[Seq[Tensor]] | None:
+    """Both directions with gradients, as :func:`pair` runs them."""
+    sizes, tensors = list[Sizes](), list[list[Tensor | None]]()
+    for initial, own, reverse in zip(states, weights, (False, True), strict=True):
+        s = _seen(cell, input, initial, own, engine, recompute, reverse)
+        of_call = [input, *weights_of(own), *(state[0] for state in initial)]
+        if s is None or not any(t is not None and t.requires_grad for t in of_call):
+            return None
+        sizes.append(s)
+        tensors.append(of_call)
+    results = Both.apply((sizes[0], NO_ROWS, len(tensors[0])), (sizes[1], NO_ROWS), *tensors[0], *tensors[1])  # type: ignore[no-untyped-call]
+    half = len(results) // 2
+    return [(output, *(state[None] for state in finals)) for output, *finals in (results[:half], results[half:])]
 
 
 def _seen(
