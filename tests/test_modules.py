@@ -702,20 +702,26 @@ def test_public_names() -> None:
         assert getattr(package, name).__doc__
 
 
+@pytest.mark.parametrize("engine", ["auto", "torch"])
 @pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
-@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("state", [None, torch.float32, torch.bfloat16, "mixed"], ids=str)
 @pytest.mark.parametrize("input", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("weight", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell"])
 def test_autocast_gives_the_dtypes_that_it_gives_of_torch(
-    kind: str, weight: torch.dtype, input: torch.dtype, state: torch.dtype | None, training: bool
+    kind: str, weight: torch.dtype, input: torch.dtype, state: Any, training: bool, engine: str
 ) -> None:
     theirs, ours = (getattr(module, kind)(I, H, dtype=weight).train(training) for module in (nn, rnnkernels))
     ours.load_state_dict(theirs.state_dict())
-    is_cell = kind.endswith("Cell")
+    ours.engine = engine
+    is_cell, is_lstm = kind.endswith("Cell"), kind.startswith("LSTM")
     x = torch.randn(*(() if is_cell else (T,)), B, I, dtype=input)
-    h = None if state is None else torch.randn(*(() if is_cell else (1,)), B, H, dtype=state)
-    hx = (h, h) if h is not None and kind.startswith("LSTM") else h
+    h, c = (torch.randn(*(() if is_cell else (1,)), B, H) for _ in range(2))
+    if state == "mixed":
+        c = c.bfloat16()
+    elif state is not None:
+        h, c = h.to(state), c.to(state)
+    hx = None if state is None else (h, c) if is_lstm else h
     for _ in range(3):  # the later ones may go the short way
         with torch.autocast("cpu", torch.bfloat16), torch.set_grad_enabled(training):
             found, wanted = ours(x, hx), theirs(x, hx)

@@ -161,6 +161,20 @@ def test_weights_that_stay_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(torch.equal(y, expected) for y in found)
 
 
+@pytest.mark.parametrize("gains", [True, False], ids=["side by side", "in turns"])
+def test_narrow_weights_do_not_train(gains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor once calls of these shapes are known, this layer's without gradients and another's with them."""
+    plain, narrow = (rnnkernels.LSTM(5, 7, bidirectional=True, weight_dtype=dtype) for dtype in (None, torch.int8))
+    x = torch.randn(6, 2, 5)
+    with apart(monkeypatch, gains):
+        for _ in range(2):
+            with torch.no_grad():
+                narrow(x)
+            plain(x)
+            with pytest.raises(RuntimeError, match="weight_dtype"):
+                narrow(x)
+
+
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = rnnkernels.LSTM(2, 3, bidirectional=True).double()
     x, h, c = (torch.randn(*shape, dtype=torch.float64, requires_grad=True) for shape in ((4, 2, 2), (2, 2, 3), (2, 2, 3)))

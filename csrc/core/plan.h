@@ -113,11 +113,12 @@ inline int64_t panel_bytes(const Machine& m, const Product& p, int blocks) {
   return p.type == WeightType::BF16 ? elements * 2 : factors + ceil_div(elements, m.number_bytes) * m.number_bytes;
 }
 
-// Of the matrices that the input meets and of the recurrent ones, as panels.
+// Of the matrices that the input meets and of the recurrent ones, as panels or, of their gradients, as numbers.
 struct MatrixBytes {
   int64_t input, recurrent;
 };
-inline MatrixBytes matrix_bytes(const Machine& m, const CellInfo& cell, const Problem& p) {
+inline MatrixBytes matrix_bytes(Machine m, const CellInfo& cell, const Problem& p, bool gradients = false) {
+  m.pairs = m.pairs && !gradients;
   const auto bytes = [&](const Product& product) { return panel_count(m, product, 1) * panel_bytes(m, product, 1); };
   MatrixBytes found{0, 0};
   for (int stage = 0; stage < cell.stages; ++stage) {
@@ -177,7 +178,7 @@ constexpr int64_t kNumbersTokens = 128;
 // Where matrices are not large and tokens many, backward's sums are cut in two, so that threads which have halved the batch need not hand
 // each other their gate gradients.
 inline int sum_groups(const Machine& m, const CellInfo& cell, const Problem& p) {
-  const MatrixBytes bytes = matrix_bytes(m, cell, p);
+  const MatrixBytes bytes = matrix_bytes(m, cell, p, true);
   const bool many = !p.rows && !p.units && !p.complete && p.batch >= 16 && p.steps * p.batch >= 2 * (p.input + p.output);
   return many && bytes.recurrent <= 2 * m.l2_bytes && bytes.input <= 2 * m.l2_bytes ? kSumGroups : 1;
 }
@@ -196,7 +197,7 @@ inline Schedule grad_schedule(const Machine& m, const CellInfo& cell, const Prob
   s.grad_chunk = chunk < p.steps ? chunk : p.steps > 1 ? p.steps : 1;
   const int64_t tokens = s.grad_chunk * rows;
   // The sums of large matrices come from far each time: seldom then, several chunks one after the other, of a few units each time.
-  const MatrixBytes sums = matrix_bytes(m, cell, p);
+  const MatrixBytes sums = matrix_bytes(m, cell, p, true);
   const int64_t chunks = ceil_div(p.steps > 1 ? p.steps : 1, s.grad_chunk);
   if (sums.input + sums.recurrent > m.l2_bytes && s.sum_groups == 1) s.round_chunks = chunks < kRoundChunks ? int(chunks) : kRoundChunks;
   s.grad_input_blocks = best_blocks(m, grad_input_product(cell, p), tokens, 1);
@@ -264,7 +265,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
         pack += double(product.units) * product.columns * product.depth / at_once * 2 * m.fma_ns / s.threads();
       }
       s.ns = step * double(p.steps) + input + pack + (s.threads() > 1 ? m.fork_ns : 0);
-      // What a step of a chunk takes of a thread's memory: its gates, and where storage is not the number type its input as numbers.
+      // What a step of a chunk takes of a thread's memory: its gates and, where it is not one as it lies, its input as an operand.
       const int64_t bytes =
           (rows * cell.input_slots() * ceil_div(p.hidden, unit_groups) + (converts_input(m, p) ? p.batch * p.input : 0)) * m.number_bytes;
       s.chunk = m.chunk_bytes / (bytes > 0 ? bytes : 1);
@@ -355,7 +356,7 @@ struct Layout {
   int64_t partial, totals;
   int64_t bias;     // forward: of the input's slots, as numbers
   int64_t numbers;  // forward, half types: a chunk's input as operands, for each thread [chunk · B][I]
-  // Backward's products: panels of W; for each thread, grad_thread bytes apart, gate gradients as numbers [numbers_tokens][X slots·H] and
+  // Backward's products: panels of W; for each thread, grad_thread bytes apart, gate gradients as operands [numbers_tokens][X slots·H] and
   // turned [turned_units][K]; for each group of rows, grad_group bytes apart, panels of the input and of each stage's operand,
   // [round_chunks] times of its K tokens of a chunk, and sums over the slots and vectors. The weights' sums, grad_sums bytes apart, for
   // each group but those whose place is the result itself: the first `grad_direct`.

@@ -111,7 +111,7 @@ def _autocast(call: Call, packed: Packed | None, is_step: bool) -> Call:
     """As torch.nn."""
     place, weights = call.input.device.type, call.weights()
     if place == "cpu" and _keeps_dtype(call.cell, is_step):
-        dtype = (call.states[0] if call.states else call.input).dtype
+        dtype = (call.states[-1] if call.states else call.input).dtype  # of an LSTM c's
     else:
         dtype = torch.get_autocast_dtype(place)
     if packed is not None and any(t is not None and t.dtype not in (dtype, torch.float64) for t in weights):
@@ -302,6 +302,8 @@ def layer_again(
         return None
     leaves = (*weights[0], *weights[1], input, *states[0], *states[1])
     training = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in leaves)
+    if training and packed[0].weight_dtype is not None:
+        return None
     key, repeats = (input.shape, training, recompute, True), packed[0].repeats
     known = repeats.get(key)
     if known is None or not known.is_repeated(cell, engine, input, weights, states):
@@ -337,7 +339,7 @@ def _beside(
     for initial, own, reverse in zip(states, weights, (False, True), strict=True):
         s = _seen(cell, input, initial, own, engine, recompute, reverse)
         of_call = [input, *weights_of(own), *(state[0] for state in initial)]
-        if s is None or not any(t is not None and t.requires_grad for t in of_call):
+        if s is None or s.engine != "cpu" or not any(t is not None and t.requires_grad for t in of_call):
             return None
         sizes.append(s)
         tensors.append(of_call)
@@ -482,7 +484,9 @@ def _begun(call: Call, packed: Packed | Remembered | None, is_step: bool = False
         s = checked(call.changed(engine="torch"), not torch.compiler.is_compiling())
         if is_listening():
             return noted(s._replace(engine="torch"), call, call.rows())
-        theirs: tuple[Tensor, ...] = peer.run(s, input, call.states, weights, call.batch_sizes)
+        kept = torch.is_autocast_enabled("cpu") and input.is_cpu and _keeps_dtype(call.cell, is_step)
+        with _no_autocast() if kept else contextlib.nullcontext():
+            theirs: tuple[Tensor, ...] = peer.run(s, input, call.states, weights, call.batch_sizes)
         return theirs
     if call.reset_mask is not None and not call.reverse:
         call = call.changed(states=_first_states(call))

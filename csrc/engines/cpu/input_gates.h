@@ -118,8 +118,8 @@ class InputGates {
     const int64_t all = panel_count(w.m, product, blocks), rows = int64_t(chunk.places.size());
     const Walk::Panels own = w.panels_of(me, s);
     const int64_t first_slot = w.first_input_slot(s);
-    const Pieces inputs(w.p.input * w.number_bytes, w.p.input * w.number_bytes),
-        gates(blocks * w.m.lanes * w.storage_bytes, to.slot * w.storage_bytes);
+    const int64_t row_bytes = w.p.input * (w.m.pairs && !converts_input(w.m, w.p) ? w.storage_bytes : w.number_bytes);
+    const Pieces inputs(row_bytes, row_bytes), gates(blocks * w.m.lanes * w.storage_bytes, to.slot * w.storage_bytes);
     const auto panels = [&](int64_t begin, int64_t end, int64_t count) {
       w.multiply(
           product, blocks, at(packed_in(f), w.memory.packed_input[s]), begin, std::min(end, all), 0, count,
@@ -135,7 +135,7 @@ class InputGates {
             Soon soon{};
             if (unit == begin * blocks * w.m.lanes) {
               const auto place = [&](int r) { return int64_t(reinterpret_cast<intptr_t>(chunk.operands[size_t(first + r)])); };
-              soon.reads[0] = inputs.at(chunk.operands[size_t(first)], run_of(n, w.p.input * w.number_bytes, place));
+              soon.reads[0] = inputs.at(chunk.operands[size_t(first)], run_of(n, row_bytes, place));
             }
             if (!w.p.training) return soon;
             const auto place = [&](int r) { return chunk.places[size_t(first + r)]; };

@@ -5,6 +5,6 @@
 
 namespace rnnkernels::cpu {
 
-extern constexpr Isa isa_avx512 = make_isa<avx512::F32, avx512::F64, 24>("avx512");
+extern constexpr Isa isa_avx512 = make_isa<avx512::F32, avx512::F64, kSumsOf32Registers>("avx512");
 
 }  // namespace rnnkernels::cpu

@@ -5,6 +5,6 @@
 
 namespace rnnkernels::cpu {
 
-extern constexpr Bfloat16 bfloat16_avx512 = make_bfloat16<avx512bf16::F32, avx512bf16::Pairs, 24>();
+extern constexpr Bfloat16 bfloat16_avx512 = make_bfloat16<avx512bf16::F32, avx512bf16::Pairs, kSumsOf32Registers>();
 
 }  // namespace rnnkernels::cpu

@@ -10,6 +10,8 @@
 
 namespace rnnkernels::cpu {
 
+constexpr int kSumsOf32Registers = 24;  // accumulators of a tile; the others are the panel's and the rows'
+
 // The rows of a tile: first, first + stride, … of the batch or, where rows end in any order, of the longest first. Threads that share a
 // batch take turns row by row, so that a ragged batch stays balanced. Pages get it by reference: a copy on the stack, read in one piece
 // just after it was written in several, would wait for all stores before it, those of the page before among them.

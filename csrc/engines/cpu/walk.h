@@ -188,6 +188,7 @@ class Walk {
     const int64_t bytes = panel_bytes(m, product, blocks);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
     const PanelsAhead panels(m, end - begin, bytes);
+    const Tiles& kernel = kernels(product);
     const Split cut(count, tiles);
     for (int64_t panel = begin; panel < end; ++panel) {
       const void* const next = panel + 1 < end ? at(packed, (panel + 1) * bytes) : nullptr;
@@ -198,7 +199,8 @@ class Walk {
         for (int r = 0; r < n; ++r) operands[r] = operand(row + r);
         const bool turns = tile + 1 == tiles;
         const int64_t then = turns ? 0 : tile + 1;
-        ask_and_multiply(product, vectors, n, operands, at(packed, panel * bytes), depth(row), sums, panels, next, tile, turns,
+        ask_and_multiply(kernel, vectors, n, operands, at(packed, panel * bytes), words(m, product, depth(row)), sums, panels, next, tile,
+                         turns,
                          [&] { return wanted(first + cut(then), int(cut(then + 1) - cut(then)), (panel + turns) * blocks * m.lanes); });
         take(row, n, panel * blocks * m.lanes, sums);
       }
@@ -235,6 +237,7 @@ class Walk {
     void* const paired = at(workspace, memory.paired + me.id * memory.paired_bytes);
     const int64_t paired_row = row_bytes(words(m, product, product.depth));
     const PanelsAhead panels(m, own.count, bytes);
+    const Tiles& kernel = kernels(product);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
     const Split cut(mine.count, tile_count);
     const auto panel_of = [&](int64_t i) { return own[backwards ? own.count - 1 - i : i]; };
@@ -257,10 +260,11 @@ class Walk {
             operands[r] = row;
           }
           const bool turns = tile + 1 == tile_count;
-          ask_and_multiply(product, vectors, set.count, operands, at(first, panel * bytes), length, sums, panels, next, tile, turns, [&] {
-            const int64_t then = turns ? 0 : tile + 1;
-            return wanted(mine.some(cut(then), cut(then + 1)), turns ? panel_of(i + 1) * blocks * m.lanes : unit);
-          });
+          ask_and_multiply(kernel, vectors, set.count, operands, at(first, panel * bytes), words(m, product, length), sums, panels, next,
+                           tile, turns, [&] {
+                             const int64_t then = turns ? 0 : tile + 1;
+                             return wanted(mine.some(cut(then), cut(then + 1)), turns ? panel_of(i + 1) * blocks * m.lanes : unit);
+                           });
         }
         pointwise(set, unit, reads.begin < reads.end ? sums : nullptr);
       }
@@ -270,18 +274,17 @@ class Walk {
 
   // One tile's product, which asks for some of the panel that follows where that is far away, else for what the tile that follows wants.
   template <class Wanted>
-  void ask_and_multiply(const Product& product, int vectors, int rows, const void* const* operands, const void* panel, int64_t depth,
+  void ask_and_multiply(const Tiles& kernel, int vectors, int rows, const void* const* operands, const void* panel, int64_t depth,
                         void* sums, const PanelsAhead& panels, const void* next, int64_t tile, bool turns, const Wanted& wanted) const {
     Soon soon;
     bool asks = false;
-    depth = words(m, product, depth);
     if ((next || !turns) && asks_ahead(rows, vectors, m.lanes)) {
       if (panels.wanted(next, tile, depth))
         soon = {{panels.lines(next, tile, depth), {}, {}}, {}}, asks = true;
       else if constexpr (!std::is_void_v<decltype(wanted())>)
         soon = wanted(), asks = true;
     }
-    kernels(product).tile[vectors - 1][rows - 1](operands, panel, depth, sums, asks ? &soon : nullptr);
+    kernel.tile[vectors - 1][rows - 1](operands, panel, depth, sums, asks ? &soon : nullptr);
   }
   // Whether that is done for what the pages of this member's tiles read; where their rows lie apart it is not.
   bool asks_for_pages(const Member& me, int s, int64_t active) const {
