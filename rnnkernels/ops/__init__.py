@@ -224,8 +224,8 @@ def _no_autocast() -> Iterator[None]:
 
 
 def _may_repeat(input: Tensor) -> bool:
-    """Whether a call may go straight to the CPU's kernels, as far as can be told before its sizes are looked at."""
-    if torch._C._is_any_autocast_enabled() or is_transformed() or torch._C._is_tracing() or is_listening():
+    """Whether a call without autocast may go straight to the CPU's kernels, as far as can be told before its sizes are looked at."""
+    if is_transformed() or torch._C._is_tracing() or is_listening():
         return False
     return type(input) is Tensor and input.is_cpu
 
@@ -245,7 +245,9 @@ def again(
     ``[B, I]`` they are ``[B, ·]``, and all there is. Of a small layer's call the way to the kernel is the longer part.
     """
     is_step = input.dim() == 2
-    if torch.is_autocast_enabled("cpu") and _keeps_dtype(cell, is_step):
+    if torch._C._is_any_autocast_enabled():
+        if not (torch.is_autocast_enabled("cpu") and _keeps_dtype(cell, is_step)):
+            return None
         with _no_autocast():
             return again(cell, input, states, weights, engine, recompute, packed, reverse)
     if not _may_repeat(input):
@@ -295,7 +297,9 @@ def layer_again(
     if len(weights) == 1:
         one = again(cell, input, states[0], weights[0], engine, recompute, None if packed is None else packed[0])
         return None if one is None else [one]
-    if torch.is_autocast_enabled("cpu") and _keeps_dtype(cell, False):
+    if torch._C._is_any_autocast_enabled():
+        if not (torch.is_autocast_enabled("cpu") and _keeps_dtype(cell, False)):
+            return None
         with _no_autocast():
             return layer_again(cell, input, states, weights, engine, recompute, packed)
     if packed is None or cpu.thread.waiting is not None or not _may_repeat(input):
