@@ -69,10 +69,11 @@ def by_batch(report: dict[str, Any]) -> list[str]:
 
 
 def conditions(report: dict[str, Any]) -> str:
-    machine = report["machine"]
+    machine, dtypes = report["machine"], list(dict.fromkeys(case["dtype"] for case in report["cases"]))
+    options = f"--preset {report['preset']}" + ("" if dtypes == ["float32"] else f" --dtype {' '.join(dtypes)}")
     return (
         f"{machine['cpu']}, {machine['isa']}, {listed(report['threads'])} threads, {report['date'][:10]}, commit {report['commit']}: "
-        f"`python -m rnnkernels bench --preset {report['preset']}`."
+        f"`python -m rnnkernels bench {options}`."
     )
 
 

@@ -372,6 +372,7 @@ def test_several_tables_in_the_readme(synthetic, tmp_path):
     page = tmp_path / "README.md"
     page.write_text(f"{tables.BEGIN}\n{tables.END}\n")
     assert main(["tables", "--from", str(synthetic), str(tmp_path / "half.json"), "--write", str(page)]) == 0
+    assert [line.count("--dtype bfloat16") for line in page.read_text().splitlines() if "--preset grid" in line] == [0, 1]
     rows = [line.split("|")[1].strip() for line in page.read_text().splitlines() if line.startswith("| gru")]
     assert rows == ["gru inference", "gru training", "gru bfloat16 inference", "gru bfloat16 training"]
 
