@@ -932,8 +932,7 @@ class _Cell(nn.RNNCellBase):
             return found
         data, states, weights = self._prepare(input, hx)
         six = ops.Weights(*weights, *[None] * (len(ops.Weights._fields) - len(weights)))
-        call = ops.Call(self._cell, data.unsqueeze(0), states, *six, *ops.NO_ROWS, (), (), 0, False, self.engine, False, False)
-        _, *finals = ops.run(call, is_step=True)
+        _, *finals = ops.run(ops.Call(self._cell, data.unsqueeze(0), states, *six, engine=self.engine), is_step=True)
         return [state.squeeze(0) for state in finals] if input.dim() == 1 else finals
 
 

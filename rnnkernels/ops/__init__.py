@@ -47,7 +47,6 @@ from .transforms import Forward, is_batched, is_forward_mode, is_transformed
 __all__ = [
     "CELLS",
     "ENGINES",
-    "NO_ROWS",
     "Call",
     "Cell",
     "Packed",
@@ -87,7 +86,8 @@ def build_info() -> dict[str, Any]:
 
 
 def set_isa(name: str | None) -> None:
-    """Choose the instruction set (``"avx512"``, ``"avx2"``, ``"scalar"``; ``None``: the best there is), not while a kernel runs elsewhere.
+    """Choose the instruction set (``"avx512bf16"``, ``"avx512"``, ``"avx2"``, ``"scalar"``; ``None``: the best there is), not while a
+    kernel runs elsewhere.
 
     Raises ``ValueError`` for one that this processor or build does not have. The variable ``RNNKERNELS_ISA`` does the same at start.
     """
@@ -103,8 +103,8 @@ def before_each_token(cell: Cell, after: Tensor, initial: Tensor, batch_sizes: T
 
 
 def _keeps_dtype(cell: str, is_step: bool) -> bool:
-    """Whether autocast on a CPU leaves a cell the dtype of its state, as torch.nn's GRU and, a step at a time, its LSTM."""
-    return bool(_GRU.fullmatch(cell) or (is_step and _LSTM.fullmatch(cell)))
+    """Whether autocast is on on the CPU and leaves a cell the dtype of its state, as torch.nn's GRU and, a step at a time, its LSTM."""
+    return torch.is_autocast_enabled("cpu") and bool(_GRU.fullmatch(cell) or (is_step and _LSTM.fullmatch(cell)))
 
 
 def _autocast(call: Call, packed: Packed | None, is_step: bool) -> Call:
@@ -246,7 +246,7 @@ def again(
     """
     is_step = input.dim() == 2
     if torch._C._is_any_autocast_enabled():
-        if not (torch.is_autocast_enabled("cpu") and _keeps_dtype(cell, is_step)):
+        if not _keeps_dtype(cell, is_step):
             return None
         with _no_autocast():
             return again(cell, input, states, weights, engine, recompute, packed, reverse)
@@ -298,7 +298,7 @@ def layer_again(
         one = again(cell, input, states[0], weights[0], engine, recompute, None if packed is None else packed[0])
         return None if one is None else [one]
     if torch._C._is_any_autocast_enabled():
-        if not (torch.is_autocast_enabled("cpu") and _keeps_dtype(cell, False)):
+        if not _keeps_dtype(cell, False):
             return None
         with _no_autocast():
             return layer_again(cell, input, states, weights, engine, recompute, packed)
@@ -488,7 +488,8 @@ def _begun(call: Call, packed: Packed | Remembered | None, is_step: bool = False
         s = checked(call.changed(engine="torch"), not torch.compiler.is_compiling())
         if is_listening():
             return noted(s._replace(engine="torch"), call, call.rows())
-        kept = torch.is_autocast_enabled("cpu") and input.is_cpu and _keeps_dtype(call.cell, is_step)
+        # torch.nn's LSTM over a sequence would be cast; its GRU, and what autocast makes of that one's products, is torch's own affair.
+        kept = is_step and input.is_cpu and torch.is_autocast_enabled("cpu") and _LSTM.fullmatch(call.cell)
         with _no_autocast() if kept else contextlib.nullcontext():
             theirs: tuple[Tensor, ...] = peer.run(s, input, call.states, weights, call.batch_sizes)
         return theirs

@@ -235,7 +235,7 @@ class Walk {
     bool fetched = me.unit_groups == 1, made = false;
     const bool pairs = multiply && in_pairs(m, product);
     void* const paired = at(workspace, memory.paired + me.id * memory.paired_bytes);
-    const int64_t paired_row = pairs ? row_bytes(words(m, product, product.depth)) : 0;  // divisions, of which a short step would know
+    const int64_t paired_row = pairs ? row_bytes(words(m, product, product.depth)) : 0;
     const PanelsAhead panels(m, own.count, bytes);
     const Tiles& kernel = kernels(product);
     alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
