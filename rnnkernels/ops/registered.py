@@ -7,10 +7,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .cells import CELLS, Rows, Sizes, Weights, dense, grad_shapes, number, parted
-from .checks import Call, checked, expect, hidden_size
+from .cells import CELLS, NO_ROWS, Rows, Sizes, Weights, dense, grad_shapes, number, parted
+from .checks import Call, checked, checked_once, expect, hidden_size, look_at
 from .engines import RUNS
+from .packed import Remembered, keeping
+from .repeat import Inference, Training
 from .transforms import Fold, Leaves, apart, one_sample, stacked
 
 _COUNT = len(Weights._fields)
@@ -34,18 +37,66 @@ def _call(args: Seq[Any]) -> Call:
     return call._replace(given=call.given or (), reset_states=call.reset_states or ())  # AOTInductor has None for an empty list
 
 
+# What is known of calls that may repeat, for each cell and direction, by the first of the weights: a module's stay, those that are made
+# for one call never come twice.
+_known: Any = WeakTensorKeyDictionary()
+
+
+def _place(call: Call) -> Remembered | None:
+    """Where what is known of calls with these weights is, if this one may repeat one before."""
+    weight = call.weight_hh if call.weight_ih is None else call.weight_ih
+    if call.rows() is not NO_ROWS or call.given or call.recompute or call.return_states or weight is None or not call.input.is_cpu:
+        return None
+    if torch._C._is_any_autocast_enabled():  # of which a step's products by torch would hear
+        return None
+    own = _known.get(weight)
+    if own is None:
+        _known[weight] = {}
+        return None
+    found: Remembered = own.setdefault((call.cell, call.reverse), Remembered())
+    return found
+
+
+def _remember(place: Remembered, key: Any, call: Call, s: Sizes, dense_ones: bool) -> None:
+    if not place.repeats.takes or s.engine != "cpu" or not dense_ones:
+        return
+    if not call.training:
+        keeps = keeping(s, call.input, place)
+        if keeps is not None:
+            place.repeats[key] = Inference(call.engine, keeps, call.input, call.weights(), of_operator=True)
+    elif Training.fits(s):
+        place.repeats[key] = Training(call.engine, s, call.input, call.weights(), place, of_operator=True)
+
+
+def _clear_unused(kept: Tensor, s: Sizes) -> None:
+    """Places that forward does not fill: an op's results are the same each time."""
+    if s.cell.kept < s.cell.room:
+        kept[:, s.cell.kept * s.hidden :].zero_()
+
+
 def _op_forward(*args: Any) -> list[Tensor]:
     """output, final states, for training the kept values, if not to be recomputed, and, if asked for too, the other states' histories; for
     training moments, of a cell that has them
     """
     call = _call(args)
-    s = checked(call, True)
+    weights, initial = call.weights(), call.states or ()
+    place, key = _place(call), (call.input.shape, call.training, False, False)
+    known = None if place is None else place.repeats.get(key)
+    if place is not None and known is not None and known.is_repeated(call.cell, call.engine, call.input, weights, initial):
+        if not call.training:
+            return list(known.results(call.input, weights, initial, place))
+        output, final, kept, history = known.forward(call.input, initial, weights, place)
+        _clear_unused(kept, known.sizes)
+        return [output, *final, kept, *history]
+    look = look_at((call.input, *weights, *initial, *call.given, *call.reset_states), call.input.dtype)
+    s = checked_once(call, look)
+    if place is not None:
+        _remember(place, key, call, s, look.plain and look.alike and look.dense)
     states, given, resets = ([dense(t) for t in tensors] for tensors in (call.states or (), call.given, call.reset_states))
-    run = RUNS[s.engine].forward(s, call.training, call.input, states, call.weights().dense(), call.rows(), given, resets)
+    run = RUNS[s.engine].forward(s, call.training, call.input, states, weights.dense(), call.rows(), given, resets)
     output, final, kept, history = run
-    # Places that forward does not fill: an op's results are the same each time.
-    if kept is not None and s.cell.kept < s.cell.room:
-        kept[:, s.cell.kept * s.hidden :].zero_()
+    if kept is not None:
+        _clear_unused(kept, s)
     if call.lengths is not None and s.steps * s.batch:
         past = (torch.arange(s.steps).unsqueeze(1) >= call.lengths).flatten()
         for t in [kept, *history[len(s.cell.states) - 1 :]]:
@@ -84,10 +135,32 @@ class Back(NamedTuple):
     history: Seq[Tensor]
 
 
+def _repeated_backward(call: Call, back: Back) -> list[Tensor | None] | None:
+    """Of a call that repeats one before; or None, and it has to be looked at."""
+    input, states, weights, (above, *others) = call.input, call.states or (), call.weights(), back.grad_states
+    place, n = _place(call), len(states)
+    known = None if place is None else place.repeats.get((input.shape, True, False, False))
+    if known is None or back.kept is None or any(grad is not None for grad in others):
+        return None
+    if (len(back.needs), len(back.grad_final), len(back.history)) != (1 + _COUNT + n, n, n - 1):
+        return None
+    for grad, like in zip((above, *back.grad_final), (back.output, *states), strict=True):
+        if grad is not None and (grad.shape != like.shape or grad.dtype is not like.dtype or not grad.is_cpu):
+            return None
+    left = (back.output, back.kept, back.history)
+    if not known.is_followed(call.cell, call.engine, input, weights, states, *left):
+        return None
+    found: list[Tensor | None] | None = known.backward(back.needs, above, back.grad_final, input, states, weights, *left, False)
+    return found
+
+
 def _op_backward(*args: Any) -> list[Tensor]:
     """Gradients in the order of `needs`; an empty tensor where none is needed."""
     call, back = _call(args), Back(*args[len(Call._fields) :])
     input, states, output, kept, history = call.input, call.states or (), back.output, back.kept, back.history
+    repeated = _repeated_backward(call, back)
+    if repeated is not None:
+        return [input.new_empty(0) if grad is None else grad for grad in repeated]
     s = checked(call, True)
     N = s.steps * s.batch if call.batch_sizes is None else input.shape[0]
     others = len(call.given) + len(call.reset_states)
@@ -143,6 +216,7 @@ def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     call = _call(inputs)
     states = call.states or ()
     n = len(states)
+    ctx.set_materialize_grads(False)  # or kept values would be given zeros as large as they are
     if call.training:
         kept, history = None if call.recompute else output[1 + n], output[(1 if call.recompute else 2) + n :]
         if not call.recompute:

@@ -22,23 +22,34 @@ from .packed import Pack, Packed, Remembered, keep, keeping
 __all__ = ["Directions", "Inference", "Training"]
 
 
+_Mark = tuple[int, torch.Size | None, type]  # where a weight lies, its shape and its kind
+
+
 class _Call:
     """What a call of the CPU engine must be to repeat the one that was seen: its input has the same shape, and its weights lie where they
     lay. What these hold is for others to look at. A cell's step ``[B, I]`` from states ``[B, ·]`` has no output but them; of a sequence
-    ``[T, B, I]``, states are ``[1, B, ·]``.
+    ``[T, B, I]``, states are ``[1, B, ·]``, of an operator's ``[B, ·]``.
     """
 
     def __init__(
-        self, engine: str, s: Sizes, kept: Sizes, input: Tensor, weights: Seq[Tensor | None], training: bool, beside: bool = False
+        self,
+        engine: str,
+        s: Sizes,
+        kept: Sizes,
+        input: Tensor,
+        weights: Seq[Tensor | None],
+        training: bool,
+        beside: bool = False,
+        of_operator: bool = False,
     ) -> None:
         """``kept``: as the forward pass has them, which may keep packed weights. ``beside``: another such call, on a thread each."""
         cell, H, six = s.cell, s.hidden, weights_of(weights)
         self.sizes, self._engine, self._dtype, self.is_step = s, engine, input.dtype, input.dim() == 2
         self._complete = s.complete
         self._threads, self._generation = torch.get_num_threads(), cpu.generation()
-        self._marks = [(0, None, type(None)) if w is None else (w.data_ptr(), w.shape, type(w)) for w in weights]
+        self._marks: list[_Mark] = [(0, None, type(None)) if w is None else (w.data_ptr(), w.shape, type(w)) for w in weights]
         self._tokens, self._output = s.steps * s.batch, (*(() if self.is_step else (s.steps,)), s.batch, s.output)
-        self._finals = [(*(() if self.is_step else (1,)), s.batch, width) for width in s.widths]
+        self._finals = [(*(() if self.is_step or of_operator else (1,)), s.batch, width) for width in s.widths]
         ih, bias_ih, bias_hh = address(six.ih), address(six.bias_ih), address(six.bias_hh)
         matrices, own = stage_addresses(cell, H, six.hh, six.hr), vectors(cell, H, six)
         row = cell.room * H
@@ -100,12 +111,17 @@ class _Call:
 
     def is_repeated(self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor]) -> bool:
         """Whether this is such a call, of an input of the shape that was seen; from zeros, if there are no states."""
+        return self._is_repeated(cell, engine, input, weights, states, self._marks)
+
+    def _is_repeated(
+        self, cell: str, engine: str, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor], marks: Seq[_Mark]
+    ) -> bool:
         dtype = self._dtype
         if input.dtype is not dtype or not input.data_ptr() or input.is_neg():  # no address: empty, or yet to be made
             return False
-        if cell != self.sizes.cell.name or engine != self._engine or len(weights) != len(self._marks) or not self._as_now():
+        if cell != self.sizes.cell.name or engine != self._engine or len(weights) != len(marks) or not self._as_now():
             return False
-        for w, (there, shape, kind) in zip(weights, self._marks, strict=True):
+        for w, (there, shape, kind) in zip(weights, marks, strict=True):
             if type(w) is not kind:
                 return False
             if w is None:
@@ -125,8 +141,10 @@ class _Call:
 class Inference(_Call):
     """One without gradients, whose weights stay packed."""
 
-    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None], beside: bool = False) -> None:
-        super().__init__(engine, s, s, input, weights, False, beside)
+    def __init__(
+        self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None], beside: bool = False, of_operator: bool = False
+    ) -> None:
+        super().__init__(engine, s, s, input, weights, False, beside, of_operator)
 
     def results(self, input: Tensor, weights: Seq[Tensor | None], states: Seq[Tensor], keeper: Packed | Remembered) -> tuple[Tensor, ...]:
         """The output and the final states, of a step these alone."""
@@ -171,10 +189,18 @@ class Training(_Call):
         """Whether there is nothing to do but to run kernels and, of a step, torch's products."""
         return s.engine == "cpu" and not (s.recompute or s.cell.moments or s.cell.projected)
 
-    def __init__(self, engine: str, s: Sizes, input: Tensor, weights: Seq[Tensor | None], keeper: Packed | Remembered | None) -> None:
+    def __init__(
+        self,
+        engine: str,
+        s: Sizes,
+        input: Tensor,
+        weights: Seq[Tensor | None],
+        keeper: Packed | Remembered | None,
+        of_operator: bool = False,
+    ) -> None:
         # Many a step is run with the same weights, a sequence with those that the one before it has changed.
         kept = keeping(s, input, keeper) if s.steps == 1 and not s.complete else None
-        super().__init__(engine, s, s if kept is None else kept, input, weights, True)
+        super().__init__(engine, s, s if kept is None else kept, input, weights, True, False, of_operator)
         self._keeps = kept is not None
 
         def kernel(task: cpu.Task) -> _C.Backward:
@@ -201,6 +227,25 @@ class Training(_Call):
         histories = (0, *addresses(history))
         self._go_forward(input, initial, kept.data_ptr(), output, finals, histories, weights, keeper if self._keeps else None)
         return output, finals, kept, history
+
+    def is_followed(
+        self,
+        cell: str,
+        engine: str,
+        input: Tensor,
+        weights: Weights,
+        states: Seq[Tensor],
+        output: Tensor,
+        kept: Tensor,
+        history: Seq[Tensor],
+    ) -> bool:
+        """Whether this is the backward pass of such a call, which has no need of bias_ih, and what forward left lies as it left it."""
+        left = [(output, self._output), (kept, self._kept), *zip(history, self._history, strict=True)]
+        for t, shape in left:
+            if t.shape != shape or t.dtype is not self._dtype or not t.is_cpu or not t.is_contiguous() or t.is_neg():
+                return False
+        at, marks = Weights._fields.index("bias_ih"), self._marks
+        return self._is_repeated(cell, engine, input, (*weights[:at], *weights[at + 1 :]), states, (*marks[:at], *marks[at + 1 :]))
 
     def backward(
         self,
