@@ -42,7 +42,7 @@ _BEYOND = (
     "grad_clip",
     "learn_initial",
 )
-_KEPT_BY_US = (*_BEYOND, "engine", "recompute", "weight_dtype", "_packed", "_single", "forget_bias", "recurrent_init", "_argument_names")
+_KEPT_BY_US = (*_BEYOND, "engine", "recompute", "weight_dtype", "_packed", "_singles", "forget_bias", "recurrent_init", "_argument_names")
 
 
 @dataclass(frozen=True)

@@ -88,7 +88,7 @@ def stack(
         for start in range(0, len(weights), directions):
             if start > 0 and dropped:
                 input = torch.nn.functional.dropout(input, dropout)
-            if plain and not torch.compiler.is_compiling():
+            if plain:
                 initials = [[] if states is None else [state[k : k + 1] for state in states] for k in range(start, start + directions)]
                 places = None if packed is None else packed[start : start + directions]
                 found = ops.layer_again(cell, input, initials, weights[start : start + directions], engine, recompute, places)

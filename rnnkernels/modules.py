@@ -32,6 +32,13 @@ def _checked_engine(engine: str) -> str:
     return engine
 
 
+# A cell, the names of its weights, None for those that are not there, and whether thresholds come after them.
+_Single = tuple[str, list[str | None], bool]
+# Attributes that do not change them: what torch sets in whatever is cast, moved, compiled.
+_NOT_OF_SINGLES = frozenset(
+    ("training", "nonlinearity", "_packed", "_flat_weights", "_flat_weight_refs", "_is_torch_compile", "_compiled_call_impl")
+)
+
 _Forward = TypeVar("_Forward", bound=Callable[..., Any])
 
 
@@ -162,6 +169,7 @@ class _Layer(nn.RNNBase):
     learn_initial: bool = False
     weight_dtype: torch.dtype | None = None
     _packed: list[ops.Packed | ops.Remembered] | None = None
+    _singles: tuple[_Single | None, _Single | None] | None = None
     _reshaped = False
     _lstm = False  # whether it has a cell state to clip and an output that can be projected
     _candidate = False  # whether it has a candidate that can be dropped: g of an LSTM, n of a GRU
@@ -212,6 +220,7 @@ class _Layer(nn.RNNBase):
         for training in (True, False):  # to be refused now, or compiled, and not at the first call, which may be traced
             self._modifiers(training)
         self._reset_beyond_torch()
+        self._find_singles()
 
     def _reshape_weights(self) -> None:
         """Where the cell's weights have other shapes than the base gave them, give them these."""
@@ -471,17 +480,22 @@ class _Layer(nn.RNNBase):
         return (output, self._join(finals), tuple(histories)) if return_states else (output, self._join(finals))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        self.__dict__.pop("_single", None)
         super().__setattr__(name, value)
+        if name not in _NOT_OF_SINGLES:
+            self.__dict__["_singles"] = None
 
-    @functools.cached_property
-    def _single(self) -> tuple[str, list[str | None], bool] | None:
-        """Until an attribute is set: of a layer of one sequence that is given nothing, the cell, the names of the weights in their order,
-        and whether thresholds come with them.
+    def _find_singles(self) -> tuple[_Single | None, _Single | None]:
+        """:meth:`_single` in eval and in training, kept until what it depends on is set."""
+        self.__dict__["_singles"] = found = self._single(False), self._single(True)
+        return found
+
+    def _single(self, training: bool) -> _Single | None:
+        """Of a layer of one sequence that is given nothing, the cell, the names of the weights in their order, and whether thresholds come
+        with them.
         """
         if self.num_layers > 1 or self.bidirectional or self.learn_initial or self.layer_norm is not None:
             return None
-        cell, _ = self._modifiers(self.training)
+        cell, _ = self._modifiers(training)
         if ops.CELLS[cell].given:
             return None
         own = self._all_weights[0]
@@ -491,9 +505,10 @@ class _Layer(nn.RNNBase):
 
     def _again(self, input: Any, hx: Any) -> tuple[Any, ...] | None:
         """What :meth:`_run` gives, at less cost, where the layer is one sequence and such a call was made before."""
-        if torch.compiler.is_compiling():
-            return None
-        single = self._single
+        singles = self._singles
+        if singles is None:
+            singles = (self._single(False), self._single(True)) if torch.compiler.is_compiling() else self._find_singles()
+        single = singles[self.training]
         if single is None or type(input) is not Tensor or input.dim() not in (2, 3) or input.size(-1) != self.input_size:
             return None
         (cell, names, clips), parameters = single, self._parameters

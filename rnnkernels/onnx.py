@@ -81,7 +81,7 @@ def _refuse(why: str) -> None:
 def _sequence(
     cell: str,
     input: Any,
-    states: Sequence[Any],
+    states: Sequence[Any] | None,
     weight_ih: Any,
     weight_hh: Any,
     bias_ih: Any,
@@ -132,7 +132,8 @@ def _sequence(
         bias = op.Unsqueeze(op.Concat(*halves, axis=0), [0])
     weights = [op.Unsqueeze(turned(w, node.gates, spec.input_gates), [0]) for w in (weight_ih, weight_hh)]
     rows = None if lengths is None else op.Cast(lengths, to=6)  # INT32
-    arguments = [input, *weights, bias, rows, *(op.Unsqueeze(state, [0]) for state in states)]
+    initial = [op.Unsqueeze(state, [0]) for state in states] if states else [None] * len(spec.states)
+    arguments = [input, *weights, bias, rows, *initial]
     if weight_v is not None:
         arguments.append(op.Unsqueeze(turned(weight_v, _PEEPHOLES, 3), [0]))
     options = {"hidden_size": H, "direction": "reverse" if reverse else "forward", **node.attributes}

@@ -263,6 +263,18 @@ def test_opcheck(cell: str, ragged: bool, engine: str, recompute: bool) -> None:
     )
 
 
+@pytest.mark.parametrize("cell", PLAIN)
+def test_opcheck_from_zeros(cell: str) -> None:
+    (x, *rest), _, _ = arguments(cell, 3, 2, 4, 5)
+    leaves, zeros = [None if t is None else t.requires_grad_() for t in rest[:6]], [torch.zeros_like(t) for t in rest[6:]]
+    op = torch.ops.rnnkernels.sequence.default
+    torch.library.opcheck(op, call(cell, x.requires_grad_(), [], leaves, None, []))
+    for a, b in zip(op(*call(cell, x, None, leaves, None, [])), op(*call(cell, x, zeros, leaves, None, [])), strict=True):
+        assert torch.equal(a, b)
+    found = torch.autograd.grad(op(*call(cell, x, None, leaves, None, []))[0].sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad(op(*call(cell, x, zeros, leaves, None, []))[0].sum(), x))
+
+
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("cell", [*PLAIN, "lstm_zoneout_dropout", "lstm_cell_norm_gate_norm", "gru_layer_norm"])
 def test_compiled_is_eager(cell: str, recompute: bool) -> None:

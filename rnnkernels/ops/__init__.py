@@ -32,9 +32,9 @@ from .checks import (
     checked,
     checked_once,
     forget_seen,
-    hidden_size,
     look_at,
     seen,
+    widths,
 )
 from .engines import ENGINES, RUNS, cuts_natively
 from .explained import is_listening, listening, noted
@@ -240,10 +240,12 @@ def again(
     packed: Packed | Remembered | None = None,
     reverse: bool = False,
 ) -> Seq[Tensor] | None:
-    """:func:`sequence` of a padded batch on the CPU, while nothing is compiled, if a call of the same shapes was found to be as it must be;
-    or None, and somebody has to look at this one. States, none for zeros, and final states are ``[1, B, ·]``; of a cell's step of an input
-    ``[B, I]`` they are ``[B, ·]``, and all there is. Of a small layer's call the way to the kernel is the longer part.
+    """:func:`sequence` of a padded batch on the CPU, if a call of the same shapes was found to be as it must be; or None, and somebody has
+    to look at this one. States, none for zeros, and final states are ``[1, B, ·]``; of a cell's step of an input ``[B, I]`` they are
+    ``[B, ·]``, and all there is. Of a small layer's call the way to the kernel is the longer part.
     """
+    if torch.compiler.is_compiling():
+        return None if packed is not None else _compiled(cell, input, states, weights, engine, recompute, reverse)
     is_step = input.dim() == 2
     if torch._C._is_any_autocast_enabled():
         if not _keeps_dtype(cell, is_step):
@@ -284,6 +286,32 @@ def again(
     return final if is_step else (output, *(state[None] for state in final))
 
 
+def _compiled(
+    cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Tensor | None], engine: str, recompute: bool, reverse: bool
+) -> Seq[Tensor] | None:
+    """:func:`again` while torch.compile looks. Of what is read here it looks at each call whether that still holds; so little is read, and
+    the operator sees to the rest.
+    """
+    dtype, device, is_step = input.dtype, input.device, input.dim() == 2
+    if engine in ("torch", "traced") or torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled():
+        return None
+    if not is_step and input.shape[0] == 0:
+        return None
+    needs_grad = input.requires_grad
+    for t in (*weights, *states):
+        if t is not None:
+            if t.dtype != dtype or t.device != device:
+                return None
+            needs_grad = needs_grad or t.requires_grad
+    six, rows = [*weights, *[None] * (6 - len(weights))], list(states) if is_step else [state[0] for state in states]
+    training, around = needs_grad and torch.is_grad_enabled(), [None] * 4
+    x = input[None] if is_step else input
+    found = torch.ops.rnnkernels.sequence(cell, x, rows, *six, *around, [], [], 0, reverse, engine, recompute, False, training)
+    count = len(CELLS[cell].states)
+    finals: list[Tensor] = found[1 : 1 + count]
+    return finals if is_step else (found[0], *[state[None] for state in finals])
+
+
 def layer_again(
     cell: str,
     input: Tensor,
@@ -297,6 +325,8 @@ def layer_again(
     if len(weights) == 1:
         one = again(cell, input, states[0], weights[0], engine, recompute, None if packed is None else packed[0])
         return None if one is None else [one]
+    if torch.compiler.is_compiling():
+        return _in_turn(cell, input, states, weights, engine, recompute, packed)
     if torch._C._is_any_autocast_enabled():
         if not _keeps_dtype(cell, False):
             return None
@@ -326,9 +356,22 @@ def layer_again(
         return found
     if known.beside:
         return _beside(cell, input, states, weights, engine, recompute)
-    both = list[Seq[Tensor]]()
-    for initial, own, place, reverse in zip(states, weights, packed, (False, True), strict=True):
-        one = again(cell, input, initial, own, engine, recompute, place, reverse)
+    return _in_turn(cell, input, states, weights, engine, recompute, packed)
+
+
+def _in_turn(
+    cell: str,
+    input: Tensor,
+    states: Seq[Seq[Tensor]],
+    weights: Seq[Seq[Tensor | None]],
+    engine: str,
+    recompute: bool,
+    packed: Seq[Packed | Remembered] | None,
+) -> Seq[Seq[Tensor]] | None:
+    """:func:`again` of both directions, one after the other."""
+    both: list[Seq[Tensor]] = []
+    for k, reverse in enumerate((False, True)):
+        one = again(cell, input, states[k], weights[k], engine, recompute, None if packed is None else packed[k], reverse)
         if one is None:
             return None
         both.append(one)
@@ -570,13 +613,6 @@ def _first_states(call: Call) -> list[Tensor] | None:
     return [torch.where(marked.unsqueeze(1), reset[0] if reset.dim() == 3 else reset, state) for state, reset in pairs]
 
 
-def widths(cell: str, *weights: Tensor | None) -> list[int]:
-    """Of the cell's states."""
-    H = hidden_size(CELLS[cell], Weights(*weights))
-    hr = Weights(*weights).hr
-    return [H if hr is None else hr.shape[0]] + [H] * (len(CELLS[cell].states) - 1)
-
-
 def _zeros(cell: str, input: Tensor, batch_sizes: Tensor | None, weights: Weights) -> list[Tensor]:
     """Initial states."""
     batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
@@ -598,11 +634,13 @@ def _torch_is_faster(call: Call) -> bool:
 
 def _traceable(call: Call) -> tuple[Tensor, ...]:
     """The same through the registered op: for compilers, fake and meta tensors, and tensor subclasses."""
-    if call.states is None:
+    if call.states is None and call.batch_sizes is not None:  # which alone says how many rows there are
         call = call.changed(states=_zeros(call.cell, call.input, call.batch_sizes, call.weights()))
     s = checked(call, is_listening())
     if is_listening():
         return noted(s, call, call.rows())
+    if call.states is None:
+        call = call.changed(states=[])
     results: list[Tensor] = torch.ops.rnnkernels.sequence(*call)
     n = len(s.cell.states)
     end = len(results) - (call.training and s.cell.moments > 0)

@@ -24,6 +24,7 @@ __all__ = [
     "hidden_size",
     "look_at",
     "seen",
+    "widths",
 ]
 
 
@@ -304,6 +305,13 @@ def hidden_size(spec: Cell, weights: Weights) -> int:
             f"{name}: expected shape ({blocks}·hidden_size, {'input' if spec.input_gates else 'hidden'}_size), got {tuple(weight.shape)}"
         )
     return weight.shape[0] // blocks
+
+
+def widths(cell: str, *weights: Tensor | None) -> list[int]:
+    """Of the cell's states."""
+    H = hidden_size(CELLS[cell], Weights(*weights))
+    hr = Weights(*weights).hr
+    return [H if hr is None else hr.shape[0]] + [H] * (len(CELLS[cell].states) - 1)
 
 
 def _check_given(spec: Cell, given: Seq[Tensor], H: int, B: int, input: Tensor) -> None:

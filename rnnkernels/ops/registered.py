@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .cells import CELLS, NO_ROWS, Rows, Sizes, Weights, dense, grad_shapes, number, parted
-from .checks import Call, checked, checked_once, expect, hidden_size, look_at
+from .checks import Call, checked, checked_once, expect, hidden_size, look_at, widths
 from .engines import RUNS
 from .packed import Remembered, keeping
 from .repeat import Inference, Training
@@ -20,12 +20,12 @@ _COUNT = len(Weights._fields)
 
 _library: Any = torch.library.Library("rnnkernels", "DEF")  # type: ignore[no-untyped-call]
 _library.define(
-    "sequence(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
+    "sequence(str cell, Tensor input, Tensor[]? states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
     " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[]? given,"
     " Tensor[]? reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training) -> Tensor[]"
 )
 _library.define(
-    "sequence_backward(str cell, Tensor input, Tensor[] states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
+    "sequence_backward(str cell, Tensor input, Tensor[]? states, Tensor? weight_ih, Tensor? weight_hh, Tensor? bias_ih, Tensor? bias_hh,"
     " Tensor? weight_hr, Tensor? weight_v, Tensor? batch_sizes, Tensor? lengths, Tensor? reset_mask, Tensor? units, Tensor[]? given,"
     " Tensor[]? reset_states, int module, bool reverse, str engine, bool recompute, bool return_states, bool training, bool[] needs,"
     " Tensor?[] grad_states, Tensor?[] grad_final, Tensor output, Tensor? kept, Tensor[] history) -> Tensor[]"
@@ -33,8 +33,12 @@ _library.define(
 
 
 def _call(args: Seq[Any]) -> Call:
-    call = Call(*args[: len(Call._fields)])
-    return call._replace(given=call.given or (), reset_states=call.reset_states or ())  # AOTInductor has None for an empty list
+    """The op's arguments. AOTInductor has None for an empty list."""
+    cell, input, states, *rest = args[: len(Call._fields)]
+    call = Call(cell, input, states or None, *rest)
+    if call.given is None or call.reset_states is None:
+        call = call._replace(given=call.given or (), reset_states=call.reset_states or ())
+    return call
 
 
 # What is known of calls that may repeat, for each cell and direction, by the first of the weights: a module's stay, those that are made
@@ -110,15 +114,14 @@ def _op_forward(*args: Any) -> list[Tensor]:
 
 def _op_forward_fake(*args: Any) -> list[Tensor]:
     call = _call(args)
-    spec, input, states = CELLS[call.cell], call.input, call.states or ()
-    H = hidden_size(spec, call.weights())
-    P = H if call.weight_hr is None else call.weight_hr.shape[0]
+    s, input = checked(call, False), call.input
+    spec, H = s.cell, s.hidden
     N = input.shape[0] if call.batch_sizes is not None else input.shape[0] * input.shape[1]
-    results = [input.new_empty(*input.shape[:-1], P), *(input.new_empty(state.shape) for state in states)]
+    results = [input.new_empty(*input.shape[:-1], s.output), *(input.new_empty(s.batch, width) for width in s.widths)]
     if call.training and not call.recompute:
         results.append(input.new_empty(N, spec.room * H))
     if call.training or call.return_states:
-        results += [input.new_empty(N, H) for _ in states[1:]]
+        results += [input.new_empty(N, H) for _ in spec.states[1:]]
     if call.training and spec.moments:
         results.append(input.new_empty(N, spec.moments, dtype=number(input.dtype)))
     return results
@@ -138,17 +141,14 @@ class Back(NamedTuple):
 def _repeated_backward(call: Call, back: Back) -> list[Tensor | None] | None:
     """Of a call that repeats one before; or None, and it has to be looked at."""
     input, states, weights, (above, *others) = call.input, call.states or (), call.weights(), back.grad_states
-    place, n = _place(call), len(states)
+    place = _place(call)
     known = None if place is None else place.repeats.get((input.shape, True, False, False))
     if known is None or back.kept is None or any(grad is not None for grad in others):
         return None
-    if (len(back.needs), len(back.grad_final), len(back.history)) != (1 + _COUNT + n, n, n - 1):
+    if len(back.needs) != 1 + _COUNT + len(states):
         return None
-    for grad, like in zip((above, *back.grad_final), (back.output, *states), strict=True):
-        if grad is not None and (grad.shape != like.shape or grad.dtype is not like.dtype or not grad.is_cpu):
-            return None
     left = (back.output, back.kept, back.history)
-    if not known.is_followed(call.cell, call.engine, input, weights, states, *left):
+    if not known.is_followed(call.cell, call.engine, input, weights, states, *left, above, back.grad_final):
         return None
     found: list[Tensor | None] | None = known.backward(back.needs, above, back.grad_final, input, states, weights, *left, False)
     return found
@@ -163,21 +163,21 @@ def _op_backward(*args: Any) -> list[Tensor]:
         return [input.new_empty(0) if grad is None else grad for grad in repeated]
     s = checked(call, True)
     N = s.steps * s.batch if call.batch_sizes is None else input.shape[0]
-    others = len(call.given) + len(call.reset_states)
-    counts = (1 + _COUNT + len(states) + others, len(states), len(states) - 1 + (s.cell.moments > 0))
-    if (len(back.needs), len(back.grad_final), len(history)) != counts or not 1 <= len(back.grad_states) <= len(states):
+    others, n = len(call.given) + len(call.reset_states), len(s.cell.states)
+    counts = (1 + _COUNT + len(states) + others, n, n - 1 + (s.cell.moments > 0))
+    if (len(back.needs), len(back.grad_final), len(history)) != counts or not 1 <= len(back.grad_states) <= n:
         raise RuntimeError("needs, grad_final, history: expected {}, {}, {} of them".format(*counts))
     expect("output", output, (*input.shape[:-1], s.output), input)
     if kept is not None:
         expect("kept", kept, (N, s.cell.room * s.hidden), input)
-    wide = [(N, s.hidden)] * (len(states) - 1)
+    wide = [(N, s.hidden)] * (n - 1)
     if s.cell.moments and (history[-1].shape != (N, s.cell.moments) or history[-1].dtype != number(input.dtype)):
         raise RuntimeError(
             f"history: expected moments of shape {(N, s.cell.moments)}, got {tuple(history[-1].shape)} of {history[-1].dtype}"
         )
     for name, tensors, shapes in (
         ("grad_states", back.grad_states, [output.shape, *wide]),
-        ("grad_final", back.grad_final, [state.shape for state in states]),
+        ("grad_final", back.grad_final, [(s.batch, width) for width in s.widths]),
         ("history", history[: len(wide)], wide),
     ):
         for tensor, shape in zip(tensors, shapes, strict=False):
@@ -214,8 +214,7 @@ def _op_backward_fake(*args: Any) -> list[Tensor]:
 
 def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     call = _call(inputs)
-    states = call.states or ()
-    n = len(states)
+    states, n = call.states or (), len(CELLS[call.cell].states)
     ctx.set_materialize_grads(False)  # or kept values would be given zeros as large as they are
     if call.training:
         kept, history = None if call.recompute else output[1 + n], output[(1 if call.recompute else 2) + n :]
@@ -223,7 +222,8 @@ def _op_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
             call = call._replace(bias_ih=None)
         leaves = (inputs[1], *inputs[3 : 3 + _COUNT], *states, *call.given, *call.reset_states)
         ctx.needs = [t is not None and t.requires_grad for t in leaves]
-        ctx.counts = (n, len(call.given), len(call.reset_states), len(history))
+        ctx.from_zeros = inputs[2] is None
+        ctx.counts = (len(states), len(call.given), len(call.reset_states), len(history))
         ctx.save_for_backward(call.input, *call[3:13], output[0], kept, *states, *call.given, *call.reset_states, *history)
     # Tensors are the context's to keep; the rest is not.
     ctx.call = call._replace(input=None, states=None, given=(), reset_states=(), **dict.fromkeys(Call._fields[3:13]))  # type: ignore[arg-type]
@@ -239,7 +239,7 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
         part, rest = rest[:count], rest[count:]
         parts.append(part)
     states, given, resets, history = parts
-    n = len(states)
+    n = len(CELLS[ctx.call.cell].states)
     end = len(grads) - (CELLS[ctx.call.cell].moments > 0)
     call = ctx.call._replace(
         input=input, states=states, given=given, reset_states=resets, **dict(zip(Call._fields[3:13], fields, strict=True))
@@ -252,7 +252,16 @@ def _op_autograd(ctx: Any, grads: list[Tensor | None]) -> Any:
     of_rest, of_resets = parted(rest, len(resets))
     of_states, of_given = parted(of_rest, len(given))
     none = [None] * (len(Rows._fields))
-    return (None, input_grad, of_states, *of_weights, *none, of_given, of_resets, *[None] * (len(Call._fields) - 15))
+    return (
+        None,
+        input_grad,
+        None if ctx.from_zeros else of_states,
+        *of_weights,
+        *none,
+        of_given,
+        of_resets,
+        *[None] * (len(Call._fields) - 15),
+    )
 
 
 def _refuse_second_derivative(ctx: Any, *grads: Any) -> Any:
@@ -277,6 +286,8 @@ def _in_a_loop(op: Any) -> Any:
 def _op_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     """As :meth:`Forward.vmap`: one call with a larger batch, where the weights are the same."""
     call, dims = _call(args), Call(*in_dims[: len(Call._fields)])
+    if not call.states:
+        call, dims = call._replace(states=_zeros(call, dims)), dims._replace(states=None)
     leaves = _leaves(call)
     lists: dict[str, Any] = {name: _each(getattr(call, name), getattr(dims, name)) for name in ("states", "given", "reset_states")}
     at: Any = _leaves(dims._replace(**lists))
@@ -291,6 +302,12 @@ def _op_vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
     )
     lead = [fold.row_dim, *[0] * (len(found) - 1)]
     return [torch.unflatten(t, d, (-1, samples)) for t, d in zip(found, lead, strict=True)], [d + 1 for d in lead]
+
+
+def _zeros(call: Call, dims: Call) -> list[Tensor]:
+    """Initial states of a sample of a padded batch."""
+    x, *weights = (_samples_of(t, d, 0) for t, d in zip((call.input, *call.weights()), (dims.input, *dims.weights()), strict=True))
+    return [x.new_zeros(x.shape[1], width) for width in widths(call.cell, *weights)]
 
 
 def _each(tensors: Any, dims: Any) -> list[Any]:

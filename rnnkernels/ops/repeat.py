@@ -238,8 +238,15 @@ class Training(_Call):
         output: Tensor,
         kept: Tensor,
         history: Seq[Tensor],
+        grad_output: Tensor | None,
+        grad_final: Seq[Tensor | None],
     ) -> bool:
         """Whether this is the backward pass of such a call, which has no need of bias_ih, and what forward left lies as it left it."""
+        if len(history) != len(self._history) or len(grad_final) != len(self._finals):
+            return False
+        for grad, shape in zip((grad_output, *grad_final), (self._output, *self._finals), strict=True):
+            if grad is not None and (grad.shape != shape or grad.dtype is not self._dtype or not grad.is_cpu):
+                return False
         left = [(output, self._output), (kept, self._kept), *zip(history, self._history, strict=True)]
         for t, shape in left:
             if t.shape != shape or t.dtype is not self._dtype or not t.is_cpu or not t.is_contiguous() or t.is_neg():
