@@ -30,6 +30,8 @@ PADDED, LENGTHS, ONE_SHORT, RESETS, PACKED = LAYOUTS = ("padded", "lengths", "on
 CLOCKWORK = "clockwork"
 # Padded, each step a call of the layer's cell (nn.LSTMCell and the like) in a loop in Python.
 STEPS = "steps"
+# Padded, the layer under torch.compile, torch.nn's too.
+COMPILED = "compiled"
 PERIODS = (1, 2, 4, 8, 16, 32, 64, 128)
 # Of all tokens, those at which an episode begins anew.
 RESET_SHARE = 0.02
@@ -181,7 +183,10 @@ PRESETS = {
     "cells": (Preset(OTHERS, PASSES, (100,), (1, 16, 64), (128, 256)),),
     # torch.compile unrolls the loop and compiles it anew for every case, the slower the more steps: half a minute for training with these
     # 20, so that "cells" cannot have it. All peers of a case run its T, so ratios to the plain loop are to be taken from one preset.
-    "compiled": (Preset(OTHERS, PASSES, (COMPILED_STEPS,), (1, 16), (128,)),),
+    "compiled": (
+        Preset(OTHERS, PASSES, (COMPILED_STEPS,), (1, 16), (128,)),
+        Preset(tuple(IN_TORCH), PASSES, (10, 50), (1, 16), (32, 128), (COMPILED,)),
+    ),
     "inside": (Preset(tuple(IN_TORCH), PASSES, (100,), (16, 64), (128, 256), LAYOUTS[1:]),),
     "clockwork": (Preset(("srn_tanh",), PASSES, (100, 1000), (1, 16), (512,), (CLOCKWORK,)),),
     "packed": (Preset(tuple(IN_TORCH), ("inference", "streaming"), (100,), (1, 8), (256, 512, 1024)),),

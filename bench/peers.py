@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from bench.cases import COMPILED_STEPS, DERIVATIVES, DTYPES, IN_TORCH, JVP, PACKED, PADDED, PENALTY, RESETS, STEPS, Case
+from bench.cases import COMPILED, COMPILED_STEPS, DERIVATIVES, DTYPES, IN_TORCH, JVP, PACKED, PADDED, PENALTY, RESETS, STEPS, Case
 from rnnkernels import ops, reference
 
 Results = dict[str, Tensor]
@@ -122,6 +122,9 @@ class Layers:
 
     def way(self, layer: torch.nn.Module, case: Case) -> Layer:
         """How the case's batch goes through a layer, padded on both sides."""
+        if case.layout == COMPILED:
+            compiled: Layer = torch.compile(layer, dynamic=False)
+            return compiled
         return layer if case.layout in (PADDED, STEPS) else packed(layer, case)
 
     def prepare(self, case: Case, problem: Problem) -> Runner:
@@ -287,7 +290,7 @@ class Ours(Layers):
     """Streaming is the layer's stream; cells that torch.nn lacks run through ops.sequence."""
 
     def way(self, layer: torch.nn.Module, case: Case) -> Layer:
-        if case.layout in (PADDED, PACKED, STEPS):
+        if case.layout in (PADDED, PACKED, STEPS, COMPILED):
             return super().way(layer, case)
         return partial(layer, lengths=case.lengths, reset_mask=case.reset_mask)
 
@@ -341,7 +344,7 @@ class Plain:
 
     def why_not(self, case: Case) -> str | None:
         if case.cell in IN_TORCH:
-            return "is for variants, and for what happens inside a sequence" if case.layout in (PADDED, STEPS) else None
+            return "is for variants, and for what happens inside a sequence" if case.layout in (PADDED, STEPS, COMPILED) else None
         return None if case.page.hidden_gates in BY_PRODUCTS else f"no plain cell has as many products by U: {case.page.hidden_gates}"
 
     def prepare(self, case: Case, problem: Problem) -> Runner:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from bench.cases import Case
+from bench.cases import COMPILED, Case
 from bench.peers import OURS, PEERS, PLAIN, Problem, Runner, difference, make_problem
 from bench.roofs import Roofs
 from bench.timing import measure
@@ -33,6 +33,8 @@ def prepare(case: Case, problem: Problem, peers: Sequence[str]) -> tuple[dict[st
     unavailable: dict[str, str] = {}
     wrong: dict[str, str] = {}
     expected = None
+    if case.layout == COMPILED:
+        torch.compiler.reset()  # or each call would look through what other cases' layers were compiled to
     for name in peers:
         if reason := PEERS[name].why_not(case):
             unavailable[name] = reason

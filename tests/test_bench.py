@@ -38,7 +38,7 @@ SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
         ("steps", 3 * 2 * 3 * 3),
         ("stream", 2 * 4 * 3),
         ("cells", 12 * len(OTHERS)),
-        ("compiled", 4 * len(OTHERS)),
+        ("compiled", 4 * len(OTHERS) + 3 * 2 * 2 * 2 * 2),
         ("inside", 3 * 4 * 2 * 2 * 2),
         ("clockwork", 2 * 2 * 2),
         ("recurrence", 3 * 2 * 4 * 5),
@@ -170,6 +170,16 @@ def test_a_compiled_loop_agrees(direction):
     assert not found["wrong"]
     assert found["speedup"].keys() == {"loop", "compiled loop"}
     assert found["over_plain"]["median"] > 0
+
+
+@pytest.mark.parametrize("direction", ["inference", "training"])
+def test_compiled_layers_agree(direction):
+    pytest.importorskip("torch._inductor")
+    case = replace(SMALL, layout="compiled", direction=direction)
+    found = run_case(case, ["torch", "rnnkernels"], 0, roofs.Roofs())
+    assert case.id.endswith("/compiled")
+    assert not found["wrong"]
+    assert found["speedup"].keys() == {"torch"}
 
 
 def test_a_long_loop_is_not_compiled():
