@@ -43,7 +43,7 @@ void fill(Given (&to)[n], const GivenSlots& from) {
 
 Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t input, int64_t hidden, int64_t output, Address rows,
                 bool reverse, bool training, bool complete, int threads, int products, Address lengths, Address resets, Address units,
-                int64_t module, int weight_type, bool keeps_packed, bool chained, int least) {
+                int64_t module, int weight_type, bool keeps_packed, bool chained, int least, int row_groups) {
   if (!registry.find(cell) || storage < 0 || storage >= kStorages || products < 0 || products > int(Products::Tf32) || weight_type < 0 ||
       weight_type >= kWeightTypes)
     throw std::invalid_argument("no such cell, storage type, way to multiply or type of weights");
@@ -67,7 +67,8 @@ Problem problem(int cell, int storage, int64_t steps, int64_t batch, int64_t inp
                   WeightType(weight_type),
                   keeps_packed,
                   chained,
-                  least};
+                  least,
+                  row_groups};
   const std::string why_not = cpu::fits(p, cpu::page_of(p));
   if (!why_not.empty()) throw std::invalid_argument(why_not);
   return p;
@@ -242,8 +243,8 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return py::make_tuple(s.row_groups, s.unit_groups, s.blocks[0] * cpu::lanes(p), s.ns);
   });
   m.def("teams", [](const Problem& p, bool training) {
-    std::vector<std::tuple<int, int>> found;
-    for (const Team& team : cpu::teams(p, cpu::page_of(p), training)) found.emplace_back(team.least, team.most);
+    std::vector<std::tuple<int, int, int>> found;
+    for (const Team& team : cpu::teams(p, cpu::page_of(p), training)) found.emplace_back(team.least, team.most, team.row_groups);
     return found;
   });
   m.def("gains_apart", cpu::gains_apart);

@@ -222,3 +222,24 @@ def test_one_thread_has_no_choice() -> None:
     torch.set_num_threads(1)
     layer, x = rnnkernels.LSTM(64, 64), torch.randn(9, 1, 64)
     assert "ways" not in rnnkernels.explain(layer, x).plans[0].why
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["inference", "training"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_every_way_gives_the_same_bits(monkeypatch: pytest.MonkeyPatch, kind: str, training: bool) -> None:
+    torch.set_num_threads(4)
+    layer = getattr(rnnkernels, kind)(70, 70).requires_grad_(training)
+    x, found = torch.randn(12, 24, 70, requires_grad=training), list[list[torch.Tensor]]()
+    ways = set[tuple[int, int]]()  # how many threads, how many groups of rows
+    for way in range(8):
+        monkeypatch.setattr(Choice, "forward", lambda self, way=way: way % self.ways)
+        monkeypatch.setattr(Choice, "backward", lambda self, way=way: way % self.ways)
+        output, _ = layer(x)
+        found.append([output, *torch.autograd.grad(output.square().sum(), (x, *layer.parameters()))] if training else [output])
+        monkeypatch.setattr(Choice, "best", property(lambda self, way=way: way % self.ways, lambda self, best: None), raising=False)
+        (plan,) = rnnkernels.explain(layer, x).plans
+        ways.add((plan.threads, int(plan.schedule.split()[0])))
+    assert len({threads for threads, _ in ways}) > 1 or len({rows for _, rows in ways}) > 1
+    for others in found[1:]:
+        for a, b in zip(found[0], others, strict=True):
+            assert torch.equal(a, b)

@@ -225,6 +225,7 @@ inline int64_t chain_steps(const Problem& p) {
 // The quickest schedule of at least and at most so many threads.
 inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, bool backward) {
   const int most = p.threads < 1 ? 1 : p.threads, least = p.least < most ? p.least : most;
+  const bool cut = p.row_groups > 0 && p.row_groups <= most && p.row_groups <= p.batch && most / p.row_groups * p.row_groups >= least;
   const bool gradients = backward && !p.complete;
   const Schedule base = gradients ? grad_schedule(m, cell, p) : Schedule();
   const double at_once = m.lanes * (m.pairs ? 2 : 1);
@@ -237,6 +238,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
   Schedule best;
   bool found = false;
   for (int row_groups = 1; row_groups <= most && row_groups <= (p.batch > 1 ? p.batch : 1); ++row_groups) {
+    if (cut && row_groups != p.row_groups) continue;
     for (int unit_groups = 1; row_groups * unit_groups <= most; ++unit_groups) {
       if (row_groups * unit_groups < least) continue;
       Schedule s = base;
@@ -276,34 +278,6 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
   }
   if (gradients) share_gradients(m, p, best);
   return best;
-}
-
-struct Team {
-  int least, most;  // threads
-};
-
-constexpr int kTeams = 4;
-constexpr double kShortStep = 50e3, kWorthTrying = 2.2;  // nanoseconds; times the model's choice
-
-// The teams of which one may be the quickest for a problem forward and, training, backward: the model's choice first, then others. For the
-// model errs where steps are short and cores are not those that it was fitted to, or where the machine moves them: two that share no cache
-// and halve a batch have been a third slower than one.
-inline int teams(const Machine& m, const CellInfo& cell, Problem p, bool training, Team (&found)[kTeams]) {
-  const int threads = p.threads < 1 ? 1 : p.threads;
-  Schedule forward[kTeams], backward[kTeams];
-  int count = 0;
-  const auto consider = [&](int least, int most) {
-    p.least = least, p.threads = most;
-    const Schedule f = plan(m, cell, p, false), b = training ? plan(m, cell, p, true) : Schedule();
-    for (int i = 0; i < count; ++i)
-      if (forward[i].same_team(f) && backward[i].same_team(b)) return;
-    const double ns = f.ns + b.ns, least_ns = forward[0].ns + backward[0].ns;
-    if (count && (ns > kWorthTrying * least_ns || least_ns > kShortStep * double(p.steps))) return;
-    if (count < kTeams) forward[count] = f, backward[count] = b, found[count++] = {least, most};
-  };
-  consider(1, threads);
-  for (int least = 1, most = 1; least <= threads; least = most + 1, most *= 2) consider(least, most < threads ? most : threads);
-  return count;
 }
 
 // A row of numbers in the workspace: an odd number of cache lines, so that the rows of a tile do not fall into the same few sets of the

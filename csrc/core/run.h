@@ -44,6 +44,7 @@ struct Problem {
   bool keeps_packed = false;  // packed weights lie in memory of the caller's, who may have them from call to call
   bool chained = false;       // a layer of a stack whose layers run at the same time, each a few steps behind the one below
   int least = 1;              // threads, where there are as many
+  int row_groups = 0;         // of threads, each with its share of the batch, where that can be; 0: as many as seem the quickest
 };
 
 // Where a slot's given numbers lie: [H] each, so many elements from a token and from a row to the next; 0: the same for all of them.

@@ -3,6 +3,7 @@
 #include "core/plan.h"
 #include "core/ahead.h"
 #include "core/apart.h"
+#include "core/teams.h"
 #include "core/tiling.h"
 
 #include <algorithm>
@@ -243,6 +244,7 @@ int main() {
                 p.keeps_packed = !backward && !complete && threads % 2;
                 p.chained = !training && !complete && batch % 4 == 1;
                 p.least = hidden % 3 ? 1 : threads / 2;
+                p.row_groups = hidden % 5 ? 0 : threads / 3;
                 test(m, cell, p, backward);
                 ++count;
               }
@@ -268,18 +270,21 @@ int main() {
     bool serial = false;
     for (int i = 0; i < count; ++i) {
       Problem of_team = p;
-      of_team.least = found[i].least, of_team.threads = found[i].most;
+      of_team.least = found[i].least, of_team.threads = found[i].most, of_team.row_groups = found[i].row_groups;
       const Schedule forward = plan(wide, lstm, of_team, false), backward = plan(wide, lstm, of_team, true);
-      for (const Schedule& s : {forward, backward})
+      for (const Schedule& s : {forward, backward}) {
         check(s.threads() >= found[i].least && s.threads() <= found[i].most, "a team has so many threads: B %ld H %ld", long(batch),
               long(hidden));
+        check(!found[i].row_groups || s.row_groups == found[i].row_groups, "and cuts the batch so: B %ld H %ld", long(batch), long(hidden));
+      }
       serial = serial || (forward.threads() == 1 && (!training || backward.threads() == 1));
     }
     return std::pair(count, serial);
   };
   check(tried(1, 64, 2, false) == std::pair(2, true) && tried(1, 64, 2, true).second, "a small step may be quicker alone");
   check(tried(1, 64, 1, true) == std::pair(1, true), "one thread has no choice");
-  check(tried(1, 512, 2, false) == std::pair(1, false) && tried(64, 256, 2, true) == std::pair(1, false), "a large one is shared");
+  check(tried(1, 512, 2, false) == std::pair(1, false), "a large one is shared");
+  check(tried(64, 256, 2, false) == std::pair(2, false) && tried(1, 256, 2, false).first <= 2, "by units or, where there are any, by rows");
   for (int threads : {3, 4, 16, 61})
     for (int64_t batch : {1, 8, 64}) check(tried(batch, 256, threads, batch == 8).first <= kTeams, "few are tried");
   const auto apart = [&](int64_t steps, int64_t batch, int64_t hidden, int threads) {

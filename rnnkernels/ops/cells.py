@@ -230,10 +230,26 @@ def tf32_allowed() -> bool:
         return bool(torch.backends.cuda.matmul.fp32_precision == "tf32")
 
 
+class Team(NamedTuple):
+    """Who may run a call: at least and at most so many threads, and into how many groups of rows they are cut; 0: as seems the quickest."""
+
+    least: int
+    most: int
+    row_groups: int
+
+
 def problem(
-    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, threads: int = 0, chained: bool = False, least: int = 1
+    s: Sizes,
+    dtype: torch.dtype,
+    input_size: int,
+    rows: Rows,
+    training: bool,
+    threads: int = 0,
+    chained: bool = False,
+    team: Team | None = None,
 ) -> _C.Problem:
-    """For ``least`` to ``threads`` threads; 0: torch's."""
+    """For ``team``, or at most so many threads; 0: torch's."""
+    least, most, row_groups = Team(1, threads or torch.get_num_threads(), 0) if team is None else team
     return _C.Problem(
         s.cell.index,
         STORAGE[dtype],
@@ -246,7 +262,7 @@ def problem(
         s.reverse,
         training,
         s.complete,
-        threads or torch.get_num_threads(),
+        most,
         1 if s.engine == "persistent_3xtf32" else 2 if s.engine == "persistent" and tf32_allowed() else 0,
         address(rows.lengths),
         address(rows.resets),
@@ -256,6 +272,7 @@ def problem(
         s.keeps,
         chained,
         least,
+        row_groups,
     )
 
 

@@ -20,6 +20,7 @@ from .cells import (
     Cell,
     Rows,
     Sizes,
+    Team,
     Weights,
     address,
     addresses,
@@ -121,9 +122,9 @@ class Task(NamedTuple):
 
 
 class _Teams(NamedTuple):
-    """Those that may run a kind of calls, of at least and at most so many threads, and which does; None: there is one."""
+    """Those that may run a kind of calls, and which does; None: there is one."""
 
-    all: list[tuple[int, int]]
+    all: list[Team]
     choice: Choice | None
 
 
@@ -131,7 +132,7 @@ class _Teams(NamedTuple):
 def _teams(
     s: Sizes, dtype: torch.dtype, input_size: int, ragged: bool, training: bool, complete: bool, threads: int, chained: bool
 ) -> _Teams:
-    found = _C.teams(problem(s, dtype, input_size, NO_ROWS, training, threads, chained), training)
+    found = [Team(*team) for team in _C.teams(problem(s, dtype, input_size, NO_ROWS, training, threads, chained), training)]
     return _Teams(found, Choice(len(found)) if len(found) > 1 else None)
 
 
@@ -148,10 +149,9 @@ def _teams_of(
 
 
 def _make_task(
-    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, chained: bool, team: tuple[int, int]
+    s: Sizes, dtype: torch.dtype, input_size: int, rows: Rows, training: bool, backward: bool, chained: bool, team: Team
 ) -> Task:
-    least, most = team
-    task = problem(s, dtype, input_size, rows, training, most, chained, least)
+    task = problem(s, dtype, input_size, rows, training, chained=chained, team=team)
     return Task(task, s.complete, _C.workspace_bytes(task, backward), _C.packing(task))
 
 

@@ -4,8 +4,8 @@
 #include <string>
 #include <vector>
 
-#include "core/plan.h"
 #include "core/step.h"
+#include "core/teams.h"
 
 namespace rnnkernels::cpu {
 
