@@ -34,7 +34,8 @@ def _checked_engine(engine: str) -> str:
 
 # A cell, the names of its weights, None for those that are not there, and whether thresholds come after them.
 _Single = tuple[str, list[str | None], bool]
-# Attributes that do not change them: what torch sets in whatever is cast, moved, compiled.
+# Attributes that do not change them: what torch sets in whatever is cast, moved or compiled; a cache; and what the mode says as well. Any
+# other may, and a compiled layer looks at these alone.
 _NOT_OF_SINGLES = frozenset(
     ("training", "nonlinearity", "_packed", "_flat_weights", "_flat_weight_refs", "_is_torch_compile", "_compiled_call_impl")
 )
@@ -385,7 +386,8 @@ class _Layer(nn.RNNBase):
         return kept
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__({name: value for name, value in state.items() if name != "_flat_weights"})  # type: ignore[no-untyped-call]
+        # A cell that is a modified one is to be composed anew in another process.
+        super().__setstate__({name: value for name, value in state.items() if name not in ("_flat_weights", "_singles")})  # type: ignore[no-untyped-call]
 
     def extra_repr(self) -> str:
         engine = f", engine={self.engine}" if self.engine != "auto" else ""
@@ -480,9 +482,13 @@ class _Layer(nn.RNNBase):
         return (output, self._join(finals), tuple(histories)) if return_states else (output, self._join(finals))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, value)
+        super().__setattr__(name, tuple(value) if name == "zoneout" and isinstance(value, list) else value)  # or it could change unnoticed
         if name not in _NOT_OF_SINGLES:
             self.__dict__["_singles"] = None
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self.__dict__["_singles"] = None
 
     def _find_singles(self) -> tuple[_Single | None, _Single | None]:
         """:meth:`_single` in eval and in training, kept until what it depends on is set."""
@@ -521,6 +527,10 @@ class _Layer(nn.RNNBase):
         states = _plain_states(cell, hx, input.dim())
         if states is None:
             return None
+        if torch.compiler.is_compiling():  # eager, a call with other states does not repeat one that was found to be right
+            rows = () if input.dim() == 2 else (input.size(0 if self.batch_first else 1),)
+            if any(state.shape != (1, *rows, width) for state, width in zip(states, self._widths, strict=False)):
+                return None
         batched, kept = input.dim() == 3, self._kept()
         turns, place = batched and self.batch_first, None if kept is None else kept[0]
         data = input.transpose(0, 1) if turns else input if batched else input.unsqueeze(1)
@@ -1136,6 +1146,7 @@ def explain(module: nn.Module, input: Tensor | PackedSequence, hx: Any = None, *
     >>> [plan.name for plan in explanation.plans]
     ['layer 0 forward', 'layer 0 reverse']
     """
+    module = getattr(module, "_orig_mod", module)  # of one under torch.compile, which would run kernels
     names = getattr(module, "_sequences", None)
     if names is None:
         raise TypeError(f"explain takes a layer or cell of rnnkernels, got {type(module).__module__}.{type(module).__qualname__}")

@@ -1,12 +1,17 @@
 """Compiled layers: their calls go to the operators, and such a call that repeats one before goes straight to the kernels."""
 
 import copy
+import pickle
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 import rnnkernels
 from rnnkernels.ops import registered, repeat
@@ -206,3 +211,88 @@ def test_kept_values_get_no_gradient_of_zeros(monkeypatch: pytest.MonkeyPatch) -
     layer = rnnkernels.LSTM(S, S)
     compiled(nn.Sequential(layer))(torch.randn(T, B, S))[0].sum().backward()
     assert given == [[False, True, False, False]]  # of the output, of c after each step, of the final states
+
+
+BAD: dict[str, tuple[Any, Any]] = {
+    "hx of other layers": (torch.zeros(T, B, S), torch.zeros(3, B, S)),
+    "hx of no layer": (torch.zeros(T, B, S), torch.zeros(0, B, S)),
+    "hx of another batch": (torch.zeros(T, B, S), torch.zeros(1, B + 1, S)),
+    "hx of another width": (torch.zeros(T, B, S), torch.zeros(1, B, S + 1)),
+    "unbatched hx of other layers": (torch.zeros(T, S), torch.zeros(2, S)),
+    "batched hx of an unbatched input": (torch.zeros(T, S), torch.zeros(1, B, S)),
+    "another width": (torch.zeros(T, B, S + 1), None),
+    "another dtype": (torch.zeros(T, B, S).double(), None),
+    "hx of another dtype": (torch.zeros(T, B, S), torch.zeros(1, B, S).double()),
+    "no steps": (torch.zeros(0, B, S), None),
+    "of four dimensions": (torch.zeros(1, T, B, S), None),
+}
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("pair", [False, True], ids=["GRU", "LSTM"])
+def test_errors_are_those_of_eager(bad: str, pair: bool) -> None:
+    layer = rnnkernels.LSTM(S, S) if pair else rnnkernels.GRU(S, S)
+    x, hx = BAD[bad]
+    hx = (hx, hx) if pair and hx is not None else hx
+    with pytest.raises((RuntimeError, ValueError)) as eager:
+        layer(x, hx)
+    torch._dynamo.reset()
+    with pytest.raises(eager.type) as found:
+        torch.compile(layer, backend="aot_eager")(x, hx)
+    assert str(eager.value) in str(found.value)
+
+
+def test_forward_mode_is_eager() -> None:
+    layer, x, t = rnnkernels.LSTM(S, S), torch.randn(T, B, S), torch.randn(T, B, S)
+    torch._dynamo.reset()
+    run = torch.compile(layer, backend="eager", dynamic=False)
+    with forward_ad.dual_level(), torch.no_grad():
+        dual = forward_ad.make_dual(x, t)
+        a, b = (forward_ad.unpack_dual(f(dual)[0]).tangent for f in (run, layer))
+    torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("called", [False, True], ids=["never called", "called before"])
+def test_attributes_are_heard_of(called: bool) -> None:
+    x = torch.randn(T, B, S)
+
+    def is_eager(layer: Any, change: Callable[[Any], None]) -> None:
+        run = compiled(layer)
+        with torch.no_grad():
+            if called:
+                run(x)
+            change(layer)
+            for a, b in zip(tensors(run(x)), tensors(copy.deepcopy(layer)(x)), strict=True):
+                assert torch.equal(a, b)
+
+    zoned = rnnkernels.LSTM(S, S, zoneout=[0.0, 0.0]).eval()
+    assert zoned.zoneout == (0.0, 0.0)
+    is_eager(zoned, lambda layer: setattr(layer, "zoneout", [0.5, 0.1]))
+    is_eager(rnnkernels.LSTM(S, S, cell_clip=0.01), lambda layer: delattr(layer, "cell_clip"))
+    is_eager(rnnkernels.LSTM(S, S), lambda layer: setattr(layer, "cell_clip", 0.01))
+    is_eager(rnnkernels.GRU(S, S), lambda layer: setattr(layer, "batch_first", True))
+    is_eager(rnnkernels.GRU(S, S), lambda layer: layer.double().float())
+    is_eager(rnnkernels.GRU(S, S, candidate_dropout=0.5), lambda layer: layer.eval())
+
+
+def test_a_pickled_layer_of_a_modified_cell_runs_elsewhere(tmp_path: Path) -> None:
+    layer = rnnkernels.GRU(S, S, grad_clip=1.0)
+    (tmp_path / "layer").write_bytes(pickle.dumps(layer))
+    code = "import pickle, sys, torch; pickle.load(open(sys.argv[1], 'rb'))(torch.zeros(2, 1, 20), torch.zeros(1, 1, 20))"
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "layer")], check=True)
+
+
+def test_explain_sees_into_a_compiled_layer() -> None:
+    layer, x = rnnkernels.LSTM(S, S), torch.randn(T, B, S)
+    assert rnnkernels.explain(compiled(layer), x) == rnnkernels.explain(layer, x)
+
+
+def test_a_repeated_call_checks_how_many_there_are() -> None:
+    layer, x, h = rnnkernels.LSTM(S, S), torch.randn(T, B, S), torch.zeros(B, S)
+    call = registered.Call("lstm", x, [h, h], *(w.detach() for w in layer.parameters()), None, None, training=True)
+    for _ in range(3):
+        output, _, _, kept, history = torch.ops.rnnkernels.sequence(*call)
+    with pytest.raises(RuntimeError, match="states: expected 2"):
+        torch.ops.rnnkernels.sequence(*call._replace(states=[h]))
+    with pytest.raises(RuntimeError, match="needs, grad_final, history: expected 9, 2, 1"):
+        torch.ops.rnnkernels.sequence_backward(*call, [True] * 9, [], [None, None], output, kept, [history])

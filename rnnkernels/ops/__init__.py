@@ -289,13 +289,11 @@ def again(
 def _compiled(
     cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Tensor | None], engine: str, recompute: bool, reverse: bool
 ) -> Seq[Tensor] | None:
-    """:func:`again` while torch.compile looks. Of what is read here it looks at each call whether that still holds; so little is read, and
-    the operator sees to the rest.
+    """:func:`again` of a sequence while torch.compile looks. Of what is read here it looks at each call whether that still holds; so little
+    is read, and the operator sees to the rest.
     """
-    dtype, device, is_step = input.dtype, input.device, input.dim() == 2
-    if engine in ("torch", "traced") or torch._C._are_functorch_transforms_active() or torch._C._is_any_autocast_enabled():
-        return None
-    if not is_step and input.shape[0] == 0:
+    dtype, device = input.dtype, input.device
+    if engine in ("torch", "traced") or is_transformed() or torch._C._is_any_autocast_enabled() or input.shape[0] == 0:
         return None
     needs_grad = input.requires_grad
     for t in (*weights, *states):
@@ -303,13 +301,10 @@ def _compiled(
             if t.dtype != dtype or t.device != device:
                 return None
             needs_grad = needs_grad or t.requires_grad
-    six, rows = [*weights, *[None] * (6 - len(weights))], list(states) if is_step else [state[0] for state in states]
+    six, rows = [*weights, *[None] * (6 - len(weights))], [state[0] for state in states]
     training, around = needs_grad and torch.is_grad_enabled(), [None] * 4
-    x = input[None] if is_step else input
-    found = torch.ops.rnnkernels.sequence(cell, x, rows, *six, *around, [], [], 0, reverse, engine, recompute, False, training)
-    count = len(CELLS[cell].states)
-    finals: list[Tensor] = found[1 : 1 + count]
-    return finals if is_step else (found[0], *[state[None] for state in finals])
+    found = torch.ops.rnnkernels.sequence(cell, input, rows, *six, *around, [], [], 0, reverse, engine, recompute, False, training)
+    return found[0], *[state[None] for state in found[1 : 1 + len(CELLS[cell].states)]]
 
 
 def layer_again(

@@ -140,14 +140,14 @@ class Back(NamedTuple):
 
 def _repeated_backward(call: Call, back: Back) -> list[Tensor | None] | None:
     """Of a call that repeats one before; or None, and it has to be looked at."""
-    input, states, weights, (above, *others) = call.input, call.states or (), call.weights(), back.grad_states
+    input, states, weights = call.input, call.states or (), call.weights()
     place = _place(call)
     known = None if place is None else place.repeats.get((input.shape, True, False, False))
-    if known is None or back.kept is None or any(grad is not None for grad in others):
+    if known is None or back.kept is None or len(back.needs) != 1 + _COUNT + len(states):
         return None
-    if len(back.needs) != 1 + _COUNT + len(states):
+    if not back.grad_states or any(grad is not None for grad in back.grad_states[1:]):
         return None
-    left = (back.output, back.kept, back.history)
+    above, left = back.grad_states[0], (back.output, back.kept, back.history)
     if not known.is_followed(call.cell, call.engine, input, weights, states, *left, above, back.grad_final):
         return None
     found: list[Tensor | None] | None = known.backward(back.needs, above, back.grad_final, input, states, weights, *left, False)

@@ -130,6 +130,8 @@ class _Call:
                 return False
         if not states:
             return True
+        if len(states) != len(self._finals):
+            return False
         for state, width in zip(states, self._finals, strict=True):
             if type(state) is not Tensor or state.shape != width or state.dtype is not dtype or not state.is_cpu:
                 return False
