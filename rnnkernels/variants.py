@@ -39,7 +39,10 @@ __all__ = [
 ]
 
 
-_kept_clock = functools.lru_cache(maxsize=64)(clock)
+@functools.lru_cache(maxsize=64)
+def _kept_clock(periods: Sequence[int], module: int, steps: int, first: int) -> Clock:
+    with torch.inference_mode(False):  # for what that mode makes can never be saved for backward
+        return clock(periods, module, steps, first)
 
 
 def _with_nonlinearity(family: str, nonlinearity: str) -> str:

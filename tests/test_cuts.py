@@ -120,6 +120,31 @@ def test_bits_depend_neither_on_threads_nor_on_the_batch(cell: str) -> None:
     assert torch.equal(y[:, 0], found[0][0][:, row])
 
 
+LAYERS: dict[str, Any] = {
+    "LSTM": lambda: rnnkernels.LSTM(5, 6),
+    "LSTM normed": lambda: rnnkernels.LSTM(5, 6, layer_norm="gates"),
+    "LSTM normed inside": lambda: rnnkernels.LSTM(5, 6, layer_norm="gate", cell_norm=True),
+    "GRU normed": lambda: rnnkernels.GRU(5, 6, layer_norm="gates"),
+    "GRU normed, both directions": lambda: rnnkernels.GRU(5, 6, layer_norm="gate", bidirectional=True),
+    "RNN normed": lambda: rnnkernels.RNN(5, 6, layer_norm="gates"),
+    "reset before": lambda: rnnkernels.GRUResetBefore(5, 6),
+    "Dreamer": lambda: rnnkernels.DreamerGRU(5, 6),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.usefixtures("two_threads", "poison")
+def test_gradients_are_the_same_where_the_graph_is_kept(kind: str) -> None:
+    torch.manual_seed(0)
+    layer, x, lengths = LAYERS[kind](), torch.randn(7, 5, 5, requires_grad=True), torch.tensor([7, 2, 0, 4, 1])
+    leaves = [x, *layer.parameters()]
+    output = layer(x, lengths=lengths)[0].square().sum()
+    kept, again = (torch.autograd.grad(output, leaves, retain_graph=keep) for keep in (True, False))
+    for a, b in zip(kept, again, strict=True):
+        assert torch.equal(a, b)
+        assert a.isfinite().all()
+
+
 @pytest.mark.parametrize("cell", ["lstm", "gru", "lstm_projected", "gru_reset_before", "lstm_peephole"])
 def test_gradcheck(cell: str) -> None:
     T, B, size, H = 4, 3, 2, 3

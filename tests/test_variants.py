@@ -459,6 +459,15 @@ def clockwork_by_hand(layer: Any, x: Tensor, hx: Tensor, first: int = 0) -> tupl
     return x, torch.stack(finals)
 
 
+def test_a_clock_made_in_inference_mode_serves_training() -> None:
+    first, second = (rnnkernels.ClockworkRNN(SIZE, 14, periods=(1, 5)) for _ in range(2))
+    x = torch.randn(13, 2, SIZE)
+    with torch.inference_mode():
+        first(x)
+    second(x)[0].sum().backward()
+    assert second.weight_hh_l0.grad is not None
+
+
 @pytest.mark.parametrize("engine", ["auto", "stepwise"])
 @pytest.mark.parametrize("name", PERIODS)
 def test_clockwork(name: str, engine: str) -> None:

@@ -102,6 +102,17 @@ void hold_back(const Walk& w, const BackwardStep& step, const RowSet& rows, int6
   }
 }
 
+// This member's share of kept values to where gradients go. Past a row's end nothing was kept, and gradients are zero.
+void hand_on(const Walk& w, const Walk::Member& me, const void* kept, int64_t token_bytes, void* to) {
+  const auto copy = [&](int64_t begin, int64_t end) {
+    std::memcpy(at(to, begin * token_bytes), at(kept, begin * token_bytes), size_t((end - begin) * token_bytes));
+  };
+  if (!w.p.lengths) return copy(split(w.offsets.back(), me.members, me.id), split(w.offsets.back(), me.members, me.id + 1));
+  w.each_row(me, [&](int64_t b) {
+    for (int64_t t = 0; t < w.p.lengths[b]; ++t) copy(t * w.p.batch + b, t * w.p.batch + b + 1);
+  });
+}
+
 }  // namespace
 
 void backward(const Backward& g, const Page& page) {
@@ -130,11 +141,7 @@ void backward(const Backward& g, const Page& page) {
     products.start(me);
     w.clear_past_ends(me, p.input, g.grad_input);
     if (w.cell.given_slots()) w.clear_past_ends(me, w.cell.room() * p.hidden, g.grad_gates);
-    if (copy) {
-      const int64_t begin = split(w.offsets.back(), members, id) * token_bytes,
-                    end = split(w.offsets.back(), members, id + 1) * token_bytes;
-      std::memcpy(at(g.grad_gates, begin), at(g.kept, begin), size_t(end - begin));
-    }
+    if (copy) hand_on(w, me, g.kept, token_bytes, g.grad_gates);
     w.each_row(me, [&](int64_t b) {
       for (int i = 0; i < w.cell.states; ++i) w.load_or_zero(g.grad_final[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
       for (int side = 0; side < 2; ++side) std::memset(at(gates[side], b * gates_bytes), 0, size_t(gates_bytes));
