@@ -15,6 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import modules
 from .modules import Explanation, explain
+from .modules.cells import CellBase
+from .modules.layer import LayerBase
 from .ops.cells import STORAGE
 
 __all__ = ["Acceleration", "Change", "accelerate", "convert"]
@@ -151,7 +153,7 @@ def _convert(model: nn.Module, to: ModuleType | None, strict: bool) -> tuple[nn.
 def _recurrent(model: nn.Module, back: bool) -> Iterator[tuple[str, nn.Module]]:
     """The modules in question, with their paths: torch.nn's and what is made of them; ours, on the way back."""
     for path, module in model.named_modules(remove_duplicate=False):
-        ours = isinstance(module, modules._Layer | modules._Cell)
+        ours = isinstance(module, LayerBase | CellBase)
         if isinstance(module, nn.RNNBase | nn.RNNCellBase) and ours == back:
             yield path, module
 
@@ -218,9 +220,7 @@ def _inputs_of(model: nn.Module, inputs: Any, named: Any) -> dict[int, tuple[Any
         seen.setdefault(id(module), (given.get("input"), given.get("hx")))
 
     handles = [
-        module.register_forward_pre_hook(note, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, modules._Layer | modules._Cell)
+        module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules() if isinstance(module, LayerBase | CellBase)
     ]
     try:
         with torch.no_grad():
@@ -241,7 +241,7 @@ def _with_engines(change: Change, module: nn.Module, seen: dict[int, tuple[Any, 
         return Change(change.path, change.before, change.after, "not called on this input")
     weight: Tensor = next(module.parameters())
     size: Any = module.input_size
-    step = isinstance(module, modules._Cell)
+    step = isinstance(module, CellBase)
     input = weight.new_zeros(()).detach().expand((16, size) if step else (16, 100, size) if module.batch_first else (100, 16, size))
     if weight.is_meta:
         return Change(change.path, change.before, change.after, "no engine on the meta device")

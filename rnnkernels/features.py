@@ -18,14 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rnnkernels
 
 from . import ops
-from .modules import _SRNS
+from .modules.shared import SRNS
 from .ops.cells import STORAGE
 
 BEGIN, END = "<!-- features:begin -->", "<!-- features:end -->"
 SIZE = 8  # of whatever a layer asks the size of
 # What decides which cell a layer runs, and values to try.
 CELL_OPTIONS: dict[str, tuple[Any, ...]] = {
-    "nonlinearity": tuple(_SRNS),
+    "nonlinearity": tuple(SRNS),
     "recurrent": (True, False),
     "proj_size": (0, 1),
     "cell_norm": (False, True),
@@ -192,7 +192,7 @@ def shortened(cells: Iterable[str]) -> str:
     groups: dict[str, list[str]] = {}
     for name in cells:
         stem, _, activation = name.rpartition("_")
-        if activation in _SRNS:
+        if activation in SRNS:
             groups.setdefault(f"{stem}_", []).append(activation)
         else:
             groups[name] = []

@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor
 
 from . import ops
-from .modules import _Cell, whole
+from .modules.cells import CellBase
+from .modules.shared import whole
 from .variants import _Variant, _VariantCell
 
 __all__ = ["load_cell"]
@@ -35,7 +36,7 @@ class _Own:
         layer = _classes(self._page)
         if type(self) not in (layer, layer.Cell):
             return super().__reduce_ex__(protocol)
-        return _restore, (ops.source_of(self._page), isinstance(self, _Cell)), super().__reduce_ex__(protocol)[2]
+        return _restore, (ops.source_of(self._page), isinstance(self, CellBase)), super().__reduce_ex__(protocol)[2]
 
 
 def _restore(source: str, step: bool) -> Any:

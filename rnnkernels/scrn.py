@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import functional, ops
 from .cuts import Cut
-from .modules import _checked_engine, _Layer, _pair, whole
+from .modules.layer import LayerBase
+from .modules.shared import checked_engine, pair, whole
 from .variants import _with_nonlinearity
 
 __all__ = ["SCRN", "SCRNCell"]
@@ -38,7 +39,7 @@ class _Scrn(nn.Module):
                 raise ValueError(f"{name} must be greater than zero")
         self._cell = _with_nonlinearity("srn", nonlinearity)
         self.hidden_size, self.context_size, self.bias, self.nonlinearity = hidden_size, context_size, bias, nonlinearity
-        self.engine, self._alpha, self._learn_alpha, self._factory = _checked_engine(engine), alpha, learn_alpha, factory
+        self.engine, self._alpha, self._learn_alpha, self._factory = checked_engine(engine), alpha, learn_alpha, factory
 
     def _make(self, suffix: str, input_size: int) -> None:
         H, S = self.hidden_size, self.context_size
@@ -154,9 +155,9 @@ class SCRN(_Scrn):
         return self.hidden_size, self.context_size
 
     def _split(self, hx: Any) -> tuple[Tensor, Tensor]:
-        return _pair(hx, "scrn")
+        return pair(hx, "scrn")
 
-    _cut: Any = _Layer._cut  # it asks for no more than what is above
+    _cut: Any = LayerBase._cut  # it asks for no more than what is above
 
     def _prepared(self, input: Any, hx: Any) -> tuple[Tensor, list[Tensor] | None, Tensor | None]:
         """The input time-major, the states ``[L · D, B, ·]``, batch_sizes."""
@@ -296,7 +297,7 @@ class SCRNCell(_Scrn):
         x = (input.unsqueeze(0) if input.dim() == 1 else input).unsqueeze(0)
         if x.size(-1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.size(-1)} expected {self.input_size}")
-        h, s = (None, None) if hx is None else _pair(hx, "scrn_cell")
+        h, s = (None, None) if hx is None else pair(hx, "scrn_cell")
         states = [None if t is None else [t.unsqueeze(0) if input.dim() == 1 else t] for t in (h, s)]
         of_context, of_hidden = self._weights("")
         context, s = ops.sequence("indrnn_identity", x, states[1], *of_context, engine=self.engine)

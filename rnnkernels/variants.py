@@ -18,7 +18,10 @@ from torch import Tensor
 
 from . import ops
 from .cuts import Clock, clock
-from .modules import WEIGHT_NAMES, _Cell, _Layer, _PairCell, _PairLayer, reset_norms, reshape, whole
+from .modules.cells import CellBase, PairCellBase
+from .modules.layer import LayerBase, PairLayerBase
+from .modules.shared import whole
+from .modules.weights import WEIGHT_NAMES, reset_norms, reshape
 
 __all__ = [
     "ClockworkRNN",
@@ -52,7 +55,7 @@ def _with_nonlinearity(family: str, nonlinearity: str) -> str:
     return cell
 
 
-class _Variant(_Layer):
+class _Variant(LayerBase):
     """A layer of a cell of one state."""
 
     def __init__(self, cell: str, *args: Any, **kwargs: Any) -> None:
@@ -71,11 +74,11 @@ class _Variant(_Layer):
         return type(self).__name__ + ": Expected input to be 2D or 3D, got {}D tensor instead"
 
 
-class _PairVariant(_PairLayer, _Variant):
+class _PairVariant(PairLayerBase, _Variant):
     """A layer of a cell of two states."""
 
 
-class _VariantCell(_Cell):
+class _VariantCell(CellBase):
     """A step of a cell of one state."""
 
     _weight_names = WEIGHT_NAMES
@@ -102,7 +105,7 @@ class _VariantCell(_Cell):
         return self._step(input, hx)[0]
 
 
-class _PairVariantCell(_PairCell, _VariantCell):  # type: ignore[misc]
+class _PairVariantCell(PairCellBase, _VariantCell):  # type: ignore[misc]
     """A step of a cell of two states."""
 
 
