@@ -1,4 +1,4 @@
-"""python -m bench [run | plots | tables]"""
+"""python -m bench [run | plots | tables | goals]"""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from bench.memory import peak_of_step, saved_for_backward
 from bench.peers import OURS, PEERS, TORCH
 from bench.roofs import Roofs
 from bench.run import facts, report, run_case
-from rnnkernels.__main__ import console, progress_bar, require, write_json
+from rnnkernels.__main__ import console, progress_bar, require, write_between, write_json
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -111,6 +111,17 @@ def tables(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def goals(arguments: argparse.Namespace) -> int:
+    from bench.goals import BEGIN, END, markdown
+
+    text = markdown(list(map(load, arguments.source)))
+    if arguments.write:
+        write_between(Path(arguments.write), BEGIN, END, text)
+    else:
+        print(text)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
@@ -137,8 +148,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     command.add_argument("--from", dest="source", nargs="+", required=True, metavar="JSON")
     command.add_argument("--write", metavar="PAGE", help="put them between the markers of this page")
 
+    command = commands.add_parser("goals", help="a markdown table of what the CPU engine is to reach, from reports")
+    command.add_argument("--from", dest="source", nargs="+", required=True, metavar="JSON")
+    command.add_argument("--write", metavar="PAGE", help="put it between the markers of this page")
+
     arguments = parser.parse_args(argv)
-    return {"run": run, "plots": plots, "tables": tables}[arguments.command](arguments)
+    return {"run": run, "plots": plots, "tables": tables, "goals": goals}[arguments.command](arguments)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import math
+import random
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -175,9 +178,37 @@ class Preset:
         return [Case(cell, direction, dtype, T, B, H, H, n, layout, both) for cell, layout, direction, dtype, n, T, B, H in crossed]
 
 
-PRESETS = {
+@dataclass(frozen=True)
+class Drawn:
+    """Sizes that nobody chose, and I is not H: by lot, the same each time."""
+
+    cells: Sequence[str]
+    passes: Sequence[str]
+    count: int  # for each cell and pass
+
+    LONGEST = 10**10  # flops of a case
+
+    def sizes(self, draw: random.Random) -> tuple[int, int, int, int]:
+        """T, B, I, H, each as likely to be small as large."""
+
+        def between(least: int, most: int) -> int:
+            return round(math.exp(draw.uniform(math.log(least), math.log(most))))
+
+        return between(1, 1000), between(1, 300), between(10, 1000), between(10, 1000)
+
+    def cases(self, dtypes: Iterable[str], threads: Iterable[int]) -> list[Case]:
+        found = []
+        for cell, direction, dtype, n in product(self.cells, self.passes, dtypes, threads):
+            draw = random.Random(0)
+            drawn = (Case(cell, direction, dtype, *self.sizes(draw), n) for _ in itertools.count())
+            found += itertools.islice((case for case in drawn if case.flops <= self.LONGEST), self.count)
+        return found
+
+
+PRESETS: dict[str, tuple[Preset | Drawn, ...]] = {
     "quick": (Preset(tuple(IN_TORCH), PASSES, (50,), (1, 32), (128,)),),
     "grid": (Preset(tuple(IN_TORCH), PASSES, (50, 100), (1, 8, 32, 64, 128), (64, 128, 256, 512)),),
+    "drawn": (Drawn(tuple(IN_TORCH), PASSES, 20),),
     "steps": (Preset(tuple(IN_TORCH), PASSES, (10,), (1, 16, 64), (32, 128, 256), (STEPS,)),),
     "stream": (Preset(tuple(IN_TORCH), ("streaming",), (100,), (1, 8), (64, 128, 256, 512)),),
     "cells": (Preset(OTHERS, PASSES, (100,), (1, 16, 64), (128, 256)),),

@@ -12,6 +12,7 @@ from bench.show import compared, grouped, over_plain, speedups, times
 from rnnkernels.__main__ import write_between
 
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
+FEW = 8  # sizes that are named one by one
 
 
 def summary(ratios: list[float]) -> str:
@@ -25,7 +26,7 @@ def markdown(report: dict[str, Any]) -> str:
     """Of the layers that torch.nn has, the speed over it; of anything else, over each peer, and what it costs beside a plain cell."""
     cases = report["cases"]
     in_torch = {"torch", "onnxruntime"}.issuperset(compared(cases)) and not over_plain(cases)
-    lines = by_batch(report) if in_torch else by_peer(report)
+    lines = by_batch(report) if in_torch and len({case["B"] for case in cases}) <= FEW else by_peer(report)
     if wrong := sum(bool(case["wrong"]) for case in cases):
         lines.append(f"**{wrong} of {len(cases)} cases gave wrong results and are left out.**")
     return "\n".join(lines)
@@ -35,15 +36,18 @@ def by_peer(report: dict[str, Any]) -> list[str]:
     """A row for each cell and pass, a column for each peer."""
     cases = report["cases"]
     peers = compared(cases)
-    lines = ["| | " + " | ".join([*(f"× {peer}" for peer in peers), "of plain's time"]) + " |", "|---|" + "---:|" * (len(peers) + 1)]
+    plain = ["of plain's time"] if over_plain(cases) else []
+    lines = ["| | " + " | ".join([*(f"× {peer}" for peer in peers), *plain]) + " |", "|---|" + "---:|" * (len(peers) + len(plain))]
     for name, members in grouped(cases).items():
-        found = [*(speedups(members, peer) for peer in peers), over_plain(members)]
+        found = [*(speedups(members, peer) for peer in peers), *([over_plain(members)] if plain else [])]
         lines.append(f"| {' '.join(name).strip()} | " + " | ".join(map(summary, found)) + " |")
-    explained = (
-        "Times the speed of each peer; the last column is our time a token over that of our own plain cell with as many products by U, on "
-        f"a padded batch. Geometric mean (worst to best, or least to most dear) over T {sizes(cases, 'T')}, B {sizes(cases, 'B')} and "
-        f"H {sizes(cases, 'H')}."
+    explained = "Times the speed of each peer" + (
+        "; the last column is our time a token over that of our own plain cell with as many products by U, on a padded batch. Geometric mean "
+        "(worst to best, or least to most dear)"
+        if plain
+        else ": geometric mean (worst to best)"
     )
+    explained += f" over T {sizes(cases, 'T')}, B {sizes(cases, 'B')} and H {sizes(cases, 'H')}."
     return [*lines, "", f"{explained} {conditions(report)}"]
 
 
@@ -69,10 +73,13 @@ def by_batch(report: dict[str, Any]) -> list[str]:
 
 
 def conditions(report: dict[str, Any]) -> str:
-    machine, dtypes = report["machine"], list(dict.fromkeys(case["dtype"] for case in report["cases"]))
+    cases, machine = report["cases"], report["machine"]
+    dtypes = list(dict.fromkeys(case["dtype"] for case in cases))
     options = f"--preset {report['preset']}" + ("" if dtypes == ["float32"] else f" --dtype {' '.join(dtypes)}")
+    if "peak_bytes" in cases[0]:
+        options += " --saved"
     return (
-        f"{machine['cpu']}, {machine['isa']}, {listed(report['threads'])} threads, {report['date'][:10]}, commit {report['commit']}: "
+        f"{machine['cpu']}, {machine['isa']}, {sizes(cases, 'threads')} threads, {report['date'][:10]}, commit {report['commit']}: "
         f"`python -m rnnkernels bench {options}`."
     )
 
@@ -82,7 +89,7 @@ def sizes(cases: list[dict[str, Any]], name: str) -> str:
 
 
 def listed(values: list[int]) -> str:
-    return ", ".join(map(str, values))
+    return ", ".join(map(str, values)) if len(values) <= FEW else f"{values[0]} to {values[-1]}"
 
 
 def write(reports: Iterable[dict[str, Any]], page: Path) -> None:

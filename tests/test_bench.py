@@ -9,9 +9,9 @@ import torch
 
 pytest.importorskip("rich")
 
-from bench import peers, roofs, tables, timing
+from bench import goals, peers, roofs, tables, timing
 from bench.__main__ import main
-from bench.cases import COMPILED_STEPS, LAYOUTS, OTHERS, PADDED, PRESETS, Case, select
+from bench.cases import COMPILED_STEPS, LAYOUTS, OTHERS, PADDED, PRESETS, Case, Drawn, select
 from bench.memory import peak_of_step, saved_for_backward
 from bench.recurrence import recurrence
 from bench.run import report, run_case
@@ -34,6 +34,7 @@ SMALL = Case("lstm", "training", "float32", T=4, B=2, I=3, H=5, threads=1)
     [
         ("quick", 12),
         ("grid", 2 * 5 * 4 * 2 * 3),
+        ("drawn", 20 * 2 * 3),
         ("figures", 5 + 2 * 2),
         ("steps", 3 * 2 * 3 * 3),
         ("stream", 2 * 4 * 3),
@@ -49,10 +50,18 @@ def test_presets(preset, size):
     assert len(cases) == len({case.id for case in cases}) == size
 
 
+def test_sizes_by_lot_are_the_same_each_time():
+    first, second = (select("drawn", ["float32"], [2]) for _ in range(2))
+    assert first == second
+    assert all(case.flops <= Drawn.LONGEST for case in first)
+    assert len({(case.T, case.B, case.I, case.H) for case in first}) >= 20
+    assert sum(case.I != case.H for case in first) >= 100
+
+
 def test_selection_crosses_dtypes_and_threads_and_filters():
     assert len(select("quick", ["float32", "bfloat16"], [1, 2])) == 4 * len(select("quick", ["float32"], [1]))
     assert {case.cell for case in select("grid", ["float32"], [1], "^gru/.*B1/")} == {"gru"}
-    names = "quick grid steps stream cells compiled inside clockwork packed derivatives bidirectional recurrence memory figures"
+    names = "quick grid drawn steps stream cells compiled inside clockwork packed derivatives bidirectional recurrence memory figures"
     assert set(PRESETS) == set(names.split())
 
 
@@ -399,9 +408,52 @@ def test_the_table_of_variants_is_by_peer(synthetic, tmp_path):
     assert any(line.startswith("| all inference |") for line in lines)
 
 
+def test_the_table_of_many_batches_is_by_peer(synthetic):
+    report = json.loads(synthetic.read_text())
+    for B, case in enumerate(report["cases"], 1):
+        case["B"] = B
+    lines = tables.markdown(report).splitlines()
+    assert lines[0] == "| | × torch |"
+    assert "| gru training | 2.83× (2.00× to 4.00×) |" in lines
+    assert any("over T 100, B 1 to 48 and H 64, 128, 256, 512." in line for line in lines)
+
+
 def test_a_page_without_markers_is_left_alone(synthetic, tmp_path):
     page = tmp_path / "README.md"
     page.write_text("no place for a table")
     with pytest.raises(SystemExit, match="bench:begin"):
         main(["tables", "--from", str(synthetic), "--write", str(page)])
     assert page.read_text() == "no place for a table"
+
+
+def test_goals_count_what_is_reached_and_what_the_roof_allows(synthetic, capsys):
+    assert main(["goals", "--from", str(synthetic)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    # Twice torch's speed at B 1, four times at B 8, always at half of the roof.
+    unit = "times the better peer's speed"
+    assert f"| LSTM training, B 1, H to 256 | 2.5 | {unit} | 3 | 0 | 3 | 2.00 (2.00 to 2.00) |" in lines
+    assert f"| LSTM training, B 8 | 1.1 | {unit} | 4 | 4 | 4 | 4.00 (4.00 to 4.00) |" in lines
+    assert f"| GRU training, B 1, H to 256 | 20 | {unit} | 3 | 0 | 0 | 2.00 (2.00 to 2.00) |" in lines
+    assert f"| all | 1 | {unit} | 47 | 47 | 47 | 4.00 (2.00 to 4.00) |" in lines, "but for the wrong one"
+    assert not any("recurrence's roof" in line for line in lines), "the report says nothing of it"
+
+
+def test_goals_at_most(synthetic, tmp_path):
+    report = json.loads(synthetic.read_text()) | {"preset": "memory"}
+    report["cases"] = [case for case in report["cases"] if case["pass"] == "training" and case["cell"] == "gru"]
+    for case, peak in zip(report["cases"], (5, 6, 7), strict=False):
+        case["peak_bytes"] = {"torch": 10, "rnnkernels": peak, "recompute": peak}
+    page = tmp_path / "page.md"
+    page.write_text(f"{goals.BEGIN}\n{goals.END}\n")
+    (tmp_path / "memory.json").write_text(json.dumps(report))
+    assert main(["goals", "--from", str(tmp_path / "memory.json"), "--write", str(page)]) == 0
+    line = next(line for line in page.read_text().splitlines() if "at most 0.6" in line)
+    assert line == "| LSTM and GRU training | at most 0.6 | of torch's peak memory | 3 | 2 | – | 0.60 (0.50 to 0.70) |"
+    assert "--preset memory --saved" in page.read_text()
+
+
+def test_every_goal_takes_cases_of_its_preset():
+    for goal in goals.GOALS:
+        cases = [case.facts() for case in select(goal.preset, ["float32"], [2])]
+        assert any(map(goal.takes, cases)), str(goal)
+    assert len({(str(goal), goal.figure) for goal in goals.GOALS}) == len(goals.GOALS)
