@@ -41,12 +41,10 @@ def by_peer(report: dict[str, Any]) -> list[str]:
     for name, members in grouped(cases).items():
         found = [*(speedups(members, peer) for peer in peers), *([over_plain(members)] if plain else [])]
         lines.append(f"| {' '.join(name).strip()} | " + " | ".join(map(summary, found)) + " |")
-    explained = "Times the speed of each peer" + (
-        "; the last column is our time a token over that of our own plain cell with as many products by U, on a padded batch. Geometric mean "
-        "(worst to best, or least to most dear)"
-        if plain
-        else ": geometric mean (worst to best)"
-    )
+    explained = "Times the speed of each peer"
+    if plain:
+        explained += "; the last column is our time a token over that of our own plain cell with as many products by U, on a padded batch"
+    explained += f": geometric mean (worst to best{', or least to most dear' * bool(plain)})"
     explained += f" over T {sizes(cases, 'T')}, B {sizes(cases, 'B')} and H {sizes(cases, 'H')}."
     return [*lines, "", f"{explained} {conditions(report)}"]
 
