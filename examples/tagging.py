@@ -68,7 +68,8 @@ def main() -> None:
     root = Path(sysconfig.get_path("stdlib"))
     lines = [line for path in sorted(root.glob("*.py"))[: options.files] for line in labelled(path, 120)]
     order = torch.randperm(len(lines)).tolist()
-    held_out, training = [lines[i] for i in order[:500]], [lines[i] for i in order[500:]]
+    held = min(500, len(lines) // 2)
+    held_out, training = [lines[i] for i in order[:held]], [lines[i] for i in order[held:]]
     model = Tagger(options.hidden)
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for step in range(1, options.steps + 1):

@@ -18,6 +18,7 @@ from .modules import Explanation, explain
 from .modules.cells import CellBase
 from .modules.layer import LayerBase
 from .ops.cells import STORAGE
+from .scrn import SCRN, SCRNCell
 
 __all__ = ["Acceleration", "Change", "accelerate", "convert"]
 
@@ -112,8 +113,12 @@ def accelerate(model: nn.Module, *inputs: Any, **named: Any) -> Acceleration:
 
     Args:
         model: as :func:`convert` takes it, with ``strict=False``.
-        inputs, named: what the model's forward takes. If given, it is called once without gradients, in the mode that it is in, to see
-            what comes to each layer; otherwise the report supposes 100 steps of 16 rows.
+        inputs, named: what the model's forward takes. If given, the model is called once, before anything is changed, without gradients
+            and in the mode that it is in (so in training the running statistics of its norms move), to see what comes to each layer;
+            torch's generators are left as they were. Otherwise the report supposes 100 steps of 16 rows.
+
+    Raises:
+        What the model does of such inputs; then it is as it was.
 
     >>> import torch, rnnkernels
     >>> model = torch.nn.ModuleDict({"encoder": torch.nn.GRU(3, 5), "head": torch.nn.Linear(5, 2)})
@@ -121,15 +126,15 @@ def accelerate(model: nn.Module, *inputs: Any, **named: Any) -> Acceleration:
     >>> print(str(report).splitlines()[0])
     encoder: torch.nn.GRU -> rnnkernels.GRU, on 100 steps of 16 rows
     """
+    seen = _inputs_of(model, inputs, named) if inputs or named else {}
     converted, changes = _convert(model, None, strict=False)
-    seen = _inputs_of(converted, inputs, named) if inputs or named else {}
     by_path = dict(converted.named_modules(remove_duplicate=False))
     return Acceleration(converted, tuple(_with_engines(change, by_path[change.path], seen, bool(inputs or named)) for change in changes))
 
 
 def _convert(model: nn.Module, to: ModuleType | None, strict: bool) -> tuple[nn.Module, list[Change]]:
     back = to is nn
-    if not back and to is not None and to.__name__ != __package__:
+    if not back and to is not None and getattr(to, "__name__", None) != __package__:
         raise ValueError(f"to: expected rnnkernels or torch.nn, got {to!r}")
     table = _THEIRS if back else _OURS
     changes: list[Change] = []
@@ -153,8 +158,8 @@ def _convert(model: nn.Module, to: ModuleType | None, strict: bool) -> tuple[nn.
 def _recurrent(model: nn.Module, back: bool) -> Iterator[tuple[str, nn.Module]]:
     """The modules in question, with their paths: torch.nn's and what is made of them; ours, on the way back."""
     for path, module in model.named_modules(remove_duplicate=False):
-        ours = isinstance(module, LayerBase | CellBase)
-        if isinstance(module, nn.RNNBase | nn.RNNCellBase) and ours == back:
+        ours = isinstance(module, LayerBase | CellBase | SCRN | SCRNCell)
+        if ours if back else isinstance(module, nn.RNNBase | nn.RNNCellBase) and not ours:
             yield path, module
 
 
@@ -211,19 +216,21 @@ def _made(module: nn.Module, kind: type[nn.Module], target: type[nn.Module], bac
     return new
 
 
-def _inputs_of(model: nn.Module, inputs: Any, named: Any) -> dict[int, tuple[Any, Any]]:
-    """What comes first to each layer when the model runs."""
-    seen: dict[int, tuple[Any, Any]] = {}
+def _inputs_of(model: nn.Module, inputs: Any, named: Any) -> dict[str, tuple[Any, Any]]:
+    """What comes first to each recurrent module of torch.nn's, by its paths, when the model runs."""
+    seen: dict[str, tuple[Any, Any]] = {}
+    paths: dict[nn.Module, list[str]] = {}
+    for path, module in _recurrent(model, back=False):
+        paths.setdefault(module, []).append(path)
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
-        seen.setdefault(id(module), (given.get("input"), given.get("hx")))
+        for path in paths[module]:
+            seen.setdefault(path, (given.get("input"), given.get("hx")))
 
-    handles = [
-        module.register_forward_pre_hook(note, with_kwargs=True) for module in model.modules() if isinstance(module, LayerBase | CellBase)
-    ]
+    handles = [module.register_forward_pre_hook(note, with_kwargs=True) for module in paths]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng():
             model(*inputs, **named)
     finally:
         for handle in handles:
@@ -231,11 +238,11 @@ def _inputs_of(model: nn.Module, inputs: Any, named: Any) -> dict[int, tuple[Any
     return seen
 
 
-def _with_engines(change: Change, module: nn.Module, seen: dict[int, tuple[Any, Any]], ran: bool) -> Change:
+def _with_engines(change: Change, module: nn.Module, seen: dict[str, tuple[Any, Any]], ran: bool) -> Change:
     if change.after is None:
         return change
-    if id(module) in seen:
-        input, hx = seen[id(module)]
+    if change.path in seen:
+        input, hx = seen[change.path]
         return Change(change.path, change.before, change.after, f"on {_shape(input)}", explain(module, input, hx))
     if ran:
         return Change(change.path, change.before, change.after, "not called on this input")

@@ -40,7 +40,7 @@ CELL_OPTIONS: dict[str, tuple[Any, ...]] = {
 # A value to try where neither the default nor the annotation suggests one.
 VALUES: dict[str, Any] = {"recurrent_init": "identity", **{name: values[-1] for name, values in CELL_OPTIONS.items()}}
 # Said of every layer elsewhere.
-EVERYWHERE = ("engine", "recompute", "weight_dtype", "bias", "batch_first", "device", "dtype")
+EVERYWHERE = ("engine", "recompute", "weight_dtype", "num_layers", "bias", "batch_first", "dropout", "bidirectional", "device", "dtype")
 
 
 class NotBuiltError(Exception):
@@ -85,7 +85,7 @@ def layers() -> dict[str, type[nn.Module]]:
     return {
         name: value
         for name, value in found.items()
-        if inspect.isclass(value) and issubclass(value, nn.Module) and not issubclass(value, nn.RNNCellBase)
+        if inspect.isclass(value) and issubclass(value, nn.Module) and not name.endswith("Cell")
     }
 
 
@@ -228,7 +228,9 @@ def markdown() -> str:
     lines += [
         "",
         f"\\* compiled when first used. {len(modified)} more cells are those above with modifiers; "
-        f"on CUDA, not yet run on a GPU: {on_cuda(modified)}. `stream` needs a layer that is not bidirectional. Written by "
+        f"on CUDA, not yet run on a GPU: {on_cuda(modified)}. What is taken is taken by layers; steps take torch.nn's arguments, `engine`, "
+        "and what their equation asks for (`nonlinearity`, `recurrent`, `alpha`). `stream` needs a layer that is not bidirectional. "
+        "Written by "
         "`python -m rnnkernels features --write README.md`.",
     ]
     return "\n".join(lines)

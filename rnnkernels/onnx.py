@@ -71,7 +71,8 @@ def export(model: nn.Module, args: tuple[Any, ...] = (), f: Any = None, **option
     ['LSTM']
     """
     with torch.no_grad():
-        return torch.onnx.export(model, args, f, dynamo=True, custom_translation_table=translations(), **options)
+        table = {**translations(), **(options.pop("custom_translation_table", None) or {})}
+        return torch.onnx.export(model, args, f, dynamo=True, custom_translation_table=table, **options)
 
 
 def _refuse(why: str) -> None:

@@ -56,7 +56,7 @@ class _OwnTupleLayer(_OwnLayer):
     def _widths(self) -> tuple[int, ...]:
         return (self.hidden_size,) * len(ops.CELLS[self._page].states)
 
-    def _split(self, hx: Any) -> Sequence[Tensor]:
+    def _split(self, hx: Any, name: str = "hx") -> Sequence[Tensor]:
         return _states(hx, self)
 
     def _join(self, states: Sequence[Tensor]) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -35,6 +37,8 @@ class _Scrn(nn.Module):
         if not 0 <= alpha <= 1:
             raise ValueError(f"alpha: expected 0 to 1, got {alpha}")
         for name, size in (("hidden_size", hidden_size), ("context_size", context_size)):
+            if not isinstance(size, int):
+                raise TypeError(f"{name} should be of type int, got: {type(size).__name__}")
             if size < 1:
                 raise ValueError(f"{name} must be greater than zero")
         self._cell = _with_nonlinearity("srn", nonlinearity)
@@ -52,6 +56,11 @@ class _Scrn(nn.Module):
             self.register_parameter(f"alpha{suffix}", nn.Parameter(stays))
         else:
             self.register_buffer(f"alpha{suffix}", stays)
+
+    def extra_repr(self) -> str:
+        options = f"alpha={self._alpha}" + ", learn_alpha=True" * self._learn_alpha + ", bias=False" * (not self.bias)
+        engine = f", engine={self.engine}" if self.engine != "auto" else ""
+        return f"{self.input_size}, {self.hidden_size}, context_size={self.context_size}, {options}{engine}"
 
     def reset_parameters(self) -> None:
         """Draw the weights uniformly, as torch.nn's layers do, and set alpha to where it starts."""
@@ -96,7 +105,7 @@ class SCRN(_Scrn):
 
     Raises:
         ValueError: alpha outside of 0 to 1, a size below 1, an unknown engine or nonlinearity, an input that is not 2-D or 3-D.
-        RuntimeError: wrong sizes, dtypes, devices.
+        TypeError: a size that is no int. RuntimeError: wrong sizes, dtypes, devices.
 
     >>> import torch, rnnkernels
     >>> layer = rnnkernels.SCRN(3, 5, 2, num_layers=2)
@@ -125,10 +134,14 @@ class SCRN(_Scrn):
         dtype: Any = None,
     ) -> None:
         super().__init__(hidden_size, context_size, bias, nonlinearity, alpha, learn_alpha, engine, {"device": device, "dtype": dtype})
+        if not isinstance(num_layers, int):
+            raise TypeError(f"num_layers should be of type int, got: {type(num_layers).__name__}")
         if num_layers < 1:
             raise ValueError("num_layers must be greater than zero")
-        if not 0 <= dropout <= 1:
+        if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout <= 1:
             raise ValueError("dropout should be a number in range [0, 1] representing the probability of an element being zeroed")
+        if dropout > 0 and num_layers == 1:
+            warnings.warn(f"dropout falls between layers: expected 0 with num_layers=1, got {dropout}", stacklevel=2)
         self.input_size, self.num_layers, self.batch_first, self.dropout = input_size, num_layers, batch_first, float(dropout)
         self.bidirectional, self.recompute = bidirectional, recompute
         width = input_size
@@ -143,8 +156,7 @@ class SCRN(_Scrn):
 
     def extra_repr(self) -> str:
         names = ("num_layers", "nonlinearity", "batch_first", "dropout", "bidirectional")
-        options = "".join(f", {name}={getattr(self, name)}" for name in names)
-        return f"{self.input_size}, {self.hidden_size}, context_size={self.context_size}{options}"
+        return f"{super().extra_repr()}{''.join(f', {name}={getattr(self, name)}' for name in names)}"
 
     def _sequences(self) -> list[str]:
         directions, parts = ("forward", "reverse") if self.bidirectional else ("forward",), ("context", "hidden")
@@ -154,8 +166,8 @@ class SCRN(_Scrn):
     def _widths(self) -> tuple[int, ...]:
         return self.hidden_size, self.context_size
 
-    def _split(self, hx: Any) -> tuple[Tensor, Tensor]:
-        return pair(hx, "scrn")
+    def _split(self, hx: Any, name: str = "hx") -> tuple[Tensor, Tensor]:
+        return pair(hx, "scrn", name)
 
     _cut: Any = LayerBase._cut  # it asks for no more than what is above
 
@@ -190,7 +202,7 @@ class SCRN(_Scrn):
         input: Any,
         hx: tuple[Tensor, Tensor] | None = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         reset_mask: Tensor | None = None,
         reset_state: Any = None,
         return_states: bool = False,
@@ -198,6 +210,8 @@ class SCRN(_Scrn):
         """Run the layer; see the class for shapes and errors. The options are those of :meth:`rnnkernels.LSTM.forward`, reset_state a pair,
         the states returned h and s.
         """
+        if not isinstance(return_states, bool):
+            raise ValueError(f"return_states: expected True or False for a layer whose gates are no cell's, got {return_states!r}")
         x, states, batch_sizes = self._prepared(input, hx)
         cut = None
         if lengths is not None or reset_mask is not None or reset_state is not None:
@@ -284,7 +298,7 @@ class SCRNCell(_Scrn):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return f"{self.input_size}, {self.hidden_size}, context_size={self.context_size}, nonlinearity={self.nonlinearity}"
+        return f"{super().extra_repr()}, nonlinearity={self.nonlinearity}"
 
     def _sequences(self) -> list[str]:
         return ["step context", "step hidden"]
@@ -298,6 +312,9 @@ class SCRNCell(_Scrn):
         if x.size(-1) != self.input_size:
             raise RuntimeError(f"input has inconsistent input_size: got {x.size(-1)} expected {self.input_size}")
         h, s = (None, None) if hx is None else pair(hx, "scrn_cell")
+        for i, (state, width) in enumerate(zip((h, s), (self.hidden_size, self.context_size), strict=True)):
+            if state is not None and state.shape != (*input.shape[:-1], width):
+                raise RuntimeError(f"Expected hidden[{i}] size {(*input.shape[:-1], width)}, got {list(state.shape)}")
         states = [None if t is None else [t.unsqueeze(0) if input.dim() == 1 else t] for t in (h, s)]
         of_context, of_hidden = self._weights("")
         context, s = ops.sequence("indrnn_identity", x, states[1], *of_context, engine=self.engine)

@@ -93,7 +93,7 @@ class Stream:
         batch_size: int | None,
         hx: Any,
         engine: str,
-        split: Callable[[Any], Sequence[Tensor]],
+        split: Callable[[Any, str], Sequence[Tensor]],
         join: Callable[[Sequence[Tensor]], Any],
         constants: Sequence[Tensor] = (),
         layer_norm: str | None = None,
@@ -135,9 +135,9 @@ class Stream:
             The last layer's output, ``[B, P]`` or ``[P]``, a new tensor at each step.
 
         Raises:
-            RuntimeError: a wrong shape, dtype or device of x.
+            RuntimeError: a wrong shape, dtype or device of x. TypeError: x is no tensor.
         """
-        if x.shape != self._shape or x.dtype is not self._dtype or x.device != self._device:
+        if not isinstance(x, Tensor) or x.shape != self._shape or x.dtype is not self._dtype or x.device != self._device:
             self._refuse("x", x, self._shape)
         # Each version only grows, so their sum tells.
         if sum(map(_version, self._watched)) != self._versions:
@@ -166,7 +166,8 @@ class Stream:
             rows: which rows: booleans ``[B]``, or int64 indices of any number from 0 to B - 1; None: all.
 
         Raises:
-            RuntimeError: rows of a wrong shape or dtype, or of an unbatched stream. IndexError: an index out of range.
+            RuntimeError: rows of a wrong shape or dtype, or of an unbatched stream. TypeError: rows that are no tensor. IndexError: an
+                index out of range.
         """
         self._stack.load(self._initial, range(self._batch or 1) if rows is None else self._checked_rows(rows))
 
@@ -187,7 +188,9 @@ class Stream:
         self._watched = [weight for layer in self._parameters() for weight in layer if weight is not None and not weight.is_inference()]
         self._versions = sum(map(_version, self._watched))
 
-    def _refuse(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> NoReturn:
+    def _refuse(self, name: str, tensor: Any, shape: tuple[int, ...]) -> NoReturn:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a Tensor, got {type(tensor).__name__}")
         if tensor.shape != shape:
             raise RuntimeError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
         if tensor.dtype != self._dtype:
@@ -196,7 +199,7 @@ class Stream:
 
     def _checked_states(self, name: str, hx: Any) -> list[Tensor]:
         """Raise, or return the states ``[L, B, ·]``."""
-        states = self._split(hx)
+        states = self._split(hx, name)
         if not all(isinstance(state, Tensor) for state in states):
             raise TypeError(f"{name}: expected tensors, got {', '.join(type(state).__name__ for state in states)}")
         for state, shape in zip(states, self._state_shapes, strict=True):
@@ -207,6 +210,8 @@ class Stream:
     def _checked_rows(self, rows: Tensor) -> list[int]:
         if self._batch is None:
             raise RuntimeError("rows: expected None for an unbatched stream")
+        if not isinstance(rows, Tensor):
+            raise TypeError(f"rows: expected a Tensor, got {type(rows).__name__}")
         if rows.dtype not in (torch.bool, torch.int64) or rows.dim() != 1 or (rows.dtype is torch.bool and len(rows) != self._batch):
             raise RuntimeError(
                 f"rows: expected torch.bool of shape ({self._batch},) or 1-D torch.int64, got {rows.dtype} of shape {tuple(rows.shape)}"

@@ -55,6 +55,11 @@ def _with_nonlinearity(family: str, nonlinearity: str) -> str:
     return cell
 
 
+def _own_options(module: Any) -> str:
+    """Of ``repr``, what a variant's equation asks for."""
+    return "".join(f", {name}={getattr(module, name)}" for name in ("nonlinearity", "recurrent") if name in vars(module))
+
+
 class _Variant(LayerBase):
     """A layer of a cell of one state."""
 
@@ -68,6 +73,9 @@ class _Variant(LayerBase):
     @property
     def _base_cell(self) -> str:
         return self.mode.lower()
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _own_options(self)
 
     @property
     def _rank_text(self) -> str:  # type: ignore[override]
@@ -91,6 +99,9 @@ class _VariantCell(CellBase):
         reshape(self, self._cell)
         self.reset_parameters()
 
+    def extra_repr(self) -> str:
+        return super().extra_repr().split(", nonlinearity=")[0] + _own_options(self)
+
     @property
     def _cell(self) -> str:
         return self._page
@@ -112,13 +123,15 @@ class _PairVariantCell(PairCellBase, _VariantCell):  # type: ignore[misc]
 class PeepholeLSTM(_PairVariant):
     r"""A stack of LSTMs whose gates see the cell state (Gers, Schraudolph & Schmidhuber 2002).
 
-    Row blocks i, f, g, o; weight_v: p_i, p_f, p_o.
+    Row blocks i, f, g, o; weight_v, ``[3 · H]``: p_i, p_f, p_o.
 
     .. math::
         i_t &= \sigma(W_i x_t + U_i h_{t-1} + b_i + p_i \odot c_{t-1}) \\
         f_t &= \sigma(W_f x_t + U_f h_{t-1} + b_f + p_f \odot c_{t-1}) \\
         c_t &= f_t \odot c_{t-1} + i_t \odot \tanh(W_g x_t + U_g h_{t-1} + b_g) \\
         o_t &= \sigma(W_o x_t + U_o h_{t-1} + b_o + p_o \odot c_t) \qquad h_t = o_t \odot \tanh(c_t)
+
+    Arguments by position and by keyword, shapes, dtypes and errors: as :class:`rnnkernels.LSTM`; ``cell_norm`` is refused.
 
     >>> import torch, rnnkernels
     >>> layer = rnnkernels.PeepholeLSTM(3, 5, num_layers=2)
@@ -132,9 +145,15 @@ class PeepholeLSTM(_PairVariant):
 
 
 class CoupledLSTM(_PairVariant):
-    r"""A stack of LSTMs whose input gate is the forget gate's complement (CIFG; Greff et al. 2017). Row blocks i, g, o.
+    r"""A stack of LSTMs whose forget gate is the input gate's complement (CIFG; Greff et al. 2017). Row blocks i, g, o.
 
-    .. math:: c_t = (1 - i_t) \odot c_{t-1} + i_t \odot g_t \qquad h_t = o_t \odot \tanh(c_t)
+    .. math::
+        i_t, o_t &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        c_t &= (1 - i_t) \odot c_{t-1} + i_t \odot g_t \qquad h_t = o_t \odot \tanh(c_t)
+
+    Arguments by position and by keyword, shapes, dtypes and errors: as :class:`rnnkernels.LSTM`; ``forget_bias`` and ``cell_norm`` are
+    refused.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.CoupledLSTM(3, 5)(torch.zeros(7, 2, 3))[0].shape
@@ -148,7 +167,13 @@ class CoupledLSTM(_PairVariant):
 class NoForgetLSTM(_PairVariant):
     r"""A stack of LSTMs without a forget gate (Hochreiter & Schmidhuber 1997). Row blocks i, g, o.
 
-    .. math:: c_t = c_{t-1} + i_t \odot g_t \qquad h_t = o_t \odot \tanh(c_t)
+    .. math::
+        i_t, o_t &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
+        g_t &= \tanh(W_{ig} x_t + b_{ig} + W_{hg} h_{t-1} + b_{hg}) \\
+        c_t &= c_{t-1} + i_t \odot g_t \qquad h_t = o_t \odot \tanh(c_t)
+
+    Arguments by position and by keyword, shapes, dtypes and errors: as :class:`rnnkernels.LSTM`; ``forget_bias`` and ``cell_norm`` are
+    refused.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.NoForgetLSTM(3, 5)(torch.zeros(7, 2, 3))[0].shape
@@ -162,11 +187,14 @@ class NoForgetLSTM(_PairVariant):
 class DreamerGRU(_Variant):
     r"""A stack of Dreamer's gated recurrent units, with one layer norm over all gates (Hafner et al. 2020).
 
-    Row blocks r, n, u; weight_v: the norm's gains and shifts.
+    Row blocks r, n, u; weight_v, ``[6 · H]``: the norm's gains and shifts.
 
     .. math::
         \hat r_t, \hat n_t, \hat u_t &= \gamma \odot N(W x_t + U h_{t-1} + b) + \beta \qquad u_t = \sigma(\hat u_t - 1) \\
         h_t &= u_t \odot \tanh(\sigma(\hat r_t) \odot \hat n_t) + (1 - u_t) \odot h_{t-1}
+
+    Arguments by position and by keyword, shapes, dtypes and errors: as :class:`rnnkernels.GRU`; ``layer_norm``, which it has already, is
+    refused.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.DreamerGRU(3, 5)(torch.zeros(7, 2, 3))[0].shape
@@ -185,7 +213,10 @@ class GRUResetBefore(_Variant):
     Row blocks r, z, n, as torch.nn.GRU, whose weights it can load; two products a step, one after the other.
 
     .. math::
-        n_t = \tanh(W_n x_t + b_{in} + U_n (r_t \odot h_{t-1}) + b_{hn}) \qquad h_t = (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+        r_t, z_t &= \sigma(W_{i*} x_t + b_{i*} + W_{h*} h_{t-1} + b_{h*}) \\
+        n_t &= \tanh(W_{in} x_t + b_{in} + W_{hn} (r_t \odot h_{t-1}) + b_{hn}) \qquad h_t = (1 - z_t) \odot n_t + z_t \odot h_{t-1}
+
+    Arguments by position and by keyword, shapes, dtypes and errors: as :class:`rnnkernels.GRU`; ``layer_norm`` is refused.
 
     >>> import torch, rnnkernels
     >>> layer = rnnkernels.GRUResetBefore(3, 5)
@@ -206,8 +237,10 @@ class ResidualRNN(_Variant):
     .. math:: h_t = h_{t-1} + f(W x_t + b + U h_{t-1}) \qquad\text{or}\qquad h_t = h_{t-1} + f(W x_t + b)
 
     Args:
-        nonlinearity: f, "tanh", "relu", "sigmoid" or "identity" (keyword only).
+        nonlinearity: f, "tanh", "relu", "sigmoid" or "identity" (keyword only). ``ValueError`` for another.
         recurrent: whether there is a U (keyword only).
+
+    Other arguments, shapes, dtypes and errors: as :class:`rnnkernels.RNN`, whose nonlinearity is not among the arguments by position.
 
     >>> import torch, rnnkernels
     >>> layer = rnnkernels.ResidualRNN(3, 5, nonlinearity="relu", recurrent=False)
@@ -221,12 +254,15 @@ class ResidualRNN(_Variant):
 
 
 class IndRNN(_Variant):
-    r"""A stack of independently recurrent networks (Li et al. 2018); weight_v: u.
+    r"""A stack of independently recurrent networks (Li et al. 2018); weight_v, ``[H]``: u.
 
     .. math:: h_t = f(W x_t + b + u \odot h_{t-1})
 
     Args:
-        nonlinearity: f, "relu", "tanh", "sigmoid" or "identity" (keyword only).
+        nonlinearity: f, "relu", "tanh", "sigmoid" or "identity" (keyword only). ``ValueError`` for another.
+
+    Other arguments, shapes, dtypes and errors: as :class:`rnnkernels.RNN`, whose nonlinearity is not among the arguments by position;
+    ``recurrent_dropout`` and ``layer_norm``, which are for a matrix U, are refused.
 
     >>> import torch, rnnkernels
     >>> layer = rnnkernels.IndRNN(3, 5)
@@ -254,7 +290,8 @@ class ClockworkRNN(_Variant):
         periods: T_1 < T_2 < …, one a module; hidden_size must be a multiple of their number (keyword only). Default: eight, from 1 to 128.
         nonlinearity: f, "tanh", "relu", "sigmoid" or "identity" (keyword only).
 
-    Modifiers of cells are refused (``ValueError``), and ``stream`` too: take single steps by calls with ``first_step``.
+    Other arguments, shapes, dtypes and errors: as :class:`rnnkernels.RNN`. Modifiers of cells are refused (``ValueError``), and ``stream``
+    too: take single steps by calls with ``first_step``.
 
     >>> import torch, rnnkernels
     >>> layer = rnnkernels.ClockworkRNN(3, 6, periods=(1, 2, 4))
@@ -271,17 +308,23 @@ class ClockworkRNN(_Variant):
         periods = tuple(periods)
         if not periods or not all(type(p) is int and p > 0 for p in periods) or any(a >= b for a, b in itertools.pairwise(periods)):
             raise ValueError(f"periods: expected rising positive integers, got {periods}")
+        self._refuse({name: kwargs.get(name) for name in self._REFUSED})
         self.__dict__["periods"] = periods  # the base draws the weights
         super().__init__(_with_nonlinearity("srn", nonlinearity), *args, **kwargs)
         if self.hidden_size % len(periods):
             raise ValueError(f"hidden_size: expected a multiple of the {len(periods)} modules, one a period, got {self.hidden_size}")
         self.nonlinearity = nonlinearity
 
+    _REFUSED = ("zoneout", "recurrent_dropout", "candidate_dropout", "layer_norm", "cell_clip", "proj_clip", "grad_clip")
+
+    def _refuse(self, options: dict[str, Any]) -> None:
+        for name, value in options.items():
+            if value:
+                raise ValueError(f"{name}: expected none for a ClockworkRNN, whose units take turns, got {value!r}")
+
     def _modifiers(self, training: bool) -> tuple[str, tuple[float, ...]]:
-        found = super()._modifiers(training)
-        if found != (self._base_cell, ()):
-            raise ValueError(f"ClockworkRNN takes no zoneout, recurrent_dropout, layer_norm or grad_clip, which make it {found[0]}")
-        return found
+        self._refuse({name: getattr(self, name) for name in self._REFUSED})
+        return super()._modifiers(training)
 
     def _reset_beyond_torch(self) -> None:
         super()._reset_beyond_torch()
@@ -303,7 +346,7 @@ class ClockworkRNN(_Variant):
         input: Any,
         hx: Any = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         reset_mask: Tensor | None = None,
         reset_state: Any = None,
         return_states: bool | str = False,
@@ -324,7 +367,9 @@ class ClockworkRNN(_Variant):
 
 
 class PeepholeLSTMCell(_PairVariantCell):
-    """One step of :class:`PeepholeLSTM`.
+    """One step of :class:`PeepholeLSTM`, with its weights.
+
+    Arguments, shapes, dtypes and errors: as :class:`rnnkernels.LSTMCell`.
 
     >>> import torch, rnnkernels
     >>> h, c = rnnkernels.PeepholeLSTMCell(3, 5)(torch.zeros(2, 3))
@@ -336,7 +381,9 @@ class PeepholeLSTMCell(_PairVariantCell):
 
 
 class CoupledLSTMCell(_PairVariantCell):
-    """One step of :class:`CoupledLSTM`.
+    """One step of :class:`CoupledLSTM`, with its weights.
+
+    Arguments, shapes, dtypes and errors: as :class:`rnnkernels.LSTMCell`.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.CoupledLSTMCell(3, 5)(torch.zeros(3))[0].shape
@@ -347,7 +394,9 @@ class CoupledLSTMCell(_PairVariantCell):
 
 
 class NoForgetLSTMCell(_PairVariantCell):
-    """One step of :class:`NoForgetLSTM`.
+    """One step of :class:`NoForgetLSTM`, with its weights.
+
+    Arguments, shapes, dtypes and errors: as :class:`rnnkernels.LSTMCell`.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.NoForgetLSTMCell(3, 5)(torch.zeros(3))[0].shape
@@ -358,7 +407,9 @@ class NoForgetLSTMCell(_PairVariantCell):
 
 
 class GRUResetBeforeCell(_VariantCell):
-    """One step of :class:`GRUResetBefore`.
+    """One step of :class:`GRUResetBefore`, with its weights.
+
+    Arguments, shapes, dtypes and errors: as :class:`rnnkernels.GRUCell`.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.GRUResetBeforeCell(3, 5)(torch.zeros(2, 3)).shape
@@ -369,7 +420,9 @@ class GRUResetBeforeCell(_VariantCell):
 
 
 class DreamerGRUCell(_VariantCell):
-    """One step of :class:`DreamerGRU`.
+    """One step of :class:`DreamerGRU`, with its weights.
+
+    Arguments, shapes, dtypes and errors: as :class:`rnnkernels.GRUCell`.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.DreamerGRUCell(3, 5)(torch.zeros(2, 3)).shape
@@ -387,7 +440,9 @@ class DreamerGRUCell(_VariantCell):
 
 
 class ResidualRNNCell(_VariantCell):
-    """One step of :class:`ResidualRNN`.
+    """One step of :class:`ResidualRNN`, with its weights.
+
+    Arguments, shapes, dtypes and errors: as :class:`rnnkernels.RNNCell`; ``nonlinearity`` and ``recurrent`` by keyword.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.ResidualRNNCell(3, 5, nonlinearity="relu")(torch.zeros(2, 3)).shape
@@ -401,7 +456,9 @@ class ResidualRNNCell(_VariantCell):
 
 
 class IndRNNCell(_VariantCell):
-    """One step of :class:`IndRNN`.
+    """One step of :class:`IndRNN`, with its weights.
+
+    Arguments, shapes, dtypes and errors: as :class:`rnnkernels.RNNCell`; ``nonlinearity``, "relu" unless given, by keyword.
 
     >>> import torch, rnnkernels
     >>> rnnkernels.IndRNNCell(3, 5, nonlinearity="tanh")(torch.zeros(2, 3)).shape

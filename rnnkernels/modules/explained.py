@@ -12,7 +12,17 @@ from .. import ops
 
 @dataclass(frozen=True)
 class Plan:
-    """What would run one layer in one direction, and why."""
+    """What would run one layer in one direction, and why.
+
+    ``name``: "layer 0 forward", "layer 0 reverse" and so on, of a cell "step". ``engine``: as :func:`rnnkernels.ops.sequence` names them.
+    ``isa``: the instruction set of a CPU's kernels ("avx512bf16", "avx512", "avx2", "scalar"), "cuda", or "torch" where torch's own
+    operations compute. ``threads``: how many share it on a CPU. ``schedule``: how they do. ``why``: what led to it.
+
+    >>> import torch, rnnkernels
+    >>> (plan,) = rnnkernels.explain(rnnkernels.GRUCell(3, 5), torch.zeros(2, 3)).plans
+    >>> plan.name, plan.engine
+    ('step', 'cpu')
+    """
 
     name: str
     engine: str

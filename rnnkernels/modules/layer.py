@@ -113,7 +113,7 @@ class LayerBase(Weighted):
         input: Any,
         hx: Any = None,
         *,
-        lengths: Tensor | None = None,
+        lengths: Tensor | Sequence[int] | None = None,
         reset_mask: Tensor | None = None,
         reset_state: Any = None,
         return_states: bool | str = False,
@@ -121,8 +121,8 @@ class LayerBase(Weighted):
         """Run the layer; see the class for shapes and errors.
 
         Args:
-            lengths: ``[B]``, integers from 0 to T, in any order, on any device: how many steps each row has. Outputs past them are
-                zero, the final state is that after a row's last step, and the reverse direction starts there.
+            lengths: ``[B]``, integers from 0 to T, in any order, on any device, or a list of them: how many steps each row has. Outputs
+                past them are zero, the final state is that after a row's last step, and the reverse direction starts there.
             reset_mask: ``[T, B]`` booleans (``[B, T]`` if batch_first, ``[T]`` unbatched): the state before a marked step is replaced by
                 ``reset_state``, and nothing flows across, neither forward nor, in the reverse direction, back over the same boundary.
             reset_state: as hx; each of its tensors ``[L · D, H]``, as hx ``[L · D, B, H]``, or one for each step that may be marked
@@ -131,10 +131,12 @@ class LayerBase(Weighted):
             return_states: also return, third, every state of the cell after each step, a tuple of tensors ``[L · D, T, B, ·]``
                 (``[L · D, B, T, ·]`` if batch_first, ``[L · D, T, ·]`` unbatched, ``[L · D, N, ·]`` for a PackedSequence), through which
                 gradients flow. "gates": these and after them the cell's gates, activated, in the order of their row blocks: i, f, g, o of
-                an LSTM (what it has of them), r, z, n of a GRU; not of modified cells.
+                an LSTM (what it has of them), r, z, n of a GRU; not of a cell without gates, Dreamer's, or a modified one but for a
+                projection.
 
         Raises, beyond what the class says: ``ValueError`` for lengths or reset_mask beside a PackedSequence, reset_state without
-        reset_mask, lengths out of range; ``RuntimeError`` for wrong shapes or dtypes of the three.
+        reset_mask, lengths out of range, "gates" of a cell that has none to give; ``RuntimeError`` for wrong shapes or dtypes of the
+        three; ``TypeError`` for what is no tensor.
         """
         return self._run(input, hx, lengths, reset_mask, reset_state, return_states)
 
@@ -142,7 +144,7 @@ class LayerBase(Weighted):
         self,
         input: Any,
         hx: Any,
-        lengths: Tensor | None,
+        lengths: Tensor | Sequence[int] | None,
         reset_mask: Tensor | None,
         reset_state: Any,
         return_states: bool | str,
@@ -283,12 +285,19 @@ class LayerBase(Weighted):
         ours = self._weights, batch_size, hx, self.engine, self._split, self._join
         return Stream(cell, *ours, constants, self.layer_norm, self._own_weights, self.weight_dtype)
 
-    def _cut(self, input: Any, data: Tensor, lengths: Tensor | None, reset_mask: Tensor | None, reset_state: Any) -> Cut | None:
+    def _cut(
+        self, input: Any, data: Tensor, lengths: Tensor | Sequence[int] | None, reset_mask: Tensor | None, reset_state: Any
+    ) -> Cut | None:
         """What was asked for inside the sequence, checked and time-major; None: nothing that makes a difference."""
         if isinstance(input, PackedSequence):
             raise ValueError("lengths and reset_mask go with a padded input, got a PackedSequence: pad it with pad_packed_sequence")
         if reset_state is not None and reset_mask is None:
             raise ValueError("reset_state: expected a reset_mask beside it, got None")
+        if isinstance(lengths, Sequence):  # as pack_padded_sequence takes them
+            lengths = torch.as_tensor(lengths)
+        for name, t in (("lengths", lengths), ("reset_mask", reset_mask)):
+            if t is not None and not isinstance(t, Tensor):
+                raise TypeError(f"{name}: expected a Tensor, got {type(t).__name__}")
         T, B = data.shape[:2]
         concrete = not torch.compiler.is_compiling()
         if lengths is not None and ops.check_lengths(lengths, T, B, concrete):
@@ -300,11 +309,11 @@ class LayerBase(Weighted):
                 reset_mask = None
         if lengths is None and reset_mask is None:
             return None
-        resets = None if reset_state is None else self._split(reset_state)
+        resets = None if reset_state is None else self._split(reset_state, "reset_state")
         K = self.num_layers * (2 if self.bidirectional else 1)
         for state, width in zip(resets or (), self._widths, strict=False):
             shapes = [(K, width), (K, B, width), (T, K, B, width)]
-            if state.shape not in shapes:
+            if not ops.is_one_of(state.shape, shapes):
                 raise RuntimeError(f"reset_state: expected shape {shapes[0]}, {shapes[1]} or {shapes[2]}, got {tuple(state.shape)}")
         return Cut(lengths, reset_mask, resets)
 
@@ -347,7 +356,7 @@ class LayerBase(Weighted):
         directions = ("forward", "reverse") if self.bidirectional else ("forward",)
         return [f"layer {layer} {direction}" for layer in range(self.num_layers) for direction in directions]
 
-    def _split(self, hx: Any) -> Sequence[Tensor]:
+    def _split(self, hx: Any, name: str = "hx") -> Sequence[Tensor]:
         return (hx,)
 
     def _join(self, states: Sequence[Tensor]) -> Any:
@@ -368,8 +377,8 @@ class PairLayerBase(LayerBase):
     check_forward_args = nn.LSTM.check_forward_args  # type: ignore[assignment]
     permute_hidden = nn.LSTM.permute_hidden  # type: ignore[assignment]
 
-    def _split(self, hx: Any) -> Sequence[Tensor]:
-        return pair(hx, "lstm")
+    def _split(self, hx: Any, name: str = "hx") -> Sequence[Tensor]:
+        return pair(hx, "lstm", name)
 
     def _join(self, states: Sequence[Tensor]) -> Any:
         return tuple(states)

@@ -79,10 +79,12 @@ def check_ranks(states: Sequence[Tensor], rank: int) -> None:
             raise RuntimeError(f"For {case} input, {found}")
 
 
-def pair(hx: Any, name: str) -> tuple[Tensor, Tensor]:
-    """The two states of hx, or torch.nn's error of the function `name`."""
+def pair(hx: Any, function: str, name: str = "hx") -> tuple[Tensor, Tensor]:
+    """The two states of hx, or what torch.nn's function of that name would say; of another argument, its own name."""
+    if name != "hx" and (isinstance(hx, Tensor) or len(hx) != 2):
+        raise TypeError(f"{name}: expected two tensors, as hx, got {'a Tensor' if isinstance(hx, Tensor) else len(hx)}")
     if isinstance(hx, Tensor):
-        raise TypeError(f"{name}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
+        raise TypeError(f"{function}(): argument 'hx' (position 2) must be tuple of Tensors, not Tensor")
     if len(hx) != 2:
-        raise RuntimeError(f"{name} expects two hidden states")
+        raise RuntimeError(f"{function} expects two hidden states")
     return hx[0], hx[1]

@@ -104,6 +104,8 @@ class Weighted(Modified):
             nn.init.zeros_(getattr(self, name))
         if self.forget_bias is None and self.recurrent_init == "uniform":
             return
+        if self.forget_bias is not None and (isinstance(self.forget_bias, bool) or not isinstance(self.forget_bias, int | float)):
+            raise TypeError(f"forget_bias: expected a number, or None, got {self.forget_bias!r}")
         slots = [name for name, fed, *_ in ops.CELLS[self._base_cell].slots if fed]
         if self.forget_bias is not None and ("f" not in slots or not self.bias):
             raise ValueError(f"forget_bias: expected None for a layer without a forget gate or without biases, got {self.forget_bias}")

@@ -19,7 +19,7 @@ from . import registered as registered
 from .autograd import Sequence
 from .calls import chain_gains, pair, run
 from .cells import CELLS, Cell, Rows, Sizes, Weights, before_each_step
-from .checks import Call, check_lengths, check_reset_mask, forget_seen, widths
+from .checks import Call, check_lengths, check_reset_mask, forget_seen, is_one_of, widths
 from .engines import ENGINES, cuts_natively
 from .explained import listening
 from .load import heats, is_modified, load_page, modified, source_of
@@ -45,6 +45,7 @@ __all__ = [
     "cuts_natively",
     "heats",
     "is_modified",
+    "is_one_of",
     "layer_again",
     "listening",
     "load_page",

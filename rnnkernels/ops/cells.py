@@ -444,8 +444,9 @@ def before_each_step(
 ) -> Tensor:
     """A state before each step of a padded batch, ``[T, B, width]``, of which rows may end early and start anew."""
     first = initial.unsqueeze(0)
-    before = torch.cat([after[1:], first]) if reverse else torch.cat([first, after[:-1]])
-    T, device = len(after), after.device
+    # To an exporter len() is a constant, and T - 1 rows in a concatenation are a condition on T.
+    before = torch.cat([after, first])[1:] if reverse else torch.cat([first, after])[:-1]
+    T, device = after.shape[0], after.device
     steps = torch.arange(T, device=device).unsqueeze(1)
     ends = torch.full((after.shape[1],), T, device=device) if lengths is None else lengths.to(device)
     if reverse and lengths is not None:
@@ -454,9 +455,9 @@ def before_each_step(
         return before
     marks, at = reset_mask.to(device), steps
     if reverse:
-        marks, at = torch.cat([marks[1:], marks.new_zeros(1, marks.shape[1])]), steps + 1
+        marks, at = torch.cat([marks, marks.new_zeros(1, marks.shape[1])])[1:], steps + 1
     if reset is None:
         reset = after.new_zeros(after.shape[-1])
     elif reset.dim() == 3 and reverse:
-        reset = torch.cat([reset[1:], reset[:1]])
+        reset = reset.roll(-1, 0)
     return torch.where((marks & (at < ends)).unsqueeze(2), reset, before)

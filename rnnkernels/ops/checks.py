@@ -307,6 +307,11 @@ def hidden_size(spec: Cell, weights: Weights) -> int:
     return weight.shape[0] // blocks
 
 
+def is_one_of(shape: Seq[int], shapes: Seq[tuple[int, ...]]) -> bool:
+    """Whether it is. Sizes of shapes of another rank are not looked at: to an exporter each look is a condition on what may come."""
+    return any(len(shape) == len(other) and shape == other for other in shapes)
+
+
 def widths(cell: str, *weights: Tensor | None) -> list[int]:
     """Of the cell's states."""
     H = hidden_size(CELLS[cell], Weights(*weights))
@@ -322,7 +327,7 @@ def _check_given(spec: Cell, given: Seq[Tensor], H: int, B: int, input: Tensor) 
         if width == 0 or width % H:
             raise RuntimeError(f"given[{i}]: expected a last dimension of a multiple of hidden_size = {H}, got shape {tuple(t.shape)}")
         shapes = [(*input.shape[:-1], width), (B, width), (width,)]
-        if t.shape not in shapes:
+        if not is_one_of(t.shape, shapes):
             raise RuntimeError(f"given[{i}]: expected shape {shapes[0]}, {shapes[1]} or {shapes[2]}, got {tuple(t.shape)}")
         expect(f"given[{i}]", t, tuple(t.shape), input)
         if t.requires_grad and any(spec.slots[slot][4] for slot in spec.given[slots : slots + width // H]):
@@ -338,6 +343,6 @@ def check_reset_states(spec: Cell, states: Seq[Tensor], widths: Seq[int], input:
         raise RuntimeError(f"reset_states: expected {len(spec.states)} ({', '.join(spec.states)}), got {len(states)}")
     T, B = input.shape[:2]
     for i, (t, width) in enumerate(zip(states, widths, strict=True)):
-        if t.shape not in ((width,), (B, width), (T, B, width)):
+        if not is_one_of(t.shape, [(width,), (B, width), (T, B, width)]):
             raise RuntimeError(f"reset_states[{i}]: expected shape {(width,)}, {(B, width)} or {(T, B, width)}, got {tuple(t.shape)}")
         expect(f"reset_states[{i}] ({spec.states[i]})", t, tuple(t.shape), input)

@@ -222,7 +222,8 @@ def _compiled(text: str, shown: str, prologue: str, command: list[str], suffix: 
         try:
             done = subprocess.run([*command, f"-I{_INCLUDE}", str(unit), "-o", str(made)], capture_output=True, text=True, check=False)
         except FileNotFoundError:
-            raise RuntimeError(f"load_cell: no compiler {command[0]!r} here: put one on PATH or set CXX (for a GPU: CUDACXX)") from None
+            what = f"{shown} has to be compiled, and there is no compiler {command[0]!r} here"
+            raise RuntimeError(f"{what}: put one on PATH or set CXX (for a GPU: CUDACXX)") from None
         if done.returncode:
             said = [line for line in done.stderr.splitlines() if "error" in line] or done.stderr.splitlines()
             raise RuntimeError("\n".join([f"load_cell: {shown} does not compile", *said[:20]]))

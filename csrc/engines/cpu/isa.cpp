@@ -66,7 +66,11 @@ const Isa& current() {
   const Isa* isa = chosen.load(std::memory_order_acquire);
   if (!isa) {
     const char* name = std::getenv("RNNKERNELS_ISA");
-    isa = choose(name ? name : "");
+    try {
+      isa = choose(name ? name : "");
+    } catch (const std::invalid_argument& e) {
+      throw std::invalid_argument(std::string("RNNKERNELS_ISA: ") + e.what());
+    }
     chosen.store(isa, std::memory_order_release);
   }
   return *isa;
