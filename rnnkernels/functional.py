@@ -155,12 +155,14 @@ def _in_segments(
         states = [input.new_zeros(len(weights), B, width) for width in ops.widths(cell, *(*weights[0], *[None] * 6)[:6])]
     found = cuts.segments(T, B, cut.lengths, cut.reset_mask)
     if len(found.batch_sizes) == 0:
-        output = input.new_zeros(T, B, states[0].shape[-1] * directions)
+        # Of everything a part, and none of it: all has a gradient, which is zero.
+        nothing = sum((t.flatten()[:0].sum() for of_layer in weights for t in of_layer if t is not None), start=input.flatten()[:0].sum())
+        output = input.new_zeros(T, B, states[0].shape[-1] * directions) + nothing
         histories = [state.new_zeros(state.shape[0], T, *state.shape[1:]) for state in states] if options["return_states"] else []
         if options["return_states"] == "gates":
             like = histories[-1] if count > 1 else histories[0]
-            histories += [torch.zeros_like(like)] * gates.COUNTS[cell]
-        return output, *states, *histories
+            histories += [torch.zeros_like(like) for _ in range(gates.COUNTS[cell])]
+        return output, *(state + nothing for state in states), *(history + nothing for history in histories)
     tokens = input.flatten(0, 1).index_select(0, found.index.to(input.device))
     numbers = None if given is None else [[cuts.gather(t, found, T, B) for t in of_layer] for of_layer in given]
     initial = cuts.start(states, found, cut.reset_states, T, directions)
@@ -178,11 +180,16 @@ def _hidden_size(cell: str, weight_hh: Tensor) -> int:
 def normed_gates(x: Tensor, weight_ih: Tensor, gain: Tensor, shift: Tensor | None, how: str, gates: int) -> Tensor:
     """γ ⊙ N(W x) + b, the norm over all gates at once or of each."""
     product = torch.nn.functional.linear(x, weight_ih)
-    if how == "gates":
+    if how == "gates" and not ops.is_transformed():
         return torch.nn.functional.layer_norm(product, product.shape[-1:], gain, shift)
     # Half the time of torch.group_norm, which is meant for images.
-    blocks = product.view(*product.shape[:-1], gates, product.shape[-1] // gates)
-    normed = torch.nn.functional.layer_norm(blocks, blocks.shape[-1:]).view(product.shape)
+    count = 1 if how == "gates" else gates
+    blocks = product.view(*product.shape[:-1], count, product.shape[-1] // count)
+    if ops.is_transformed():  # of torch's layer_norm a gradient of a tangent is wrong (2.13)
+        variance, mean = torch.var_mean(blocks, -1, correction=0, keepdim=True)
+        normed = ((blocks - mean) * (variance + 1e-5).rsqrt()).view(product.shape)
+    else:
+        normed = torch.nn.functional.layer_norm(blocks, blocks.shape[-1:]).view(product.shape)
     return normed * gain if shift is None else torch.addcmul(shift, normed, gain)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -355,8 +356,13 @@ class ClockworkRNN(_Variant):
         """Run the layer; as :meth:`rnnkernels.RNN.forward`. ``first_step``: what the clock shows at the first step, for a sequence that
         comes in parts. A reset does not turn the clock back.
 
-        Raises ``ValueError`` for a first_step below zero.
+        Raises ``ValueError`` for a first_step below zero, ``TypeError`` for one that is no integer.
         """
+        if type(first_step) is not int and not isinstance(first_step, torch.SymInt):
+            try:
+                first_step = operator.index(first_step)  # of a tensor the number that it has now
+            except TypeError:
+                raise TypeError(f"first_step: expected an int, got {first_step!r}") from None
         if first_step < 0:
             raise ValueError(f"first_step: expected 0 or more, got {first_step}")
         return self._run(input, hx, lengths, reset_mask, reset_state, return_states, lambda steps: self._clock(steps, first_step))

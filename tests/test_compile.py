@@ -296,3 +296,47 @@ def test_a_repeated_call_checks_how_many_there_are() -> None:
         torch.ops.rnnkernels.sequence(*call._replace(states=[h]))
     with pytest.raises(RuntimeError, match="needs, grad_final, history: expected 9, 2, 1"):
         torch.ops.rnnkernels.sequence_backward(*call, [True] * 9, [], [None, None], output, kept, [history])
+
+
+EXPORTED: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
+    "zoneout": (lambda: rnnkernels.LSTM(S, S, zoneout=0.1), {}),
+    "gates": (lambda: rnnkernels.LSTM(S, S), {"return_states": "gates"}),
+    "resets a layer": (lambda: rnnkernels.GRU(S, S), {"reset_state": lambda T, B: torch.randn(1, S)}),
+    "resets a row": (lambda: rnnkernels.GRU(S, S), {"reset_state": lambda T, B: torch.randn(1, B, S)}),
+    "resets a step, gates, both directions": (
+        lambda: rnnkernels.GRU(S, S, bidirectional=True),
+        {"reset_state": lambda T, B: torch.randn(T, 2, B, S), "return_states": "gates"},
+    ),
+}
+
+
+class Called(nn.Module):
+    """A layer with options of its calls."""
+
+    def __init__(self, layer: nn.Module, **options: Any) -> None:
+        super().__init__()
+        self.layer, self.options = layer, options
+
+    def forward(self, x: Tensor, reset_mask: Tensor | None = None, reset_state: Tensor | None = None) -> Any:
+        return self.layer(x, reset_mask=reset_mask, reset_state=reset_state, **self.options)
+
+
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_an_export_is_for_any_sizes(kind: str) -> None:
+    torch.manual_seed(0)
+    make, options = EXPORTED[kind]
+    model = Called(make().eval(), **{name: value for name, value in options.items() if name == "return_states"})
+    state = options.get("reset_state")
+
+    def inputs(T: int, B: int) -> tuple[Tensor, ...]:
+        resets = () if state is None else (torch.rand(T, B) < 0.3, state(T, B))
+        return torch.randn(T, B, S), *resets
+
+    steps, rows = torch.export.Dim("T"), torch.export.Dim("B")
+    dynamic: list[Any] = [{0: steps, 1: rows}]
+    if state is not None:
+        dynamic += [{0: steps, 1: rows}, {2: None, 3: {1: rows}, 4: {0: steps, 2: rows}}[state(T, B).dim()]]
+    program = torch.export.export(model, inputs(T, B), dynamic_shapes=tuple(dynamic)).module()
+    for sizes in ((T, B), (S, S), (2, 5)):
+        given = inputs(*sizes)
+        torch.testing.assert_close(program(*given), model(*given))

@@ -189,6 +189,8 @@ def test_what_cannot_be_converted_is_refused_and_nothing_changes() -> None:
         convert(nn.GRU(3, 4, dtype=torch.complex64))
     with pytest.raises(ValueError, match="to: expected rnnkernels or torch.nn"):
         convert(model, to=torch)
+    with pytest.raises(ValueError, match="to: expected rnnkernels or torch.nn, got 'torch.nn'"):
+        convert(model, to="torch.nn")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="it is none of torch.nn's layers"):
         convert(nn.RNNBase("GRU", 3, 4))
 
@@ -202,6 +204,8 @@ def test_what_cannot_be_converted_is_refused_and_nothing_changes() -> None:
         (lambda: rnnkernels.RNNCell(3, 4, nonlinearity="identity"), "torch.nn has no nonlinearity 'identity'"),
         (lambda: rnnkernels.GRU(3, 4, learn_initial=True), "torch.nn has no learn_initial"),
         (lambda: rnnkernels.PeepholeLSTM(3, 4), "PeepholeLSTM left alone: torch.nn has no such layer"),
+        (lambda: rnnkernels.SCRN(3, 4, 2), "0: rnnkernels.*SCRN left alone: torch.nn has no such layer"),
+        (lambda: rnnkernels.SCRNCell(3, 4, 2), "SCRNCell left alone: torch.nn has no such layer"),
     ],
 )
 def test_what_torch_lacks_is_refused_on_the_way_back(layer: Any, text: str) -> None:
@@ -231,3 +235,16 @@ def test_accelerate_reports() -> None:
     assert type(alone.model) is rnnkernels.LSTM
     assert str(alone).startswith("(the model): torch.nn.LSTM -> rnnkernels.LSTM")
     assert str(accelerate(nn.Linear(2, 2))) == "no recurrent module of torch.nn in it"
+
+
+def test_accelerate_changes_nothing_where_the_model_fails() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.GRU(3, 4))
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    with pytest.raises(RuntimeError):
+        accelerate(model, torch.zeros(5, 2, 9))
+    assert type(model[1]) is nn.GRU
+    assert not model[1]._forward_pre_hooks
+    accelerate(nn.Sequential(nn.Dropout(), model), torch.zeros(5, 2, 2))
+    assert type(model[1]) is rnnkernels.GRU
+    assert torch.equal(torch.get_rng_state(), before)

@@ -269,3 +269,45 @@ def test_a_layer_compiles_whole() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
     found = compiled(x, lengths=lengths, reset_mask=mask, reset_state=state)
     torch.testing.assert_close(found, layer(x, lengths=lengths, reset_mask=mask, reset_state=state), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["auto", "stepwise", "traced"])
+@pytest.mark.parametrize("returned", [False, True, "gates"], ids="return_states={}".format)
+def test_no_row_has_a_step(engine: str, returned: bool | str) -> None:
+    layer = rnnkernels.LSTM(3, 4, num_layers=2, engine=engine)
+    x, hx = torch.randn(5, 2, 3, requires_grad=True), tuple(torch.randn(2, 2, 4, requires_grad=True) for _ in range(2))
+    output, final, *states = layer(x, hx, lengths=[0, 0], return_states=returned)
+    assert not output.any()
+    for before, after in zip(hx, final, strict=True):
+        assert torch.equal(after, before)
+        assert after is not before
+    assert all(not state.any() for state in sum(states, ()))
+    sum(t.sum() for t in (output, *final, *sum(states, ()))).backward()
+    assert all(torch.equal(h.grad, torch.ones_like(h)) for h in hx)
+    assert all(p.grad is not None and not p.grad.any() for p in (x, *layer.parameters()))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int16, torch.uint16, torch.int32, torch.uint64], ids=str)
+def test_lengths_of_any_integers(dtype: torch.dtype) -> None:
+    layer, x = rnnkernels.GRU(3, 4), torch.randn(5, 3, 3)
+    truth = layer(x, lengths=torch.tensor([5, 0, 2]))
+    for lengths in (torch.tensor([5, 0, 2]).to(dtype), [5, 0, 2], (5, 0, 2)):
+        for a, b in zip(layer(x, lengths=lengths), truth, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_what_is_no_tensor_is_refused() -> None:
+    layer, x, mask = rnnkernels.LSTM(3, 4), torch.randn(5, 3, 3), torch.zeros(5, 3, dtype=torch.bool)
+    with pytest.raises(TypeError, match="lengths: expected a Tensor, got int"):
+        layer(x, lengths=3)
+    with pytest.raises(TypeError, match="reset_mask: expected a Tensor, got list"):
+        layer(x, reset_mask=mask.tolist())
+    with pytest.raises(TypeError, match="reset_state: expected two tensors, as hx, got a Tensor"):
+        layer(x, reset_mask=mask, reset_state=torch.zeros(1, 4))
+    stream = layer.stream(3)
+    with pytest.raises(TypeError, match="state: expected two tensors, as hx, got a Tensor"):
+        stream.state = torch.zeros(1, 3, 4)
+    with pytest.raises(TypeError, match="rows: expected a Tensor, got list"):
+        stream.reset([0])
+    with pytest.raises(TypeError, match="x: expected a Tensor, got NoneType"):
+        stream.step(None)

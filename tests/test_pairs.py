@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 import rnnkernels
@@ -284,3 +285,14 @@ def test_what_follows_a_launch_of_one_alone(monkeypatch: pytest.MonkeyPatch) -> 
     assert launches[:2] == [2, 1]
     assert 2 not in launches[2:]
     assert all(map(torch.equal, found, expected))
+
+
+def test_a_checkpoint_saves_the_same_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the other direction's way is not known yet when the first one's is: neither takes the short one."""
+    layer, x = rnnkernels.GRU(3, 5, bidirectional=True), torch.randn(3, 4, 3)
+    for gains in (False, False, False, True):
+        h = torch.randn(2, 1, 5, requires_grad=True)
+        with apart(monkeypatch, gains), torch.autograd.graph.saved_tensors_hooks(torch.clone, lambda t: t):
+            y = torch.utils.checkpoint.checkpoint(lambda x, h: layer(x, h)[0], x, h.expand(2, 4, 5), use_reentrant=False)
+        y.sum().backward()
+        assert h.grad is not None

@@ -319,7 +319,7 @@ WRONG: dict[str, tuple[Any, type[Exception], str]] = {
         RuntimeError,
         "state: expected dtype torch.float32 .*, got torch.float16",
     ),
-    "state no pair": (lambda s: setattr(s, "state", torch.zeros(1, 3, H)), TypeError, "must be tuple of Tensors"),
+    "state no pair": (lambda s: setattr(s, "state", torch.zeros(1, 3, H)), TypeError, "state: expected two tensors, as hx, got a Tensor"),
     "mask": (lambda s: s.reset(torch.ones(2, dtype=torch.bool)), RuntimeError, r"rows: expected .* of shape \(3,\) .* got .*\(2,\)"),
     "rows' dtype": (lambda s: s.reset(torch.ones(2)), RuntimeError, "rows: expected .*torch.int64, got torch.float32"),
     "rows' range": (lambda s: s.reset(torch.tensor([0, 3])), IndexError, r"rows: expected indices from 0 to 2, got \[0, 3\]"),

@@ -390,3 +390,32 @@ def test_tangents_of_half_types_are_rounded_once(cell: str, dtype: torch.dtype) 
         f, values = as_function(ours, cell, [t if t is None else t.to(dtype).to(kind) for t in tensors], sizes)
         results.append([t.to(dtype) for t in jvp(f, tuple(values), tuple(d.to(dtype).to(kind) for d in tangents))[1]])
     assert all(map(torch.equal, *results))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru", "srn_tanh", "lstm_projected", "gru_reset_before"])
+def test_what_is_recomputed_is_differentiated_twice_and_in_batches(cell: str) -> None:
+    tensors, sizes, _ = case(cell)
+    found = []
+    for recompute in (False, True):
+        leaves = [t if t is None else t.detach().clone().requires_grad_() for t in tensors]
+        x, *weights = leaves[:7]
+        y, *_ = ops.sequence(cell, x, leaves[7:], *weights, batch_sizes=sizes, recompute=recompute)
+        there = [t for t in leaves if t is not None]
+        torch.manual_seed(0)
+        batched = torch.autograd.grad(y, there, torch.randn(3, *y.shape, dtype=y.dtype), is_grads_batched=True, retain_graph=True)
+        (slope,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        found.append([*batched, *torch.autograd.grad(slope.square().sum(), there, materialize_grads=True)])
+    for kept, again in zip(*found, strict=True):
+        torch.testing.assert_close(again, kept, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["gates", "gate"])
+def test_a_gradient_of_a_tangent_through_a_layer_norm(how: str) -> None:
+    torch.manual_seed(0)
+    layer = rnnkernels.LSTM(3, 4, layer_norm=how, dtype=torch.float64)
+    x, along = torch.randn(2, 3, 2, 3, dtype=torch.float64)
+
+    def f(x: Tensor) -> Tensor:
+        return layer(x)[0].square().sum()
+
+    torch.testing.assert_close(grad(lambda x: jvp(f, (x,), (along,))[1])(x), jvp(grad(f), (x,), (along,))[1])

@@ -372,11 +372,21 @@ def test_scrn_refuses() -> None:
         ({"num_layers": 0}, "num_layers must be greater than zero"),
         ({"dropout": 2}, "dropout should be a number in range"),
         ({"nonlinearity": "cosine"}, "Unknown nonlinearity"),
+        ({"dropout": True}, "dropout should be a number in range"),
     ]
     for options, text in cases:
         with pytest.raises(ValueError, match=text):
             rnnkernels.SCRN(SIZE, H, 2, **options)
+    with pytest.raises(TypeError, match="num_layers should be of type int, got: str"):
+        rnnkernels.SCRN(SIZE, H, 2, num_layers="two")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="context_size should be of type int, got: float"):
+        rnnkernels.SCRN(SIZE, H, 2.0)  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match="dropout falls between layers: expected 0 with num_layers=1, got 0.5"):
+        rnnkernels.SCRN(SIZE, H, 2, dropout=0.5)
     layer = rnnkernels.SCRN(SIZE, H, 2)
+    for wrong in ("gates", 1):
+        with pytest.raises(ValueError, match="return_states: expected True or False"):
+            layer(torch.zeros(4, 1, SIZE), return_states=wrong)
     with pytest.raises(ValueError, match="got 1D tensor"):
         layer(torch.zeros(SIZE))
     with pytest.raises(RuntimeError, match=r"input.size\(-1\) must be equal to input_size"):
@@ -387,6 +397,27 @@ def test_scrn_refuses() -> None:
         layer(torch.zeros(4, 1, SIZE), reset_mask=torch.zeros(4, 1, dtype=torch.bool), reset_state=(torch.zeros(1, H), torch.zeros(1, H)))
     with pytest.raises(ValueError, match="SCRNCell: Expected input to be 1D or 2D"):
         rnnkernels.SCRNCell(SIZE, H, 2)(torch.zeros(1, 1, SIZE))
+    with pytest.raises(RuntimeError, match=r"Expected hidden\[1\] size \(1, 2\), got \[1, 3\]"):
+        rnnkernels.SCRNCell(SIZE, H, 2)(torch.zeros(1, SIZE), (torch.zeros(1, H), torch.zeros(1, 3)))
+
+
+@pytest.mark.parametrize(
+    ("module", "text"),
+    [
+        (lambda: rnnkernels.ResidualRNN(3, 4, nonlinearity="relu", recurrent=False), "(3, 4, nonlinearity=relu, recurrent=False)"),
+        (lambda: rnnkernels.IndRNN(3, 4, num_layers=2), "(3, 4, num_layers=2, nonlinearity=relu)"),
+        (lambda: rnnkernels.IndRNNCell(3, 4, bias=False), "(3, 4, bias=False, nonlinearity=relu)"),
+        (lambda: rnnkernels.PeepholeLSTMCell(3, 4, engine="stepwise"), "(3, 4, engine=stepwise)"),
+        (
+            lambda: rnnkernels.SCRNCell(3, 4, 2, learn_alpha=True),
+            "(3, 4, context_size=2, alpha=0.95, learn_alpha=True, nonlinearity=sigmoid)",
+        ),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_repr_tells_what_was_chosen(module: Any, text: str) -> None:
+    made = module()
+    assert repr(made) == type(made).__name__ + text
 
 
 def test_initial_weights_by_name() -> None:
@@ -506,6 +537,11 @@ def test_clockwork_in_every_layout() -> None:
     torch.testing.assert_close(last, ends)
     halves = layer(x[:3])
     torch.testing.assert_close(layer(x[3:], halves[1], first_step=3)[0], output[3:])
+    counter, state = torch.tensor(0), None
+    for t in range(len(x)):  # a counter of torch's, changed in place
+        step, state = layer(x[t : t + 1], state, first_step=counter)
+        torch.testing.assert_close(step[0], output[t])
+        counter += 1
     torch._dynamo.reset()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x)[0], output)
@@ -516,8 +552,9 @@ def test_clockwork_refuses() -> None:
         ({"periods": (1, 2, 2)}, "periods: expected rising positive integers"),
         ({"periods": ()}, "periods: expected rising"),
         ({"periods": (1, 2, 4, 8, 16)}, "hidden_size: expected a multiple of the 5 modules"),
-        ({"periods": (1, 2), "zoneout": 0.1}, "takes no zoneout"),
-        ({"periods": (1, 2), "layer_norm": "gates"}, "takes no zoneout, recurrent_dropout, layer_norm"),
+        ({"periods": (1, 2), "zoneout": 0.1}, "zoneout: expected none for a ClockworkRNN, whose units take turns, got 0.1"),
+        ({"periods": (1, 2), "layer_norm": "gates"}, "layer_norm: expected none for a ClockworkRNN"),
+        ({"periods": (1, 2), "grad_clip": 1.0}, "grad_clip: expected none for a ClockworkRNN"),
         ({"nonlinearity": "cosine"}, "Unknown nonlinearity"),
     ]
     for options, text in cases:
@@ -526,6 +563,11 @@ def test_clockwork_refuses() -> None:
     layer = rnnkernels.ClockworkRNN(SIZE, 16)
     with pytest.raises(ValueError, match="first_step: expected 0 or more, got -1"):
         layer(torch.zeros(2, 1, SIZE), first_step=-1)
+    with pytest.raises(TypeError, match="first_step: expected an int, got 0.5"):
+        layer(torch.zeros(2, 1, SIZE), first_step=0.5)
+    layer.zoneout = 0.1
+    with pytest.raises(ValueError, match="zoneout: expected none"):
+        layer(torch.zeros(2, 1, SIZE))
     with pytest.raises(ValueError, match="first_step"):
         layer.stream(1)
 

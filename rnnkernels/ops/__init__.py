@@ -25,6 +25,7 @@ from .explained import listening
 from .load import heats, is_modified, load_page, modified, source_of
 from .packed import Packed, Remembered, weight_type
 from .short import again, layer_again
+from .transforms import is_transformed
 
 __all__ = [
     "CELLS",
@@ -46,6 +47,7 @@ __all__ = [
     "heats",
     "is_modified",
     "is_one_of",
+    "is_transformed",
     "layer_again",
     "listening",
     "load_page",

@@ -257,7 +257,7 @@ def check_lengths(lengths: Tensor, T: int, B: int, concrete: bool = True) -> boo
         raise RuntimeError(f"lengths: expected integers of shape ({B},), got {lengths.dtype} of shape {tuple(lengths.shape)}")
     if not concrete or B == 0:
         return concrete
-    shortest, longest = map(int, torch.aminmax(lengths))
+    shortest, longest = map(int, torch.aminmax(lengths.to(torch.int64)))
     if shortest < 0 or longest > T:
         raise ValueError(f"lengths: expected 0 to {T}, got {shortest} to {longest}")
     return shortest == T

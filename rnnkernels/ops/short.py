@@ -153,6 +153,10 @@ def _in_turn(
     packed: Seq[Packed | Remembered] | None,
 ) -> Seq[Seq[Tensor]] | None:
     """:func:`again` of both directions, one after the other."""
+    if not torch.compiler.is_compiling():  # or one would be done before it shows that the other cannot be
+        for k, reverse in enumerate((False, True)):
+            if _seen(cell, input, states[k], weights[k], engine, recompute, reverse) is None:
+                return None
     both: list[Seq[Tensor]] = []
     for k, reverse in enumerate((False, True)):
         one = again(cell, input, states[k], weights[k], engine, recompute, None if packed is None else packed[k], reverse)

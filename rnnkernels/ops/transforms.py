@@ -171,6 +171,7 @@ def along(s: Sizes, leaves: Leaves, directions: Leaves, after: Seq[Tensor] | Non
     """The tangents of output, final states and histories along a direction, of which None is zero; ``after``: output and histories, if they
     are known.
     """
+    s = s._replace(recompute=False)  # rules ask for what backward would make anew
     dtype, kind = leaves.input.dtype, number(leaves.input.dtype)
     if dtype is not kind:
         wide, way = (Leaves.of(s, [*t.rows, *(x if x is None else x.to(kind) for x in t.flat[_ROWS:])]) for t in (leaves, directions))
@@ -372,6 +373,10 @@ class _Samples(torch.autograd.Function):
     @staticmethod
     def forward(s: Sizes, needs: tuple[bool, ...], count: int, samples: int, *args: Any) -> tuple[Tensor, ...]:
         leaves, made, grad_states, grad_final = _parts(s, count, args)
+        if s.recompute:  # backward would make the kept values anew and not give them away
+            s, own = s._replace(recompute=False), leaves.dense()
+            output, _, kept, history = RUNS[s.engine].forward(s, True, own.input, own.states, own.weights, own.rows, own.given, own.resets)
+            made = [output, kept, *history]
         others = (needs[0], *[False] * _WEIGHTS, *needs[1 + _WEIGHTS :])
         grads, gates = _run_back(s, others, leaves, made, grad_states, grad_final)
         N = gates.shape[0]
