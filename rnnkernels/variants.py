@@ -20,7 +20,7 @@ from torch import Tensor
 from . import ops
 from .cuts import Clock, clock
 from .modules.cells import CellBase, PairCellBase
-from .modules.layer import LayerBase, PairLayerBase
+from .modules.layer import OF_ONE, OF_TWO, LayerBase, PairLayerBase, signed
 from .modules.shared import whole
 from .modules.weights import WEIGHT_NAMES, reset_norms, reshape
 
@@ -141,6 +141,7 @@ class PeepholeLSTM(_PairVariant):
     (torch.Size([7, 2, 5]), torch.Size([15]))
     """
 
+    @signed(*OF_TWO)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("lstm_peephole", *args, **kwargs)
 
@@ -161,6 +162,7 @@ class CoupledLSTM(_PairVariant):
     torch.Size([7, 2, 5])
     """
 
+    @signed(*OF_TWO)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("lstm_coupled", *args, **kwargs)
 
@@ -181,6 +183,7 @@ class NoForgetLSTM(_PairVariant):
     torch.Size([7, 2, 5])
     """
 
+    @signed(*OF_TWO)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("lstm_no_forget", *args, **kwargs)
 
@@ -202,6 +205,7 @@ class DreamerGRU(_Variant):
     torch.Size([7, 2, 5])
     """
 
+    @signed(*OF_ONE)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("gru_dreamer", *args, **kwargs)
 
@@ -226,6 +230,7 @@ class GRUResetBefore(_Variant):
     torch.Size([7, 2, 5])
     """
 
+    @signed(*OF_ONE)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("gru_reset_before", *args, **kwargs)
 
@@ -249,6 +254,7 @@ class ResidualRNN(_Variant):
     (torch.Size([7, 2, 5]), ['weight_ih_l0', 'bias_ih_l0'])
     """
 
+    @signed(*OF_ONE)
     def __init__(self, *args: Any, nonlinearity: str = "tanh", recurrent: bool = True, **kwargs: Any) -> None:
         super().__init__(_with_nonlinearity("residual" if recurrent else "residual_input", nonlinearity), *args, **kwargs)
         self.nonlinearity, self.recurrent = nonlinearity, recurrent
@@ -271,6 +277,7 @@ class IndRNN(_Variant):
     (torch.Size([7, 2, 5]), ['weight_ih_l0', 'bias_ih_l0', 'weight_v_l0'])
     """
 
+    @signed(*OF_ONE)
     def __init__(self, *args: Any, nonlinearity: str = "relu", **kwargs: Any) -> None:
         super().__init__(_with_nonlinearity("indrnn", nonlinearity), *args, **kwargs)
         self.nonlinearity = nonlinearity
@@ -303,6 +310,7 @@ class ClockworkRNN(_Variant):
 
     periods: tuple[int, ...]
 
+    @signed(*OF_ONE)
     def __init__(
         self, *args: Any, periods: Sequence[int] = (1, 2, 4, 8, 16, 32, 64, 128), nonlinearity: str = "tanh", **kwargs: Any
     ) -> None:

@@ -1,6 +1,7 @@
 """The layers and cells as objects: constructors, attributes, state, weights, errors. torch.nn is the witness throughout."""
 
 import copy
+import inspect
 import io
 import pickle
 import warnings
@@ -736,3 +737,19 @@ def test_autocast_gives_the_dtypes_that_it_gives_of_torch(
             sum(t.float().sum() for t in tree_leaves(results)).backward()
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
             torch.testing.assert_close(p.grad, q.grad, rtol=0.05, atol=0.3)
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "PeepholeLSTM", "GRUResetBefore", "IndRNN", "ClockworkRNN"])
+def test_help_shows_what_a_constructor_takes(name: str) -> None:
+    kind = getattr(rnnkernels, name)
+    parameters = inspect.signature(kind).parameters
+    assert {"engine", "recompute", "zoneout", "weight_dtype"} <= set(parameters)
+    defaults = {key: p.default for key, p in parameters.items() if p.default is not p.empty}
+    by_position = [p.default for p in parameters.values() if p.kind is p.POSITIONAL_OR_KEYWORD and p.default is not p.empty]
+    made = [kind(3, 8), kind(3, 8, **defaults), kind(3, 8, *by_position)]
+    assert len({repr(layer) for layer in made}) == 1
+    if name in LAYERS:
+        theirs = getattr(nn, name)(3, 8, *by_position)
+        assert [key for key, _ in made[0].named_parameters()] == [key for key, _ in theirs.named_parameters()]
+    own = type("Own", (kind,), {"__init__": lambda self, size: kind.__init__(self, size, size)})
+    assert list(inspect.signature(own).parameters) == ["size"]

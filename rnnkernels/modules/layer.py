@@ -1,7 +1,8 @@
 """What RNN, GRU and LSTM share: construction, the way of a call, streams."""
 
+import inspect
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -382,3 +383,36 @@ class PairLayerBase(LayerBase):
 
     def _join(self, states: Sequence[Tensor]) -> Any:
         return tuple(states)
+
+
+_Init = TypeVar("_Init", bound=Callable[..., None])
+_DEFAULTS = {
+    "num_layers": 1,
+    "nonlinearity": "tanh",
+    "bias": True,
+    "batch_first": False,
+    "dropout": 0.0,
+    "bidirectional": False,
+    "proj_size": 0,
+    "device": None,
+    "dtype": None,
+}
+OF_ONE = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
+OF_TWO = (*OF_ONE, "proj_size")
+
+
+def signed(*names: str) -> Callable[[_Init], _Init]:
+    """Let ``help`` and editors see what a constructor takes that hands on all it is given: these by position, torch.nn's device and dtype,
+    its own and :class:`LayerBase`'s by keyword.
+    """
+
+    def decorate(init: _Init) -> _Init:
+        kind = inspect.Parameter
+        either, keyword = kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY
+        found = [kind(name, either) for name in ("self", "input_size", "hidden_size")]
+        found += [kind(name, either, default=_DEFAULTS[name]) for name in (*names, "device", "dtype")]
+        found += [p for of in (init, LayerBase.__init__) for p in inspect.signature(of).parameters.values() if p.kind is keyword]
+        init.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
+        return init
+
+    return decorate

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from .layer import LayerBase, PairLayerBase
+from .layer import OF_ONE, OF_TWO, LayerBase, PairLayerBase, signed
 from .shared import SRNS
 
 
@@ -52,6 +52,7 @@ class RNN(LayerBase):
     nonlinearity: str
     _rank_text = "RNN: Expected input to be 2D or 3D, got {}D tensor instead"
 
+    @signed("num_layers", "nonlinearity", *OF_ONE[1:])
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -106,6 +107,7 @@ class GRU(LayerBase):
 
     _rank_text = "GRU: Expected input to be 2D or 3D, got {}D instead"
 
+    @signed(*OF_ONE)
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         if "proj_size" in kwargs:
             raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
@@ -160,6 +162,7 @@ class LSTM(PairLayerBase):
 
     _rank_text = "LSTM: Expected input to be 2D or 3D, got {}D instead"
 
+    @signed(*OF_TWO)
     def __init__(self, *args: Any, cell_norm: bool = False, **kwargs: Any) -> None:
         self.__dict__["cell_norm"] = cell_norm  # the base asks for the cell before it lets attributes be set
         super().__init__("LSTM", *args, **kwargs)

@@ -22,21 +22,39 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
-  const auto add = [&](int64_t k) __attribute__((always_inline)) {
-    C column[vectors];
+  const auto load = [&](C* column, int v, int count) __attribute__((always_inline)) {
     if constexpr (sizeof(W) == 2) {
-#pragma GCC unroll 8
-      for (int v = 0; v + 1 < vectors; v += 2) V::load_two(w + v * V::lanes, column[v], column[v + 1]);
-      if constexpr (vectors % 2) column[vectors - 1] = C::load(w + (vectors - 1) * V::lanes);
-    } else {
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) column[v] = C::load(w + v * V::lanes);
+      if (count == 2) return V::load_two(w + v * V::lanes, column[0], column[1]);
     }
+    column[0] = C::load(w + v * V::lanes);
+  };
+  constexpr int together = sizeof(W) == 2 ? 2 : 1;  // vectors loaded at once
+  const auto add = [&](int64_t k) __attribute__((always_inline)) {
+    // Beside the sums few registers are left: what there is less of stays in them.
+    if constexpr (rows < vectors) {
+      C x[rows];
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r) {
-      const C x = C::broadcast(a[r] + k);
+      for (int r = 0; r < rows; ++r) x[r] = C::broadcast(a[r] + k);
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
+      for (int v = 0; v < vectors; v += together) {
+        C column[together];
+        const int count = vectors - v < together ? vectors - v : together;
+        load(column, v, count);
+#pragma GCC unroll 8
+        for (int i = 0; i < count; ++i)
+#pragma GCC unroll 8
+          for (int r = 0; r < rows; ++r) sum[r][v + i] = fma(x[r], column[i], sum[r][v + i]);
+      }
+    } else {
+      C column[vectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; v += together) load(column + v, v, vectors - v < together ? vectors - v : together);
+#pragma GCC unroll 8
+      for (int r = 0; r < rows; ++r) {
+        const C x = C::broadcast(a[r] + k);
+#pragma GCC unroll 8
+        for (int v = 0; v < vectors; ++v) sum[r][v] = fma(x, column[v], sum[r][v]);
+      }
     }
     w += vectors * V::lanes;
   };
