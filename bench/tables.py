@@ -76,9 +76,11 @@ def conditions(report: dict[str, Any]) -> str:
     options = f"--preset {report['preset']}" + ("" if dtypes == ["float32"] else f" --dtype {' '.join(dtypes)}")
     if "peak_bytes" in cases[0]:
         options += " --saved"
+    isa = machine.get("RNNKERNELS_ISA")
+    asked = f"RNNKERNELS_ISA={isa} " if isa else ""
     return (
         f"{machine['cpu']}, {machine['isa']}, {sizes(cases, 'threads')} threads, {report['date'][:10]}, commit {report['commit']}: "
-        f"`python -m rnnkernels bench {options}`."
+        f"`{asked}python -m rnnkernels bench {options}`."
     )
 
 

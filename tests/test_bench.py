@@ -408,6 +408,13 @@ def test_the_table_of_variants_is_by_peer(synthetic, tmp_path):
     assert any(line.startswith("| all inference |") for line in lines)
 
 
+def test_a_table_says_which_instruction_set_was_asked_for(synthetic):
+    report = json.loads(synthetic.read_text())
+    assert "`python -m rnnkernels bench --preset grid`" in tables.markdown(report)
+    report["machine"]["RNNKERNELS_ISA"] = "avx2"
+    assert "`RNNKERNELS_ISA=avx2 python -m rnnkernels bench --preset grid`" in tables.markdown(report)
+
+
 def test_the_table_of_many_batches_is_by_peer(synthetic):
     report = json.loads(synthetic.read_text())
     for B, case in enumerate(report["cases"], 1):

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -109,6 +110,24 @@ def test_no_function_of_an_instruction_set_can_be_picked_for_another(isa: str) -
     # Data of the contract's tables holds no instructions; everything else must carry its number type in its name.
     shared = [line for line in weak if f"rnnkernels::{isa}::" not in line and not re.search(r" V ", line)]
     assert not shared, shared
+
+
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16"])
+def test_sums_of_a_tile_stay_in_registers(isa: str) -> None:
+    objects = sorted((ROOT / "build").glob(f"**/isa_{isa}.cpp.o"), key=lambda path: path.stat().st_mtime, reverse=True)
+    if not objects or not shutil.which("objdump"):
+        pytest.skip(f"no object file of isa_{isa}.cpp under build/, or no objdump")
+    symbols = subprocess.run(["nm", str(objects[0])], capture_output=True, text=True, check=True).stdout.split()
+    tiles = [name for name in symbols if name.startswith("_ZN10rnnkernels3cpu7product")]
+    sections = [f"--section=.text.{name}" for name in tiles]
+    command = ["objdump", "--disassemble", "--no-show-raw-insn", *sections, str(objects[0])]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^[0-9a-f]+ <(\w+)>:$", listing, flags=re.MULTILINE)[1:]
+    stores = {name: len(re.findall(r"vmov\w+\s+%[yz]mm\d+,.*\(%r[sb]p\)", code)) for name, code in zip(*[iter(parts)] * 2, strict=True)}
+    assert set(tiles) <= set(stores)
+    assert len(tiles) > 40
+    # Two may set up the rows' addresses, before the loop. Narrow weights come two vectors at a time, for which 16 registers are too few.
+    assert not {name: count for name, count in stores.items() if count > 2 and not (isa == "avx2" and "4bf16" in name)}
 
 
 def test_the_module_links_neither_torch_nor_cuda() -> None:

@@ -394,8 +394,6 @@ _DEFAULTS = {
     "dropout": 0.0,
     "bidirectional": False,
     "proj_size": 0,
-    "device": None,
-    "dtype": None,
 }
 OF_ONE = ("num_layers", "bias", "batch_first", "dropout", "bidirectional")
 OF_TWO = (*OF_ONE, "proj_size")
@@ -410,7 +408,9 @@ def signed(*names: str) -> Callable[[_Init], _Init]:
         kind = inspect.Parameter
         either, keyword = kind.POSITIONAL_OR_KEYWORD, kind.KEYWORD_ONLY
         found = [kind(name, either) for name in ("self", "input_size", "hidden_size")]
-        found += [kind(name, either, default=_DEFAULTS[name]) for name in (*names, "device", "dtype")]
+        found += [kind(name, either, default=_DEFAULTS[name]) for name in names]
+        # By position torch.nn has proj_size before them, of layers too that take none.
+        found += [kind(name, either if "proj_size" in names else keyword, default=None) for name in ("device", "dtype")]
         found += [p for of in (init, LayerBase.__init__) for p in inspect.signature(of).parameters.values() if p.kind is keyword]
         init.__signature__ = inspect.Signature(found)  # type: ignore[attr-defined]
         return init
