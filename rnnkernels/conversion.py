@@ -16,9 +16,8 @@ from torch.nn.utils.rnn import PackedSequence
 from . import modules
 from .modules import Explanation, explain
 from .modules.cells import CellBase
-from .modules.layer import LayerBase
+from .modules.modifiers import MODIFIERS
 from .ops.cells import STORAGE
-from .scrn import SCRN, SCRNCell
 
 __all__ = ["Acceleration", "Change", "accelerate", "convert"]
 
@@ -34,17 +33,7 @@ _THEIRS = {ours: theirs for theirs, ours in _OURS.items()}
 # Of torch.nn's layers, what is not of their state: they make it anew.
 _FLAT = ("_flat_weights", "_flat_weight_refs")
 # What ours know beyond torch.nn and a module of torch.nn could not do: it must be as it is by default.
-_BEYOND = (
-    "zoneout",
-    "recurrent_dropout",
-    "candidate_dropout",
-    "layer_norm",
-    "cell_norm",
-    "cell_clip",
-    "proj_clip",
-    "grad_clip",
-    "learn_initial",
-)
+_BEYOND = (*MODIFIERS, "learn_initial")
 _KEPT_BY_US = (*_BEYOND, "engine", "recompute", "weight_dtype", "_packed", "_singles", "forget_bias", "recurrent_init", "_argument_names")
 
 
@@ -158,7 +147,7 @@ def _convert(model: nn.Module, to: ModuleType | None, strict: bool) -> tuple[nn.
 def _recurrent(model: nn.Module, back: bool) -> Iterator[tuple[str, nn.Module]]:
     """The modules in question, with their paths: torch.nn's and what is made of them; ours, on the way back."""
     for path, module in model.named_modules(remove_duplicate=False):
-        ours = isinstance(module, LayerBase | CellBase | SCRN | SCRNCell)
+        ours = hasattr(module, "_sequences")  # as explain knows them
         if ours if back else isinstance(module, nn.RNNBase | nn.RNNCellBase) and not ours:
             yield path, module
 

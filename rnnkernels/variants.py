@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import itertools
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from . import ops
 from .cuts import Clock, clock
 from .modules.cells import CellBase, PairCellBase
 from .modules.layer import OF_ONE, OF_TWO, LayerBase, PairLayerBase, signed
+from .modules.modifiers import MODIFIERS
 from .modules.shared import whole
 from .modules.weights import WEIGHT_NAMES, reset_norms, reshape
 
@@ -56,9 +57,10 @@ def _with_nonlinearity(family: str, nonlinearity: str) -> str:
     return cell
 
 
-def _own_options(module: Any) -> str:
-    """Of ``repr``, what a variant's equation asks for."""
-    return "".join(f", {name}={getattr(module, name)}" for name in ("nonlinearity", "recurrent") if name in vars(module))
+def _with_own_options(module: Any, text: str) -> str:
+    """The text of ``repr`` with what a variant's equation asks for, if torch.nn's base has not said it."""
+    said = (name for name in ("nonlinearity", "recurrent") if name in vars(module) and f"{name}=" not in text)
+    return text + "".join(f", {name}={getattr(module, name)}" for name in said)
 
 
 class _Variant(LayerBase):
@@ -76,7 +78,7 @@ class _Variant(LayerBase):
         return self.mode.lower()
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _own_options(self)
+        return _with_own_options(self, super().extra_repr())
 
     @property
     def _rank_text(self) -> str:  # type: ignore[override]
@@ -101,7 +103,7 @@ class _VariantCell(CellBase):
         self.reset_parameters()
 
     def extra_repr(self) -> str:
-        return super().extra_repr().split(", nonlinearity=")[0] + _own_options(self)
+        return _with_own_options(self, super().extra_repr())
 
     @property
     def _cell(self) -> str:
@@ -317,22 +319,20 @@ class ClockworkRNN(_Variant):
         periods = tuple(periods)
         if not periods or not all(type(p) is int and p > 0 for p in periods) or any(a >= b for a, b in itertools.pairwise(periods)):
             raise ValueError(f"periods: expected rising positive integers, got {periods}")
-        self._refuse({name: kwargs.get(name) for name in self._REFUSED})
+        self._refuse(kwargs)  # before the base has the cell compiled
         self.__dict__["periods"] = periods  # the base draws the weights
         super().__init__(_with_nonlinearity("srn", nonlinearity), *args, **kwargs)
         if self.hidden_size % len(periods):
             raise ValueError(f"hidden_size: expected a multiple of the {len(periods)} modules, one a period, got {self.hidden_size}")
         self.nonlinearity = nonlinearity
 
-    _REFUSED = ("zoneout", "recurrent_dropout", "candidate_dropout", "layer_norm", "cell_clip", "proj_clip", "grad_clip")
-
-    def _refuse(self, options: dict[str, Any]) -> None:
-        for name, value in options.items():
-            if value:
+    def _refuse(self, options: Mapping[str, Any]) -> None:
+        for name in MODIFIERS:
+            if value := options.get(name):
                 raise ValueError(f"{name}: expected none for a ClockworkRNN, whose units take turns, got {value!r}")
 
     def _modifiers(self, training: bool) -> tuple[str, tuple[float, ...]]:
-        self._refuse({name: getattr(self, name) for name in self._REFUSED})
+        self._refuse(vars(self))
         return super()._modifiers(training)
 
     def _reset_beyond_torch(self) -> None:

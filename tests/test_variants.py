@@ -408,6 +408,7 @@ def test_scrn_refuses() -> None:
         (lambda: rnnkernels.IndRNN(3, 4, num_layers=2), "(3, 4, num_layers=2, nonlinearity=relu)"),
         (lambda: rnnkernels.IndRNNCell(3, 4, bias=False), "(3, 4, bias=False, nonlinearity=relu)"),
         (lambda: rnnkernels.PeepholeLSTMCell(3, 4, engine="stepwise"), "(3, 4, engine=stepwise)"),
+        (lambda: rnnkernels.IndRNNCell(3, 4, engine="stepwise"), "(3, 4, nonlinearity=relu, engine=stepwise)"),
         (
             lambda: rnnkernels.SCRNCell(3, 4, 2, learn_alpha=True),
             "(3, 4, context_size=2, alpha=0.95, learn_alpha=True, nonlinearity=sigmoid)",

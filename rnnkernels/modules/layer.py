@@ -11,6 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .. import functional, gates, ops
 from ..cuts import Clock, Cut
 from ..streaming import Stream
+from .modifiers import MODIFIERS
 from .shared import check_agreement, check_ranks, checked_engine, pair, plain_states, whole
 from .weights import RECURRENT_INITS, WEIGHT_NAMES, Weighted
 
@@ -103,9 +104,7 @@ class LayerBase(Weighted):
 
     def extra_repr(self) -> str:
         engine = f", engine={self.engine}" if self.engine != "auto" else ""
-        masked = ("recompute", "weight_dtype", "learn_initial", "zoneout", "recurrent_dropout", "candidate_dropout")
-        bounded = ("layer_norm", "cell_norm", "cell_clip", "proj_clip", "grad_clip")
-        modifiers = {name: getattr(self, name) for name in masked + bounded}
+        modifiers = {name: getattr(self, name) for name in ("recompute", "weight_dtype", "learn_initial", *MODIFIERS)}
         return super().extra_repr() + engine + "".join(f", {name}={value}" for name, value in modifiers.items() if value)
 
     @whole

@@ -20,8 +20,8 @@ class RNN(LayerBase):
             that torch does not count are noticed too.
         learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
             ``[L · D, ·]``, zeros at first) instead of zeros.
-        forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
-            does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
+        recurrent_init: keyword only: what each block of U starts from: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN,
+            Le 2015).
         zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
             training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
             Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
@@ -29,6 +29,7 @@ class RNN(LayerBase):
             gains norm_ih and weight_v and the shift bias_ih.
         grad_clip: keyword only: v, above 0: the gradient of h_t, all that others ask of it together, is clipped to [-v, v] at every step of
             backward (after Graves 2013, who clips that of the pre-activations); None: not. Forward is the same.
+            Thresholds are no parameters; assigning another takes effect at the next call.
 
     Shape, with D = 2 if bidirectional else 1 and L = num_layers:
         * input: ``(T, B, I)``, ``(B, T, I)`` if batch_first, ``(T, I)`` unbatched, or a PackedSequence.
@@ -78,23 +79,10 @@ class GRU(LayerBase):
 
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, device, dtype: as torch.nn.GRU, in this order.
-        engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
-        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: what the recurrent
-            weights are in while they stay packed from call to call; see :class:`rnnkernels.ops.Packed`. None: the layer's own, and changes
-            that torch does not count are noticed too.
-        learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
-            ``[L · D, ·]``, zeros at first) instead of zeros.
-        forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
-            does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
-        zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
-            training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
-            Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
-        layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016), with
-            gains norm_ih and weight_v and the shift bias_ih.
+        engine, recompute, weight_dtype, learn_initial, recurrent_init, zoneout, recurrent_dropout, layer_norm, grad_clip: keyword only, as
+            :class:`RNN`.
         candidate_dropout: keyword only: how probably a step drops a unit of its candidate n (Semeniuta 2016), h_t = z_t h_{t-1} +
             (1 - z_t) m_t n_t, with a mask m_t drawn for each step and scaled by 1 / (1 - p); nothing in eval.
-        grad_clip: keyword only: v, above 0: the gradient of h_t, all that others ask of it together, is clipped to [-v, v] at every step of
-            backward (after Graves 2013, who clips that of the pre-activations); None: not. Forward is the same.
 
     Shapes, dtypes and errors: as :class:`RNN`.
 
@@ -128,27 +116,15 @@ class LSTM(PairLayerBase):
     Args:
         input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional, proj_size, device, dtype: as torch.nn.LSTM, in
             this order.
-        engine, recompute: keyword only; see :func:`rnnkernels.ops.sequence`.
-        weight_dtype: keyword only, for inference on a CPU: ``torch.bfloat16``, ``torch.int8`` or the layer's own: what the recurrent
-            weights are in while they stay packed from call to call; see :class:`rnnkernels.ops.Packed`. None: the layer's own, and changes
-            that torch does not count are noticed too.
-        learn_initial: keyword only: whether the states that a call without hx starts from are Parameters (initial_h and so on,
-            ``[L · D, ·]``, zeros at first) instead of zeros.
-        forget_bias, recurrent_init: keyword only: what the forget gate's bias starts from (None: as torch.nn), and what each block of U
-            does: "uniform" as torch.nn, "orthogonal" (Saxe 2013), "identity" (IRNN, Le 2015).
-        zoneout: keyword only: how probably each unit keeps its old value at a step (Krueger 2017), one number or one for each state; out of
-            training, the expectation. recurrent_dropout: how probably U does not see a unit of h, for a whole sequence (Gal 2016).
-            Masks come from torch's generator. Combinations that are not in the library are compiled when first used, as ``load_cell`` does.
-        layer_norm: keyword only: "gates" normalises W x and U h, each over all gates, "gate" each over every gate by itself (Ba 2016), with
-            gains norm_ih and weight_v and the shift bias_ih. cell_norm: keyword only: normalises the cell state on its way out.
+        engine, recompute, weight_dtype, learn_initial, recurrent_init, zoneout, recurrent_dropout, layer_norm, grad_clip: keyword only, as
+            :class:`RNN`.
+        forget_bias: keyword only: what the forget gate's bias starts from; None: as torch.nn.
+        cell_norm: keyword only: normalises the cell state on its way out.
         candidate_dropout: keyword only: how probably a step drops a unit of its candidate g (Semeniuta 2016), c_t = f_t c_{t-1} +
             i_t m_t g_t, with a mask m_t drawn for each step and scaled by 1 / (1 - p); nothing in eval.
         cell_clip, proj_clip: keyword only: v, above 0: c_t, before it goes into the output, is clipped to [-v, v] (TensorFlow's LSTMCell,
             cuDNN's cudnnRNNSetClip), so that h_t = o_t tanh(clip(f_t c_{t-1} + i_t g_t)); and h_t = clip(W_hr ...), of a layer with
             proj_size. Gradients pass where nothing was clipped. None: not.
-        grad_clip: keyword only: v, above 0: the gradient of h_t, all that others ask of it together, is clipped to [-v, v] at every step of
-            backward (after Graves 2013, who clips that of the pre-activations); None: not. Forward is the same.
-            Thresholds are no parameters; assigning another takes effect at the next call.
 
     Shapes, dtypes and errors: as :class:`RNN`, but hx is a pair (h_0, c_0) and the layer returns ``output, (h_n, c_n)``; with P =
     proj_size or else hidden_size, the output is D · P wide, h ``(L · D, B, P)`` and c ``(L · D, B, H)``.

@@ -7,6 +7,9 @@ from torch import Tensor, nn
 from .. import functional, ops
 from .shared import SRNS
 
+# Options of a layer that change its cell.
+MODIFIERS = ("zoneout", "recurrent_dropout", "candidate_dropout", "layer_norm", "cell_norm", "cell_clip", "proj_clip", "grad_clip")
+
 _CELLS = {mode: f"srn_{name}" for name, mode in SRNS.items()} | {"GRU": "gru", "LSTM": "lstm"}
 
 
