@@ -1,16 +1,39 @@
 """What all tests share."""
 
 import functools
+import random
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 from torch import Tensor
 
 from rnnkernels import ops
 
 ISAS: list[str] = ops.build_info()["supported"]
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--seed", type=int, default=0, help="which random numbers the tests draw; 0 is what CI draws (default: %(default)s)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """A run draws what the one before it drew: by another --seed, and then hypothesis goes its own way too, others are found."""
+    torch.manual_seed(config.getoption("seed"))
+    same = config.getoption("seed") == 0
+    settings.register_profile("rnnkernels", max_examples=40, deadline=None, derandomize=same, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("rnnkernels")
+
+
+@pytest.fixture(autouse=True)
+def seeded(request: pytest.FixtureRequest) -> None:
+    """A test draws the same numbers whichever ran before it in its process."""
+    seed = zlib.crc32(f"{request.config.getoption('seed')} {request.node.nodeid}".encode())
+    torch.manual_seed(seed)
+    random.seed(seed)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence, pad_packed_sequence
@@ -11,9 +11,6 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequen
 import rnnkernels
 
 KINDS = ["RNN", "GRU", "LSTM", "LSTM projected"]
-
-settings.register_profile("rnnkernels", max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("rnnkernels")
 
 
 @st.composite

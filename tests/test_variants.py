@@ -328,6 +328,7 @@ def test_scrn(learn_alpha: bool, engine: str) -> None:
         hx = [torch.randn(K, B, width, dtype=torch.float64, requires_grad=True) for width in (H, S)]
         resets = [torch.randn(K, width, dtype=torch.float64, requires_grad=True) for width in (H, S)]
         mask, lengths = torch.rand(T, B) < 0.3, [4, 6, 0]
+        mask[1, 0] = True  # or no state may come from `resets`
         for cut in (False, True):
             more = {"lengths": torch.tensor(lengths), "reset_mask": mask, "reset_state": tuple(resets)} if cut else {}
             output, (h_n, s_n), (h, s) = layer(x, tuple(hx), return_states=True, **more)
