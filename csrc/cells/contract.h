@@ -111,10 +111,18 @@ struct CellInfo {
     for (int i = 0; i < slots; ++i) n += in_stage(s, i) && (slot[i].feeds & X);
     return n;
   }
-  RNN_FN constexpr int input_slots() const {
+  RNN_FN constexpr int input_slots() const { return first_input_slot(stages); }
+  // The input's slots come first, stage by stage.
+  RNN_FN constexpr int first_input_slot(int s) const {
     int n = 0;
-    for (int s = 0; s < stages; ++s) n += input_slots(s);
+    for (int i = 0; i < s; ++i) n += input_slots(i);
     return n;
+  }
+  // Whether each slot of a stage that the input or a matrix feeds is fed by both, so that one chain of products can make it.
+  RNN_FN constexpr bool continues(int s) const {
+    for (int i = 0; i < slots; ++i)
+      if (in_stage(s, i) && !(slot[i].feeds & X) != !(slot[i].feeds & H)) return false;
+    return true;
   }
   // How many slots before `end` the caller gives; with the default, all of them.
   RNN_FN constexpr int given_slots(int end = kMaxSlots) const {

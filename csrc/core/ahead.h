@@ -23,6 +23,7 @@ struct Ahead {
 // Asked for one after the other. What will be written is taken from other cores, which had better not want it.
 struct Soon {
   Ahead reads[3], writes;
+  RNN_FN bool any() const { return reads[0].count || reads[1].count || reads[2].count || writes.count; }
 };
 
 // Pieces of so many bytes.

@@ -113,6 +113,9 @@ inline int64_t panel_bytes(const Machine& m, const Product& p, int blocks) {
   return p.type == WeightType::BF16 ? elements * 2 : factors + ceil_div(elements, m.number_bytes) * m.number_bytes;
 }
 
+// Numbers of a tile's row: whole vectors, also past the last unit.
+inline int64_t tile_row(const Machine& m, const Product& p, int blocks) { return int64_t(blocks) * p.columns * m.lanes; }
+
 // Of the matrices that the input meets and of the recurrent ones, as panels or, of their gradients, as numbers.
 struct MatrixBytes {
   int64_t input, recurrent;
@@ -324,12 +327,12 @@ struct Layout {
   int64_t state[kMaxStates];     // forward: state 0 twice, [2][B][P], the others once, [B][H]; backward: carried gradients, once
   int64_t between;               // forward, several stages: this step's kept values, [B][kept·H]
   int64_t operand[kMaxStages];   // backward: pre-activation gradients for the product, [B][H slots · width]; stage 0 twice
-  int64_t gates;                 // inference: input gates of a chunk, storage type, [chunk][B][X slots · H]
+  int64_t gates[kMaxStages];     // forward: input gates of a chunk as tiles have them, numbers, tile_row() for each token and panel
   // Sums over a row's units: doubles [B][vectors of units][sums][2], twice, so that a stage's are not written over while they are read; and
   // what became of them, for each thread, numbers [B][moments()] forward, [B][kMaxSums] backward.
   int64_t partial, totals;
-  int64_t bias;     // forward: of the input's slots, as numbers
-  int64_t numbers;  // forward, half types: a chunk's input as operands, for each thread [chunk · B][I]
+  int64_t bias[kMaxStages];  // forward: of the input's slots, a tile_row() for each panel
+  int64_t numbers;           // forward, half types: a chunk's input as operands, for each thread [chunk · B][I]
   // Backward's products: panels of W; for each thread, grad_thread bytes apart, gate gradients as operands [numbers_tokens][X slots·H] and
   // turned [turned_units][K]; for each group of rows, grad_group bytes apart, panels of the input and of each stage's operand,
   // [round_chunks] times of its K tokens of a chunk, and sums over the slots and vectors. The weights' sums, grad_sums bytes apart, for
@@ -384,10 +387,13 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   l.between = l.take(!backward && cell.stages > 1 ? rows(cell.kept * p.hidden) : 0);
   l.partial = l.take(cell.moments() ? 2 * p.batch * partial_row(m, cell, p) * int64_t(sizeof(double)) : 0);
   l.totals = l.take(cell.moments() ? s.threads() * p.batch * (backward ? kMaxSums : cell.moments()) * m.number_bytes : 0);
-  const int64_t storage = kStorageBytes[int(p.storage)];
   const bool input = !backward && !p.complete;
-  const int64_t regions = p.units ? s.threads() : 1;  // units that are owned in turns do not lie side by side
-  l.gates = l.take(input && !p.training ? regions * s.chunk * p.batch * cell.input_slots() * p.hidden * storage : 0);
+  for (int stage = 0; stage < cell.stages; ++stage) {
+    const Product product = input_product(cell, p, stage);
+    const int64_t row = input ? panel_count(m, product, s.blocks[stage]) * tile_row(m, product, s.blocks[stage]) * m.number_bytes : 0;
+    l.gates[stage] = l.take(s.chunk * p.batch * row);
+    l.bias[stage] = l.take(row);
+  }
   const bool gradients = backward && !p.complete;
   const int64_t tokens = gradients ? s.grad_chunk * most_rows(p, s.sum_groups) : 0, units = gradients ? cell.slots * p.hidden : 0;
   const auto matrix = [&](int64_t n, int64_t width) { return n * padded(width, m.number_bytes) * m.number_bytes; };
@@ -407,7 +413,7 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   }
   l.grad_group = l.bytes - first_group;
   l.take((s.sum_groups - 1) * l.grad_group);
-  l.grad_direct = storage == m.number_bytes ? 1 : 0;
+  l.grad_direct = kStorageBytes[int(p.storage)] == m.number_bytes ? 1 : 0;
   const int64_t first_sums = l.bytes, copies = gradients ? s.sum_groups - l.grad_direct : 0;
   l.grad_weight_ih = l.take(copies ? cell.input_slots() * p.hidden * p.input * m.number_bytes : 0);
   for (int stage = 0; stage < cell.stages; ++stage) {
@@ -416,7 +422,6 @@ inline Layout layout(const Machine& m, const CellInfo& cell, const Problem& p, c
   }
   l.grad_sums = l.bytes - first_sums;
   if (copies > 1) l.take((copies - 1) * l.grad_sums);
-  l.bias = l.take(input ? cell.input_slots() * p.hidden * m.number_bytes : 0);
   l.numbers = l.take(input && converts_input(m, p) ? s.threads() * s.chunk * p.batch * p.input * m.number_bytes : 0);
   return l;
 }

@@ -46,7 +46,8 @@ struct Kernels {
     const int vectors = blocks * p.columns;
     alignas(64) float sums[kMaxVectorsPerPanel * 16];
     for (int64_t panel = 0; panel < panel_count(m, p, blocks); ++panel) {
-      tiles.tile[vectors - 1][0](&row, packed + panel * panel_bytes(m, p, blocks), words(m, p, p.depth), sums, nullptr);
+      tiles.tile[vectors - 1][0](&row, packed + panel * panel_bytes(m, p, blocks), words(m, p, p.depth),
+                                 {nullptr, 0, sums, vectors * m.lanes}, nullptr);
       for (int v = 0; v < vectors; ++v)
         for (int lane = 0; lane < m.lanes; ++lane) {
           const int64_t unit = (panel * blocks + v / p.columns) * m.lanes + lane;

@@ -78,10 +78,12 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
   }
   if (s.chunk < 1 || s.chunk > std::max<int64_t>(p.steps, 1)) where("a chunk of no steps or more than all");
   if (!backward && !p.complete) {
-    const int64_t regions = p.units ? s.threads() : 1;
-    if (!p.training)
-      parts.push_back({l.gates, regions * s.chunk * p.batch * cell.input_slots() * p.hidden * kStorageBytes[int(p.storage)]});
-    parts.push_back({l.bias, cell.input_slots() * p.hidden * m.number_bytes});
+    for (int i = 0; i < cell.stages; ++i) {
+      const Product product = input_product(cell, p, i);
+      const int64_t row = ceil_div(product.units, s.blocks[i] * m.lanes) * s.blocks[i] * product.columns * m.lanes * m.number_bytes;
+      parts.push_back({l.gates[i], s.chunk * p.batch * row});
+      parts.push_back({l.bias[i], row});
+    }
     if (p.storage == Storage::BF16 && (!m.pairs || p.input % 2))
       parts.push_back({l.numbers, s.threads() * s.chunk * p.batch * p.input * m.number_bytes});
   }

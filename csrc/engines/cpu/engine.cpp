@@ -122,6 +122,7 @@ void backward(const Backward& g, const Page& page) {
   const int64_t gates_bytes = w.row_bytes(w.cell.hidden_slots(0) * p.hidden);  // stage 0's operand, as the step before it in time reads it
   void* const gates[2] = {at(g.workspace, w.memory.operand[0]), at(g.workspace, w.memory.operand[0] + p.batch * gates_bytes)};
   auto carried = [&](int i) { return at(g.workspace, w.memory.state[i]); };
+  const auto nothing = [](int64_t, int64_t) -> const void* { return nullptr; };  // to add a tile's sums to
 
   // The stages hand a token's kept values on to each other where the gradients go; a cell of one stage reads them once.
   const int64_t token_bytes = w.cell.room() * p.hidden * w.storage_bytes;
@@ -199,7 +200,8 @@ void backward(const Backward& g, const Page& page) {
               if (p.units) depth.end = std::min(depth.end, p.units[w.step(n - 1, false)]);
               return depth;
             },
-            [&](const RowSet& rows, int64_t unit, const void* sums) {
+            nothing,
+            [&](const RowSet& rows, int64_t unit, const void*, const void* sums) {
               if (unit < units) w.page.backward[s](step, rows, unit, units, w.plan_.blocks[s], sums);
               if (p.units && unit + w.plan_.blocks[s] * w.m.lanes > units) hold_back(w, step, rows, unit, units, sums);
             },
@@ -236,7 +238,8 @@ void backward(const Backward& g, const Page& page) {
       const int64_t panel_units = w.plan_.blocks[last] * w.m.lanes;
       w.tiles(
           me, last, p.batch, units, !p.complete, false, g.workspace, g.workspace, side, [&](int64_t unit) { return w.readers(last, unit); },
-          [&](const RowSet& rows, int64_t unit, const void* sums) {
+          nothing,
+          [&](const RowSet& rows, int64_t unit, const void*, const void* sums) {
             for (int r = 0; r < rows.count; ++r)
               finish(rows[r], unit, std::min(panel_units, units - unit), at(sums, r * panel_units * w.number_bytes));
           },

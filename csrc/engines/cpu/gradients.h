@@ -298,10 +298,12 @@ class Gradients {
                   const void* turned, bool onto) const {
     const Product product = grad_weight_product(matrix.width, int64_t(tokens.size()));
     const Pieces pieces(matrix.blocks * w.m.lanes * w.number_bytes, matrix.width * w.number_bytes);
+    alignas(64) char sums[kTileBytes];
+    const Sums tile{nullptr, 0, sums, tile_row(w.m, product, matrix.blocks)};
     w.multiply(
         product, matrix.blocks, panels(matrix, chunk), 0, panel_count(w.m, product, matrix.blocks), begin, end,
-        [&](int64_t unit) { return at(turned, (unit - begin) * turned_row); },
-        [&](int64_t first, int rows, int64_t column, const void* sums) {
+        [&](int64_t unit) { return at(turned, (unit - begin) * turned_row); }, [&](int64_t, int64_t) { return tile; },
+        [&](int64_t first, int rows, int64_t column) {
           void* to[kMaxTileRows];
           for (int r = 0; r < rows; ++r) to[r] = at(matrix.sums, (row + first + r) * matrix.width * w.number_bytes);
           w.ops.merge(sums, to, rows, column, matrix.blocks, matrix.width, onto);
@@ -318,6 +320,8 @@ class Gradients {
     const int64_t count = int64_t(tokens.size()), last = split(count, me.members, me.id + 1);
     const Pieces pieces(w.plan_.grad_input_blocks * w.m.lanes * w.storage_bytes, w.p.input * w.storage_bytes);
     int64_t places[kMaxTileRows];
+    alignas(64) char sums[kTileBytes];
+    const Sums tile{nullptr, 0, sums, tile_row(w.m, product, w.plan_.grad_input_blocks)};
     for (int64_t begin = split(count, me.members, me.id); begin < last; begin += w.plan_.numbers_tokens) {
       const int64_t end = std::min(begin + w.plan_.numbers_tokens, last);
       for (int64_t k = begin; k < end; ++k) w.load_operand(gates_of(tokens[size_t(k)]), x_slots, at(numbers, (k - begin) * numbers_row));
@@ -325,9 +329,10 @@ class Gradients {
           product, w.plan_.grad_input_blocks, at(g.workspace, w.memory.grad_packed), 0,
           panel_count(w.m, product, w.plan_.grad_input_blocks), begin, end,
           [&](int64_t k) { return at(static_cast<const void*>(numbers), (k - begin) * numbers_row); },
-          [&](int64_t first, int rows, int64_t unit, const void* sums) {
+          [&](int64_t, int64_t) { return tile; },
+          [&](int64_t first, int rows, int64_t unit) {
             for (int r = 0; r < rows; ++r) places[r] = tokens[size_t(first + r)].place;
-            w.storage.put(sums, places, rows, unit, w.plan_.grad_input_blocks, 1, w.p.input, nullptr, g.grad_input, w.p.input, w.p.input);
+            w.storage.put(sums, places, rows, unit, w.plan_.grad_input_blocks, w.p.input, g.grad_input);
           },
           [&](int64_t k) { return w.p.units ? w.p.units[tokens[size_t(k)].step] : product.depth; },
           [&](int64_t first, int rows, int64_t unit) {

@@ -14,57 +14,53 @@ inline Packer::Kept kept_in(const Forward& f, int64_t prints) {
   return {static_cast<Fingerprint*>(at(f.packed, prints)), f.pack};
 }
 
-// The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody.
+// The input gates of a chunk of steps, made by each member for the units and rows it owns, so that nobody waits for anybody. They stay as
+// the product leaves them, whole panels of numbers, in a region of the member's: what one core writes next to another's memory, prefetchers
+// carry back and forth.
 class InputGates {
  public:
   InputGates(const Walk& walk, const Forward& forward) : w(walk), f(forward) {}
 
-  // Where a chunk's rows lie and what they multiply: a member's own, kept from chunk to chunk so that it is allocated once.
+  // A chunk's rows, step by step, and what they multiply: a member's own, kept from chunk to chunk so that it is allocated once.
   struct alignas(128) Chunk {
     std::vector<int64_t> steps;
-    std::vector<int64_t> places;
+    std::vector<int64_t> first;  // row of each step of the walk
     std::vector<const void*> operands;
     std::vector<int64_t> units;  // that take part, of each row; falling
   };
 
+  // The biases in panels, as the sums begin.
   void start(const Walk::Member& me) const {
-    w.each_vector(me, w.p.hidden, [&](int64_t begin, int64_t n) {
-      for (int i = 0, h = 0; i < w.cell.slots; ++i) {
-        const bool u = w.cell.biased(i), x = w.cell.slot[i].feeds & X;
-        void* const to = at(bias(), (i * w.p.hidden + begin) * w.number_bytes);
-        if (x) w.load_or_zero(at(f.bias_ih, (i * w.p.hidden + begin) * w.storage_bytes), 0, n, to);
-        if (x && u && f.bias_hh) w.storage.add(at(f.bias_hh, (h * w.p.hidden + begin) * w.storage_bytes), n, to);
-        h += u;
-      }
-    });
+    for (int s = 0; s < w.cell.stages; ++s) {
+      const int64_t panels = w.inputs[s].columns ? panel_count(w.m, w.inputs[s], w.plan_.blocks[s]) * w.plan_.blocks[s] : 0;
+      for (int64_t v = split(panels, me.members, me.id); v < split(panels, me.members, me.id + 1); ++v) start_units(s, v);
+    }
   }
   void pack(const Packer& packer) const {
     for (int s = 0; s < w.cell.stages; ++s) {
-      const void* weights = at(f.weight_ih, w.first_input_slot(s) * w.p.hidden * w.p.input * w.storage_bytes);
+      const void* weights = at(f.weight_ih, w.cell.first_input_slot(s) * w.p.hidden * w.p.input * w.storage_bytes);
       void* const packed = at(packed_in(f), w.memory.packed_input[s]);
       packer.pack(w.inputs[s], w.plan_.input_blocks[s], weights, packed, kept_in(f, w.memory.input_prints[s]));
     }
   }
 
-  // Where stage s finds the gates of the walk's n-th step: `gates` is row 0, slot 0, unit 0. For inference each member has a region of its
-  // own, a chunk of its rows and units: what one core writes next to another's memory, prefetchers carry back and forth.
-  struct Place {
-    void* gates;
-    int64_t row, slot;  // elements from a row, from a slot to the next
+  // Of a step and a stage, the tile that begins at a panel and at a row, by their numbers among the member's own. Null: there is nothing.
+  struct Made {
+    const void* gates;
+    int64_t panel_bytes, row_bytes;
+    const void* operator()(int64_t panel, int64_t row) const { return at(gates, panel * panel_bytes + row * row_bytes); }
   };
-  Place of(const Walk::Member& me, int64_t n, int s) const {
-    if (w.p.training || w.p.complete)
-      return {at(f.gates, w.offsets[size_t(w.step(n, true))] * f.gates_row * w.storage_bytes), f.gates_row, w.p.hidden};
-    Place place = region(me, s);
-    place.gates = at(place.gates, row_in_chunk(me, n % w.plan_.chunk) * place.row * w.storage_bytes);
-    return place;
+  Made made(const Walk::Member& me, int64_t n, int s, const Chunk& chunk) const {
+    if (w.p.complete || !w.inputs[s].columns) return {nullptr, 0, 0};
+    const Region region = region_of(me, s);
+    return {at(region.gates, chunk.first[size_t(n % w.plan_.chunk)] * region.row_bytes), region.panel_bytes, region.row_bytes};
   }
 
   void make(const Walk::Member& me, int64_t n0, Chunk& chunk) const {
-    chunk.places.clear();
     chunk.operands.clear();
     chunk.units.clear();
     chunk.steps.resize(size_t(std::min(w.plan_.chunk, w.p.steps - n0)));
+    chunk.first.resize(chunk.steps.size());
     std::iota(chunk.steps.begin(), chunk.steps.end(), n0);
     if (w.p.units)
       std::stable_sort(chunk.steps.begin(), chunk.steps.end(),
@@ -75,10 +71,9 @@ class InputGates {
     for (int64_t n : chunk.steps) {
       const int64_t t = w.step(n, true), token = w.offsets[size_t(t)];
       const Walk::Rows mine = w.rows_of(me, w.rows(t));
+      chunk.first[size_t(n - n0)] = int64_t(chunk.operands.size());
       for (int64_t i = 0; i < mine.count; ++i) {
-        const int64_t b = mine[i];
-        chunk.places.push_back(w.p.training ? token + b : row_in_chunk(me, n - n0) + b);
-        const void* x = at(f.input, (token + b) * input_bytes);
+        const void* x = at(f.input, (token + mine[i]) * input_bytes);
         if (convert) {
           w.load_operand(x, w.p.input, numbers);
           x = numbers;
@@ -89,72 +84,94 @@ class InputGates {
       }
     }
     for (int s = 0; s < w.cell.stages; ++s) {
-      const Place to = w.p.training ? Place{f.gates, f.gates_row, w.p.hidden} : region(me, s);
-      make_stage(me, s, chunk, to);
+      if (!w.inputs[s].columns) continue;
+      if (n0 == 0) clear_past_units(me, s);
+      make_stage(me, s, chunk);
     }
   }
 
  private:
-  // A chunk's rows lie row group by row group, except that a ragged batch's groups take turns.
-  int64_t row_in_chunk(const Walk::Member& me, int64_t k) const {
-    if (w.p.rows) return k * w.p.batch;
+  // A stage's biases for the v-th vector of units, zeros beyond the last unit.
+  void start_units(int s, int64_t v) const {
+    const int64_t unit = v * w.m.lanes, n = std::min<int64_t>(w.m.lanes, w.inputs[s].units - unit), bytes = w.m.lanes * w.number_bytes;
+    const int first = w.cell.first_input_slot(s), columns = w.inputs[s].columns;
+    int h = 0;  // rows of U's bias before
+    for (int i = 0; i < first + columns; ++i) {
+      const bool biased = w.cell.biased(i);
+      if (i >= first) {
+        void* const to = at(f.workspace, w.memory.bias[s] + (v * columns + i - first) * bytes);
+        std::memset(to, 0, size_t(bytes));
+        if (n > 0 && f.bias_ih) w.storage.load(at(f.bias_ih, (i * w.p.hidden + unit) * w.storage_bytes), n, to);
+        if (n > 0 && f.bias_hh && biased) w.storage.add(at(f.bias_hh, (h * w.p.hidden + unit) * w.storage_bytes), n, to);
+      }
+      h += biased;
+    }
+  }
+
+  // A member's part of the workspace for a stage: [panel][row][vector][lane], a chunk's rows.
+  struct Region {
+    void* gates;
+    int64_t panel_bytes, row_bytes;
+  };
+  Region region_of(const Walk::Member& me, int s) const {
     const auto [first, last] = w.range_of(me);
-    return (w.plan_.chunk - 1) * first + k * (last - first);
+    const int64_t row_bytes = tile_row(w.m, w.inputs[s], w.plan_.blocks[s]) * w.number_bytes;
+    const int64_t panels = panel_count(w.m, w.inputs[s], w.plan_.blocks[s]), rows = w.plan_.chunk * (last - first);
+    const int64_t before = w.plan_.chunk * first * panels + rows * w.panels_before(me, s);
+    return {at(f.workspace, w.memory.gates[s] + before * row_bytes), rows * row_bytes, row_bytes};
   }
 
-  // Rows count from the chunk's first.
-  Place region(const Walk::Member& me, int s) const {
-    const Walk::Units own = w.units_of(me, s);
-    const int64_t first = w.first_input_slot(s), slots = w.cell.input_slots(s), width = own.end - own.begin;
-    int64_t begin = w.plan_.chunk * w.p.batch * (first * w.p.hidden + slots * own.begin);
-    if (w.p.units) begin += me.unit_group * w.plan_.chunk * w.p.batch * slots * width;
-    return {at(f.workspace, w.memory.gates + (begin - first * width - own.begin) * w.storage_bytes), slots * width, width};
-  }
-
-  void make_stage(const Walk::Member& me, int s, const Chunk& chunk, const Place& to) const {
+  void make_stage(const Walk::Member& me, int s, const Chunk& chunk) const {
     const Product& product = w.inputs[s];
-    if (!product.columns) return;
     const int blocks = w.plan_.input_blocks[s], finer = w.plan_.blocks[s] / blocks;
-    const int64_t all = panel_count(w.m, product, blocks), rows = int64_t(chunk.places.size());
+    const int64_t all = panel_count(w.m, product, blocks), part_bytes = tile_row(w.m, product, blocks) * w.number_bytes;
     const Walk::Panels own = w.panels_of(me, s);
-    const int64_t first_slot = w.first_input_slot(s);
+    const Region region = region_of(me, s);
     const int64_t row_bytes = w.p.input * (w.m.pairs && !converts_input(w.m, w.p) ? w.storage_bytes : w.number_bytes);
-    const Pieces inputs(row_bytes, row_bytes), gates(blocks * w.m.lanes * w.storage_bytes, to.slot * w.storage_bytes);
-    const auto panels = [&](int64_t begin, int64_t end, int64_t count) {
+    const Pieces inputs(row_bytes, row_bytes);
+    // Of panels from the member's `number`-th on, which is `first`.
+    const auto panels = [&](int64_t number, int64_t first, int64_t last, int64_t count) {
+      const int64_t begin = first * finer;
       w.multiply(
-          product, blocks, at(packed_in(f), w.memory.packed_input[s]), begin, std::min(end, all), 0, count,
+          product, blocks, at(packed_in(f), w.memory.packed_input[s]), begin, std::min(last * finer, all), 0, count,
           [&](int64_t row) { return chunk.operands[size_t(row)]; },
-          [&](int64_t first, int n, int64_t unit, const void* sums) {
-            w.storage.put(sums, &chunk.places[size_t(first)], n, unit, blocks, product.columns, w.p.hidden,
-                          at(bias(), first_slot * w.p.hidden * w.number_bytes), at(to.gates, first_slot * to.slot * w.storage_bytes),
-                          to.row, to.slot);
+          [&](int64_t row, int64_t panel) {
+            const int64_t place = (number + panel / finer - first) * region.panel_bytes + row * region.row_bytes;
+            return Sums{at(f.workspace, w.memory.bias[s] + panel * part_bytes), 0, at(region.gates, place + panel % finer * part_bytes),
+                        region.row_bytes / w.number_bytes};
           },
-          [&](int64_t) { return product.depth; },
-          // Inputs come from far away once, for the first panel; the gates of inference stay in the cache.
-          [&](int64_t first, int n, int64_t unit) {
+          [](int64_t, int, int64_t) {}, [&](int64_t) { return product.depth; },
+          // Inputs come from far away once, for the first panel.
+          [&](int64_t row, int n, int64_t unit) {
             Soon soon{};
-            if (unit == begin * blocks * w.m.lanes) {
-              const auto place = [&](int r) { return int64_t(reinterpret_cast<intptr_t>(chunk.operands[size_t(first + r)])); };
-              soon.reads[0] = inputs.at(chunk.operands[size_t(first)], run_of(n, row_bytes, place));
-            }
-            if (!w.p.training) return soon;
-            const auto place = [&](int r) { return chunk.places[size_t(first + r)]; };
-            soon.writes = gates.at(at(to.gates, (place(0) * to.row + first_slot * to.slot + unit) * w.storage_bytes),
-                                   run_of(n, 1, place) * w.cell.room() - first_slot);
+            if (unit != begin * blocks * w.m.lanes) return soon;
+            const auto place = [&](int r) { return int64_t(reinterpret_cast<intptr_t>(chunk.operands[size_t(row + r)])); };
+            soon.reads[0] = inputs.at(chunk.operands[size_t(row)], run_of(n, row_bytes, place));
             return soon;
           });
     };
-    if (!w.p.units) return panels(own.first * finer, (own.first + own.count) * finer, rows);
-    for (int64_t i = 0; i < own.count; ++i)
-      for (int64_t panel = own[i] * finer; panel < (own[i] + 1) * finer; ++panel) {
-        const int64_t unit = panel * blocks * w.m.lanes;
-        panels(panel, panel + 1, std::partition_point(chunk.units.begin(), chunk.units.end(), [&](int64_t units) {
-                                   return units > unit;
-                                 }) - chunk.units.begin());
-      }
+    if (!w.p.units) return panels(0, own.first, own.first + own.count, int64_t(chunk.operands.size()));
+    for (int64_t i = 0; i < own.count; ++i) {
+      const int64_t unit = own[i] * w.plan_.blocks[s] * w.m.lanes;
+      panels(i, own[i], own[i] + 1, std::partition_point(chunk.units.begin(), chunk.units.end(), [&](int64_t units) {
+                                      return units > unit;
+                                    }) - chunk.units.begin());
+    }
   }
 
-  void* bias() const { return at(f.workspace, w.memory.bias); }
+  // Zeros where a tile reads past the last unit and no product writes.
+  void clear_past_units(const Walk::Member& me, int s) const {
+    const Walk::Panels own = w.panels_of(me, s);
+    const int64_t vectors = ceil_div(w.inputs[s].units, w.m.lanes), vector_bytes = tile_row(w.m, w.inputs[s], 1) * w.number_bytes;
+    const int64_t made = ceil_div(vectors, w.plan_.input_blocks[s]) * w.plan_.input_blocks[s];
+    for (int64_t i = 0; i < own.count; ++i) {
+      const int64_t past = std::max<int64_t>((own[i] + 1) * w.plan_.blocks[s] - made, 0) * vector_bytes;
+      if (past <= 0) continue;
+      const Region region = region_of(me, s);
+      for (int64_t end = region.row_bytes; end <= region.panel_bytes; end += region.row_bytes)
+        std::memset(at(region.gates, i * region.panel_bytes + end - past), 0, size_t(past));
+    }
+  }
 
   const Walk& w;
   const Forward& f;

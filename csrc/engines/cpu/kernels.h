@@ -9,7 +9,7 @@ namespace rnnkernels::cpu {
 // All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once, multiplied as
 // vectors C. Meanwhile a tile that is tall enough to have time for it asks for memory that will be wanted next, a line for each k.
 template <class V, class C, class W, int vectors, int rows>
-void product(const void* const* operand, const void* panel, int64_t depth, void* sums, const Soon* soon) {
+void product(const void* const* operand, const void* panel, int64_t depth, const Sums& sums, const Soon* soon) {
   using T = typename V::element;
   using A = typename C::element;
   const A* a[rows];
@@ -18,10 +18,18 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
   const T* const factors = static_cast<const T*>(panel);
   const W* w = scaled ? reinterpret_cast<const W*>(factors + vectors * V::lanes) : static_cast<const W*>(panel);
   V sum[rows][vectors];
+  const auto* const from = static_cast<const T*>(sums.from);
+  if (scaled || !from) {
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
+      for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
+  } else {
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) sum[r][v] = V::load(from + r * sums.from_row + v * V::lanes);
+  }
   const auto load = [&](C* column, int v, int count) __attribute__((always_inline)) {
     if constexpr (sizeof(W) == 2) {
       if (count == 2) return V::load_two(w + v * V::lanes, column[0], column[1]);
@@ -76,13 +84,16 @@ void product(const void* const* operand, const void* panel, int64_t depth, void*
   }
 #pragma GCC unroll 2
   for (; k < depth; ++k) add(k);
-  T* out = static_cast<T*>(sums);
+  T* const to = static_cast<T*>(sums.to);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      if constexpr (scaled) sum[r][v] = sum[r][v] * V::load(factors + v * V::lanes);
-      sum[r][v].store(out + (r * vectors + v) * V::lanes);
+      if constexpr (scaled) {
+        const V factor = V::load(factors + v * V::lanes);
+        sum[r][v] = from ? fma(sum[r][v], factor, V::load(from + r * sums.from_row + v * V::lanes)) : sum[r][v] * factor;
+      }
+      sum[r][v].store(to + r * sums.to_row + v * V::lanes);
     }
 }
 
@@ -136,20 +147,14 @@ void merge(const void* sums, void* const* rows, int count, int64_t unit, int blo
 }
 
 template <class V, class S>
-void put(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
-         void* gates, int64_t gates_row, int64_t gates_slot) {
-  using T = typename V::element;
+void put(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int64_t width, void* to) {
   constexpr int L = V::lanes;
-  const T* sum = static_cast<const T*>(sums);
   for (int r = 0; r < count; ++r)
-    for (int b = 0; b < blocks && unit + b * L < hidden; ++b)
-      for (int c = 0; c < columns; ++c) {
-        const int64_t u = unit + b * L;
-        const int n = int(hidden - unit - b * L < L ? hidden - unit - b * L : L);
-        V x = V::load(sum + ((r * blocks + b) * columns + c) * L);
-        if (bias) x = x + V::load(static_cast<const T*>(bias) + c * hidden + u, n);
-        x.store(static_cast<S*>(gates) + tokens[r] * gates_row + c * gates_slot + u, n);
-      }
+    for (int b = 0; b < blocks && unit + b * L < width; ++b) {
+      const int64_t u = unit + b * L;
+      V::load(static_cast<const typename V::element*>(sums) + (r * blocks + b) * L)
+          .store(static_cast<S*>(to) + tokens[r] * width + u, int(width - u < L ? width - u : L));
+    }
 }
 
 // A vector's part of the sums over its row: of each value and of its square, in double, so that neither loses digits.
@@ -168,10 +173,26 @@ RNN_FN void put_sums(const V* e, int n, double* to) {
   }
 }
 
+// The gates of a vector of units of one row, of slot 0 and so many elements to the next: as a step has them or, if it has none, as a tile
+// does, whose vectors are whole.
+template <class V, class S>
+struct StepOrTileGates {
+  const S* of_step;
+  const typename V::element* of_tile;
+  int64_t slot;
+  int n;
+  template <int i>
+  RNN_FN V get(Index<i>) const {
+    return of_step ? V::load(of_step + i * slot, n) : V::load(of_tile + i * slot);
+  }
+};
+
 template <class Cell, int stage, class V, class S>
-void forward(const ForwardStep& step, const RowSet& rows, int64_t unit, int64_t end, int blocks, const void* sums) {
-  constexpr int L = V::lanes, columns = InfoOf<Cell>::value.hidden_slots(stage), vectors = InfoOf<Cell>::value.vectors;
-  constexpr int count = InfoOf<Cell>::value.stage[stage].sums;
+void forward(const ForwardStep& step, const RowSet& rows, int64_t unit, int64_t end, int blocks, const void* input, const void* sums) {
+  using T = typename V::element;
+  constexpr CellInfo cell = InfoOf<Cell>::value;
+  constexpr int L = V::lanes, columns = cell.hidden_slots(stage), vectors = cell.vectors, count = cell.stage[stage].sums;
+  constexpr int inputs = cell.input_slots(stage), first = cell.first_input_slot(stage);
   for (int b = 0; b < blocks && unit + b * L < end; ++b) {
     const int64_t u = unit + b * L;
     const int n = int(end - u < L ? end - u : L);
@@ -179,8 +200,14 @@ void forward(const ForwardStep& step, const RowSet& rows, int64_t unit, int64_t 
     load_vectors<Cell, V, S>(step.vectors, u, n, w);
     for (int r = 0; r < rows.count; ++r) {
       V e[count ? count : 1];
-      forward_units<Cell, stage, V, S>(
-          step, w, rows[r], u, n, sums ? static_cast<const typename V::element*>(sums) + (r * blocks + b) * columns * L : nullptr, L, e);
+      const int place = r * blocks + b;
+      const T* const sum = sums ? static_cast<const T*>(sums) + place * columns * L : nullptr;
+      StepOrTileGates<V, S> gates{nullptr, nullptr, L, n};
+      if (step.gates)
+        gates.of_step = static_cast<const S*>(step.gates) + rows[r] * step.gates_row + u, gates.slot = step.gates_slot;
+      else if (inputs)
+        gates.of_tile = (cell.continues(stage) ? sum : static_cast<const T*>(input) + place * inputs * L) - first * L;
+      forward_units<Cell, stage, V, S>(step, w, rows[r], u, n, cell.continues(stage) && !step.gates ? nullptr : sum, L, gates, e);
       if constexpr (count > 0) put_sums<count>(e, n, step.partial + rows[r] * step.partial_row + u / L * 2 * count);
     }
   }

@@ -21,9 +21,9 @@ Timed multiply(const Tiles& tiles, int lanes, int64_t word_bytes, int vectors, i
     std::vector<char> panel(panel_bytes + 64, 0x3c), row(row_bytes * size_t(rows), 0x3c);
     const void* operands[kMaxTileRows];
     for (int r = 0; r < rows; ++r) operands[r] = row.data() + size_t(r) * row_bytes;
-    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    alignas(64) char sums[kTileBytes];
     const auto aligned = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(panel.data()) + 63) / 64 * 64);
-    auto pass = [&] { tiles.tile[vectors - 1][rows - 1](operands, aligned, depth, sums, nullptr); };
+    auto pass = [&] { tiles.tile[vectors - 1][rows - 1](operands, aligned, depth, {nullptr, 0, sums, vectors * lanes}, nullptr); };
     pass();
     meet(members);
     const auto start = std::chrono::steady_clock::now();

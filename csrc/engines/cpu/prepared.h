@@ -47,6 +47,9 @@ class Prepared {
     step.hidden = p.hidden;
     step.output = p.output;
     step.complete = p.complete;
+    step.gates = p.complete ? at(f.gates, token * f.gates_row * w.storage_bytes) : nullptr;
+    step.gates_row = f.gates_row;
+    step.gates_slot = p.hidden;
     step.kept = p.training ? at(f.gates, token * f.gates_row * w.storage_bytes) : nullptr;
     step.between = at(f.workspace, w.memory.between);
     step.between_row = w.row_bytes(w.cell.kept * p.hidden) / w.number_bytes;
@@ -74,10 +77,7 @@ class Prepared {
       if (s > 0 && w.cell.stage[s - 1].sums)
         w.add_sums(me, s - 1, w.cell.stage[s - 1].sums, true, active, f.workspace, moments, width, w.cell.moments(s - 1));
       step.partial = width ? w.partial(f.workspace, s) : nullptr;
-      const InputGates::Place gates = input.of(me, n, s);
-      step.gates = gates.gates;
-      step.gates_row = gates.row;
-      step.gates_slot = gates.slot;
+      const InputGates::Made made = input.made(me, n, s, chunk);
       const int operand = w.cell.stage[s].operand;
       const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden), units = w.units(t, s);
       w.tiles(
@@ -86,9 +86,17 @@ class Prepared {
             if (operand == kPreviousState) return at(step.previous[0], row * hidden_bytes);
             return at(step.between, row * between_bytes + operand * p.hidden * w.number_bytes);
           },
-          [&](int64_t unit) { return p.units ? Walk::Depth{unit / p.module * p.module, w.products[s].depth} : w.whole(s); },
-          [&](const RowSet& rows, int64_t unit, const void* sums) { w.page.forward[s](step, rows, unit, units, w.plan_.blocks[s], sums); },
-          [](const RowSet&, int64_t) {});
+          [&](int64_t unit) { return p.units ? Walk::Depth{unit / p.module * p.module, w.products[s].depth} : w.whole(s); }, made,
+          [&](const RowSet& rows, int64_t unit, const void* given, const void* sums) {
+            w.page.forward[s](step, rows, unit, units, w.plan_.blocks[s], given, sums);
+          },
+          [&](const RowSet& rows, int64_t unit) {
+            Soon soon{};
+            if (p.training && rows.stride == 1 && !rows.order)
+              soon.writes = Pieces(w.plan_.blocks[s] * w.m.lanes * w.storage_bytes, p.hidden * w.storage_bytes)
+                                .at(at(step.kept, (rows[0] * f.gates_row + unit) * w.storage_bytes), rows.count * w.cell.room());
+            return soon;
+          });
       if (units < w.width_of_stage(s)) hold(me, step, active, units);
     }
     if (width && f.moments && me.unit_group == 0) {

@@ -27,7 +27,8 @@ void forward_step(const Problem& p, int stage, const ForwardStep& step, int64_t 
   const Page& page = page_of(p.cell, isa_scalar);
   const int64_t width = width_of(p, page.cell.stage[stage].width);
   const std::vector<double> numbers = gather(p, sums, rows, rows, page.cell.hidden_slots(stage), width);
-  page.ops[int(p.storage)].forward[stage](step, {0, int(rows), 1}, 0, width, int(width), numbers.empty() ? nullptr : numbers.data());
+  page.ops[int(p.storage)].forward[stage](step, {0, int(rows), 1}, 0, width, int(width), nullptr,
+                                          numbers.empty() ? nullptr : numbers.data());
 }
 
 void backward_step(const Problem& p, int stage, const BackwardStep& step, int64_t rows, int64_t summed_rows, const void* sums) {

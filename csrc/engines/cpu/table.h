@@ -25,10 +25,19 @@ struct RowSet {
   }
 };
 
-// Kernels for each tile: sums[row][vector][lane] = Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in order. Null soon: it
-// asks for nothing.
+// What a tile's sums begin with, null for zero, and where they go: a row's vectors side by side, so many numbers from one row to the next.
+struct Sums {
+  const void* from;
+  int64_t from_row;
+  void* to;
+  int64_t to_row;
+};
+constexpr int kTileBytes = kMaxVectorsPerPanel * kMaxTileRows * 64;
+
+// Kernels for each tile: to[row][vector][lane] = from[row][vector][lane] + Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in
+// order (for int8, whose sum is scaled, what it begins with is added in the end). Null soon: it asks for nothing.
 struct Tiles {
-  using Tile = void (*)(const void* const* rows, const void* panel, int64_t depth, void* sums, const Soon* soon);
+  using Tile = void (*)(const void* const* rows, const void* panel, int64_t depth, const Sums& sums, const Soon* soon);
   Tile tile[kMaxVectorsPerPanel][kMaxTileRows];
 };
 
@@ -64,9 +73,8 @@ struct PairOps {
 
 struct StorageOps {
   PanelOps panels;
-  // gates[token][column][unit…] = sums + bias, for the tokens of a tile; the bias as numbers, null for zero.
-  void (*put)(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int columns, int64_t hidden, const void* bias,
-              void* gates, int64_t gates_row, int64_t gates_slot);
+  // to[token][unit…] = sums, for the tokens of a tile.
+  void (*put)(const void* sums, const int64_t* tokens, int count, int64_t unit, int blocks, int64_t width, void* to);
   void (*load)(const void* storage, int64_t n, void* numbers);
   void (*add)(const void* storage, int64_t n, void* numbers);
   void (*store)(const void* numbers, int64_t n, void* storage);
@@ -74,7 +82,9 @@ struct StorageOps {
 
 struct PageOps {
   // The pointwise part of a stage for a tile of rows and `blocks` vectors of units from `unit` on, as far as `end`; null sums are zero.
-  using Forward = void (*)(const ForwardStep&, const RowSet&, int64_t unit, int64_t end, int blocks, const void* sums);
+  // Forward's input gates are in the step or, with the bias, sums of a tile too, to which the recurrent ones are added where a stage
+  // continues.
+  using Forward = void (*)(const ForwardStep&, const RowSet&, int64_t unit, int64_t end, int blocks, const void* input, const void* sums);
   using Backward = void (*)(const BackwardStep&, const RowSet&, int64_t unit, int64_t end, int blocks, const void* sums);
   Forward forward[kMaxStages];
   Backward backward[kMaxStages];

@@ -147,21 +147,13 @@ class Walk {
     const int64_t first = split(panels, me.unit_groups, me.unit_group);
     return {first, split(panels, me.unit_groups, me.unit_group + 1) - first, nullptr};
   }
-  // The units of stage s among which are all that a unit group owns.
-  struct Units {
-    int64_t begin, end;
-  };
-  Units units_of(const Member& me, int s) const {
-    if (p.units) return {0, products[s].units};
+  // How many the unit groups before it own.
+  int64_t panels_before(const Member& me, int s) const {
     const Panels own = panels_of(me, s);
-    const int64_t panel_units = plan_.blocks[s] * m.lanes;
-    return {std::min(products[s].units, own.first * panel_units), std::min(products[s].units, (own.first + own.count) * panel_units)};
-  }
-  // The input's slots come first, stage by stage.
-  int64_t first_input_slot(int s) const {
-    int64_t first = 0;
-    for (int i = 0; i < s; ++i) first += cell.input_slots(i);
-    return first;
+    if (!own.chosen) return own.first;
+    int64_t before = 0;
+    for (int g = 0; g < me.unit_group; ++g) before += int64_t(shares[size_t(g)].size());
+    return before;
   }
 
   const PanelOps& panels(const Product& product) const { return in_pairs(m, product) ? isa.pairs->panels : storage.panels; }
@@ -178,15 +170,15 @@ class Walk {
   // Bytes of a row of numbers in the workspace.
   int64_t row_bytes(int64_t width) const { return padded(width, number_bytes) * number_bytes; }
 
-  // Rows [first, last), each where operand(row) says, times panels [begin, end); take(row, rows, unit, sums) gets each tile. depth(row):
-  // how much of the operands of rows from this one on is not zero. wanted(row, rows, unit): what a tile to come needs besides panels.
-  template <class Operand, class Take, class Depth, class Wanted>
+  // Rows [first, last), each where operand(row) says, times panels [begin, end), the sums of each tile where place(row, panel) says, and
+  // then take(row, rows, unit). depth(row): how much of the operands of rows from this one on is not zero. wanted(row, rows, unit): what a
+  // tile to come needs besides panels.
+  template <class Operand, class Place, class Take, class Depth, class Wanted>
   void multiply(const Product& product, int blocks, const void* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
-                const Operand& operand, const Take& take, const Depth& depth, const Wanted& wanted) const {
+                const Operand& operand, const Place& place, const Take& take, const Depth& depth, const Wanted& wanted) const {
     const int vectors = blocks * product.columns;
     const int64_t count = last - first, tiles = ceil_div(count, tile_rows(m, vectors));
     const int64_t bytes = panel_bytes(m, product, blocks);
-    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
     const PanelsAhead panels(m, end - begin, bytes);
     const Tiles& kernel = kernels(product);
     const Split cut(count, tiles);
@@ -199,10 +191,10 @@ class Walk {
         for (int r = 0; r < n; ++r) operands[r] = operand(row + r);
         const bool turns = tile + 1 == tiles;
         const int64_t then = turns ? 0 : tile + 1;
-        ask_and_multiply(kernel, vectors, n, operands, at(packed, panel * bytes), words(m, product, depth(row)), sums, panels, next, tile,
-                         turns,
+        ask_and_multiply(kernel, vectors, n, operands, at(packed, panel * bytes), words(m, product, depth(row)), place(row, panel), panels,
+                         next, tile, turns,
                          [&] { return wanted(first + cut(then), int(cut(then + 1) - cut(then)), (panel + turns) * blocks * m.lanes); });
-        take(row, n, panel * blocks * m.lanes, sums);
+        take(row, n, panel * blocks * m.lanes);
       }
     }
   }
@@ -219,12 +211,13 @@ class Walk {
   }
 
   // This member's tiles of one stage: operand(row) times every panel of its own that has units below `units`, as far as depth(unit) says,
-  // each tile handed to pointwise(rows, unit, sums). Even steps walk the panels forward and odd ones backward, so that what the cache saw
-  // last is wanted first. Operands are numbers, to be made pairs in the workspace where panels are of pairs. wanted(rows, unit): what the
-  // page of a tile to come needs.
-  template <class Operand, class Reads, class Pointwise, class Wanted>
+  // each tile handed to pointwise(rows, unit, input, sums): what input(panel, row) says of the panel and the row by their numbers among its
+  // own, null for nothing, and what became of it where the stage continues, else the product alone, null for zero. Even steps walk the
+  // panels forward and odd ones backward, so that what the cache saw last is wanted first. Operands are numbers, to be made pairs in the
+  // workspace where panels are of pairs. wanted(rows, unit): what the page of a tile to come needs.
+  template <class Operand, class Reads, class Input, class Pointwise, class Wanted>
   void tiles(const Member& me, int s, int64_t active, int64_t units, bool multiply, bool backwards, const void* packed, void* workspace,
-             const Operand& operand, const Reads& depth, const Pointwise& pointwise, const Wanted& wanted) const {
+             const Operand& operand, const Reads& depth, const Input& input, const Pointwise& pointwise, const Wanted& wanted) const {
     const Product& product = products[s];
     const int blocks = plan_.blocks[s], vectors = blocks * std::max(product.columns, 1);
     const Panels own = panels_of(me, s);
@@ -238,9 +231,11 @@ class Walk {
     const int64_t paired_row = pairs ? row_bytes(words(m, product, product.depth)) : 0;
     const PanelsAhead panels(m, own.count, bytes);
     const Tiles& kernel = kernels(product);
-    alignas(64) char sums[kMaxVectorsPerPanel * kMaxTileRows * 64];
+    alignas(64) char sums[kTileBytes];
+    const bool continues = cell.continues(s);
     const Split cut(mine.count, tile_count);
-    const auto panel_of = [&](int64_t i) { return own[backwards ? own.count - 1 - i : i]; };
+    const auto number_of = [&](int64_t i) { return backwards ? own.count - 1 - i : i; };
+    const auto panel_of = [&](int64_t i) { return own[number_of(i)]; };
     for (int64_t i = 0; i < own.count; ++i) {
       const int64_t panel = panel_of(i), unit = panel * blocks * m.lanes;
       if (unit >= units) continue;
@@ -249,6 +244,8 @@ class Walk {
       const void* const next = i + 1 < own.count ? at(first, panel_of(i + 1) * bytes) : nullptr;
       for (int64_t tile = 0; tile < tile_count; ++tile) {
         const RowSet set = mine.some(cut(tile), cut(tile + 1));
+        const void* const given = input(number_of(i), cut(tile));
+        const void* result = continues ? given : nullptr;
         if (reads.begin < reads.end) {
           const void* operands[kMaxTileRows];
           for (int r = 0; r < set.count; ++r) operands[r] = at(operand(set[r]), reads.begin * number_bytes);
@@ -260,13 +257,15 @@ class Walk {
             operands[r] = row;
           }
           const bool turns = tile + 1 == tile_count;
-          ask_and_multiply(kernel, vectors, set.count, operands, at(first, panel * bytes), words(m, product, length), sums, panels, next,
-                           tile, turns, [&] {
+          const Sums from_given{result, vectors * m.lanes, sums, vectors * m.lanes};
+          ask_and_multiply(kernel, vectors, set.count, operands, at(first, panel * bytes), words(m, product, length), from_given, panels,
+                           next, tile, turns, [&] {
                              const int64_t then = turns ? 0 : tile + 1;
                              return wanted(mine.some(cut(then), cut(then + 1)), turns ? panel_of(i + 1) * blocks * m.lanes : unit);
                            });
+          result = sums;
         }
-        pointwise(set, unit, reads.begin < reads.end ? sums : nullptr);
+        pointwise(set, unit, given, result);
       }
       fetched = made = true;
     }
@@ -275,14 +274,15 @@ class Walk {
   // One tile's product, which asks for some of the panel that follows where that is far away, else for what the tile that follows wants.
   template <class Wanted>
   void ask_and_multiply(const Tiles& kernel, int vectors, int rows, const void* const* operands, const void* panel, int64_t depth,
-                        void* sums, const PanelsAhead& panels, const void* next, int64_t tile, bool turns, const Wanted& wanted) const {
+                        const Sums& sums, const PanelsAhead& panels, const void* next, int64_t tile, bool turns,
+                        const Wanted& wanted) const {
     Soon soon;
     bool asks = false;
     if ((next || !turns) && asks_ahead(rows, vectors, m.lanes)) {
       if (panels.wanted(next, tile, depth))
         soon = {{panels.lines(next, tile, depth), {}, {}}, {}}, asks = true;
       else if constexpr (!std::is_void_v<decltype(wanted())>)
-        soon = wanted(), asks = true;
+        soon = wanted(), asks = soon.any();
     }
     kernel.tile[vectors - 1][rows - 1](operands, panel, depth, sums, asks ? &soon : nullptr);
   }
