@@ -1,9 +1,9 @@
 """What the machine could do at best, measured in the same run, and the floor under a case that follows.
 
 The recurrent part of a case takes no less than its flops at the highest rate of a product (torch's large ones, or a tile of the engine's in
-registers and L1), than reading U once a step at the bandwidth of the cache that holds each thread's slice of it, and, on several threads,
-than one barrier a step; one thread needs no barrier, so the floor is the lower of the two ways. The products outside the loop add their
-flops at the same rate. Elementwise work counts as nothing.
+registers and L1) and its cell's page, as the engine has it, in L1; than reading U once a step at the bandwidth of the cache that holds each
+thread's slice of it; and, on several threads, than one barrier a step; one thread needs no barrier, so the floor is the lower of the two
+ways. The products outside the loop add their flops at the same rate.
 """
 
 from __future__ import annotations
@@ -58,6 +58,7 @@ class Roofs:
     rates: dict[tuple[str, int], Rate] = field(default_factory=dict)
     bandwidths: dict[tuple[int, int], float | None] = field(default_factory=dict)
     barriers: dict[int, float | None] = field(default_factory=dict)
+    pages: dict[tuple[str, str, str], float] = field(default_factory=dict)  # by cell, pass and dtype
     elapsed: dict[tuple[str, tuple[int, ...]], float] = field(default_factory=dict)  # seconds of the measurements that are kept
 
     def flop_rate(self, dtype: str, threads: int) -> float:
@@ -105,12 +106,22 @@ class Roofs:
             self.barriers[threads] = None if microseconds is None else microseconds * 1e-6
         return self.barriers[threads]
 
+    def page(self, case: Case) -> float:
+        """Seconds of one thread for a unit of a token, forward and, in training, backward; 0 where this build does not measure them."""
+        key = (case.page.name, case.direction, case.dtype)
+        if key not in self.pages:
+            arguments = (case.page.index, ops.cells.STORAGE[DTYPES[case.dtype]], case.training)
+            passes = (self.best("measure_page", *arguments, backward) for backward in ((False, True) if case.training else (False,)))
+            self.pages[key] = sum(ns or 0.0 for ns in passes) * 1e-9
+        return self.pages[key]
+
     def recurrent(self, case: Case, threads: int) -> Floor | None:
         bandwidth, barrier = self.bandwidth(case.weight_bytes, threads), self.barrier(threads)
         if bandwidth is None or barrier is None:
             return None
+        page = self.page(case) * case.tokens * case.H * case.units_share / threads
         return max(
-            Floor(case.recurrent_flops / self.flop_rate(case.dtype, threads), "flops", threads),
+            Floor(case.recurrent_flops / self.flop_rate(case.dtype, threads) + page, "flops", threads),
             Floor(case.weight_bytes * case.sweeps / bandwidth, "cache", threads),
             Floor(barrier * case.sweeps, "barrier", threads),
             key=lambda floor: floor.seconds,
@@ -155,6 +166,10 @@ class Roofs:
                 for (size, n), rate in sorted(self.bandwidths.items(), key=lambda item: item[0])
             ],
             "barrier": [{"threads": n, "us": seconds and seconds * 1e6} for n, seconds in sorted(self.barriers.items())],
+            "page": [
+                {"cell": cell, "pass": direction, "dtype": dtype, "ns": seconds * 1e9}
+                for (cell, direction, dtype), seconds in sorted(self.pages.items())
+            ],
         }
 
 

@@ -100,3 +100,5 @@ def show_roofs(roofs: dict[str, Any], console: Console) -> None:
     for found in roofs["barrier"]:
         rate = "n/a (not measured by this build)" if found["us"] is None else f"{found['us']:.2f} µs"
         console.print(f"roof: {rate} a barrier of {found['threads']} threads")
+    for found in roofs.get("page", ()):  # older reports have none
+        console.print(f"roof: {found['ns']:.2f} ns a unit of a token in {found['cell']}'s page, {found['pass']}, {found['dtype']}")

@@ -264,6 +264,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
     return cpu::measure_product(Storage(storage), threads);
   });
   m.def("measure_barrier", cpu::measure_barrier, py::call_guard<py::gil_scoped_release>());
+  m.def("measure_page", [](int cell, int storage, bool training, bool backward) {
+    if (storage < 0 || storage >= kStorages) throw py::value_error("no such storage type");
+    if (!registry.find(cell)) throw py::value_error("no such cell");
+    const py::gil_scoped_release release;
+    return cpu::measure_page(cell, Storage(storage), training, backward);
+  });
 
   // What is to be run, and running some that do not depend on each other side by side.
   py::class_<Forward>(m, "Forward")

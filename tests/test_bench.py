@@ -1,5 +1,6 @@
 """The benchmarks' own machinery: what is counted, what is refused, what is written."""
 
+import itertools
 import json
 import time
 from dataclasses import replace
@@ -16,6 +17,7 @@ from bench.memory import peak_of_step, saved_for_backward
 from bench.recurrence import recurrence
 from bench.run import report, run_case
 from bench.timing import MIN_SAMPLES, Timing, measure
+from rnnkernels import ops
 
 
 @pytest.fixture(autouse=True)
@@ -283,6 +285,25 @@ def test_the_floor_is_the_roof_that_binds(monkeypatch):
     alone = measured(monkeypatch, bandwidth=50, barrier=1000).floor(case)
     assert alone.seconds == pytest.approx(100 * case.weight_bytes / 50e9 + case.outside_flops / 2e11)
     assert measured(monkeypatch, 50, 0.25).floor(replace(case, B=128)).roof == "flops"
+
+
+def test_a_page_adds_to_the_arithmetic(monkeypatch):
+    case = Case("lstm", "training", "float32", T=100, B=128, I=128, H=128, threads=2)
+    without = measured(monkeypatch, 50, 0.25).floor(case)
+    answers = {"measure_bandwidth": lambda *_: 100, "measure_barrier": lambda _: 0.25, "measure_page": lambda *at: 3 if at[-1] else 2}
+    machine = measured(monkeypatch, 50, 0.25)
+    monkeypatch.setattr(roofs, "kernel_measure", answers.get)
+    assert machine.floor(case).seconds == pytest.approx(without.seconds + 5e-9 * 100 * 128 * 128 / 2)
+    assert machine.facts()["page"] == [{"cell": "lstm", "pass": "training", "dtype": "float32", "ns": pytest.approx(5)}]
+
+
+@pytest.mark.parametrize("cell", ops.CELLS)
+def test_pages_are_measured(cell):
+    measure_page = roofs.kernel_measure("measure_page")
+    for storage, training, backward in itertools.product(range(4), (False, True), (False, True)):
+        assert 0 < measure_page(ops.CELLS[cell].index, storage, training, backward) < 1e6
+    with pytest.raises(ValueError, match="no such cell"):
+        measure_page(10**6, 0, False, False)
 
 
 def test_the_rate_of_products_is_the_highest(monkeypatch):

@@ -118,8 +118,8 @@ struct CellInfo {
     for (int i = 0; i < s; ++i) n += input_slots(i);
     return n;
   }
-  // Whether each slot of a stage that the input or a matrix feeds is fed by both, so that one chain of products can make it.
-  RNN_FN constexpr bool continues(int s) const {
+  // Whether each slot of a stage that the input or a matrix feeds is fed by both, so that a product can add up what both give.
+  RNN_FN constexpr bool fed_alike(int s) const {
     for (int i = 0; i < slots; ++i)
       if (in_stage(s, i) && !(slot[i].feeds & X) != !(slot[i].feeds & H)) return false;
     return true;

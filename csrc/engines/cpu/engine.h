@@ -61,9 +61,11 @@ void prefer_large_pages(void* memory, int64_t bytes);
 int64_t level1_bytes();
 
 // For the benchmarks' roofs: bytes read a second by one team whose members each read their own buffer of so many bytes, over and over;
-// flops a second of the best tile of a product, all of it in L1; a barrier's time. In units of 1e9 and µs.
+// flops a second of the best tile of a product, all of it in L1; a barrier's time; that of a cell's page, forward or backward, for a unit
+// of a row, all of it in L1. In units of 1e9, µs and ns.
 double measure_bandwidth(int64_t bytes, int threads);
 double measure_product(Storage, int threads);
 double measure_barrier(int threads);
+double measure_page(int cell, Storage, bool training, bool backward);
 
 }  // namespace rnnkernels::cpu

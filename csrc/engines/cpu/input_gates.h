@@ -29,7 +29,7 @@ class InputGates {
     std::vector<int64_t> units;  // that take part, of each row; falling
   };
 
-  // The biases in panels, as the sums begin.
+  // The biases in panels, as products add them.
   void start(const Walk::Member& me) const {
     for (int s = 0; s < w.cell.stages; ++s) {
       const int64_t panels = w.inputs[s].columns ? panel_count(w.m, w.inputs[s], w.plan_.blocks[s]) * w.plan_.blocks[s] : 0;

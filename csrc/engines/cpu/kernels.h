@@ -18,18 +18,10 @@ void product(const void* const* operand, const void* panel, int64_t depth, const
   const T* const factors = static_cast<const T*>(panel);
   const W* w = scaled ? reinterpret_cast<const W*>(factors + vectors * V::lanes) : static_cast<const W*>(panel);
   V sum[rows][vectors];
-  const auto* const from = static_cast<const T*>(sums.from);
-  if (scaled || !from) {
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
+  for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
-  } else {
-#pragma GCC unroll 8
-    for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-      for (int v = 0; v < vectors; ++v) sum[r][v] = V::load(from + r * sums.from_row + v * V::lanes);
-  }
+    for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
   const auto load = [&](C* column, int v, int count) __attribute__((always_inline)) {
     if constexpr (sizeof(W) == 2) {
       if (count == 2) return V::load_two(w + v * V::lanes, column[0], column[1]);
@@ -85,14 +77,13 @@ void product(const void* const* operand, const void* panel, int64_t depth, const
 #pragma GCC unroll 2
   for (; k < depth; ++k) add(k);
   T* const to = static_cast<T*>(sums.to);
+  const T* const also = static_cast<const T*>(sums.also);
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
     for (int v = 0; v < vectors; ++v) {
-      if constexpr (scaled) {
-        const V factor = V::load(factors + v * V::lanes);
-        sum[r][v] = from ? fma(sum[r][v], factor, V::load(from + r * sums.from_row + v * V::lanes)) : sum[r][v] * factor;
-      }
+      if constexpr (scaled) sum[r][v] = sum[r][v] * V::load(factors + v * V::lanes);
+      if (also) sum[r][v] = V::load(also + r * sums.also_row + v * V::lanes) + sum[r][v];
       sum[r][v].store(to + r * sums.to_row + v * V::lanes);
     }
 }
@@ -206,8 +197,8 @@ void forward(const ForwardStep& step, const RowSet& rows, int64_t unit, int64_t 
       if (step.gates)
         gates.of_step = static_cast<const S*>(step.gates) + rows[r] * step.gates_row + u, gates.slot = step.gates_slot;
       else if (inputs)
-        gates.of_tile = (cell.continues(stage) ? sum : static_cast<const T*>(input) + place * inputs * L) - first * L;
-      forward_units<Cell, stage, V, S>(step, w, rows[r], u, n, cell.continues(stage) && !step.gates ? nullptr : sum, L, gates, e);
+        gates.of_tile = (cell.fed_alike(stage) ? sum : static_cast<const T*>(input) + place * inputs * L) - first * L;
+      forward_units<Cell, stage, V, S>(step, w, rows[r], u, n, cell.fed_alike(stage) && !step.gates ? nullptr : sum, L, gates, e);
       if constexpr (count > 0) put_sums<count>(e, n, step.partial + rows[r] * step.partial_row + u / L * 2 * count);
     }
   }

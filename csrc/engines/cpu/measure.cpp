@@ -77,4 +77,100 @@ double measure_barrier(int threads) {
   return seconds / repeats * 1e6;
 }
 
+namespace {
+
+// Zeroed memory, piece by piece, each on lines of its own.
+class Zeros {
+ public:
+  void* take(int64_t bytes) {
+    pieces_.emplace_back(size_t(bytes) + 64);
+    return reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(pieces_.back().data()) + 63) / 64 * 64);
+  }
+
+ private:
+  std::vector<std::vector<char>> pieces_;
+};
+
+constexpr int kPageRows = 6;
+
+// A tile's rows of one vector of units, of which nothing is asked but the time they take.
+struct OnePage {
+  OnePage(const Page& page, const Isa& isa, Storage storage)
+      : cell(page.cell),
+        ops(page.ops[int(storage)]),
+        units(isa.number[number_of(storage)].lanes),
+        number(kPageRows * units * kNumberBytes[int(storage)]),
+        stored(kPageRows * units * kStorageBytes[int(storage)]) {}
+
+  double forward(bool training) {
+    ForwardStep step{};
+    step.hidden = step.output = units;
+    if (training) step.kept = zeros.take(cell.room() * stored);
+    step.between = zeros.take(cell.kept * number);
+    step.between_row = cell.kept * units;
+    step.between_slot = units;
+    for (int i = 0; i < cell.states; ++i) {
+      step.previous[i] = step.next[i] = zeros.take(number);
+      step.state_row[i] = units;
+      if (training || i == 0) step.history[i] = zeros.take(stored);
+    }
+    step.moments = zeros.take(cell.moments() * number);
+    step.partial = static_cast<double*>(zeros.take(kPageRows * 2 * kMaxSums * int64_t(sizeof(double))));
+    step.partial_row = 2 * kMaxSums;
+    void* const sums = zeros.take(kMaxSlots * number);
+    return time([&] {
+      for (int s = 0; s < cell.stages; ++s) ops.forward[s](step, {0, kPageRows, 1}, 0, units, 1, sums, sums);
+    });
+  }
+  double backward() {
+    BackwardStep step{};
+    step.hidden = step.output = units;
+    step.kept = step.grad_gates = zeros.take(cell.room() * stored);
+    step.grad_states[0] = zeros.take(stored);
+    step.previous_rows = kPageRows;
+    for (int i = 0; i < cell.states; ++i) {
+      step.previous[i] = step.states[i] = zeros.take(stored);
+      step.carried[i] = zeros.take(number);
+      step.carried_row[i] = units;
+    }
+    for (int s = 0; s < cell.stages; ++s) {
+      step.operand[s] = zeros.take(cell.hidden_slots(s) * number);
+      step.operand_row[s] = cell.hidden_slots(s) * units;
+      step.operand_slot[s] = units;
+    }
+    step.moments = zeros.take(cell.moments() * number);
+    step.means = zeros.take(kMaxSums * number);
+    step.partial = static_cast<double*>(zeros.take(kPageRows * 2 * kMaxSums * int64_t(sizeof(double))));
+    step.partial_row = 2 * kMaxSums;
+    void* const sums = zeros.take(number);
+    return time([&] {
+      for (int s = cell.stages - 1; s >= 0; --s) ops.backward[s](step, {0, kPageRows, 1}, 0, units, 1, sums);
+    });
+  }
+
+ private:
+  // Nanoseconds a unit of a row.
+  template <class Tile>
+  double time(const Tile& tile) const {
+    constexpr int64_t repeats = 1000;
+    for (int64_t i = 0; i < repeats / 10; ++i) tile();
+    const auto start = std::chrono::steady_clock::now();
+    for (int64_t i = 0; i < repeats; ++i) tile();
+    const std::chrono::duration<double, std::nano> taken = std::chrono::steady_clock::now() - start;
+    return taken.count() / double(repeats * kPageRows * units);
+  }
+
+  const CellInfo& cell;
+  const PageOps& ops;
+  const int64_t units, number, stored;  // bytes of a vector of each row
+  Zeros zeros;
+};
+
+}  // namespace
+
+double measure_page(int cell, Storage storage, bool training, bool backward) {
+  OnePage page(page_of(cell, current()), current(), storage);
+  return backward ? page.backward() : page.forward(training);
+}
+
 }  // namespace rnnkernels::cpu

@@ -25,17 +25,18 @@ struct RowSet {
   }
 };
 
-// What a tile's sums begin with, null for zero, and where they go: a row's vectors side by side, so many numbers from one row to the next.
+// What is added to a tile's sums in the end, null for nothing, and where they go: a row's vectors side by side, so many numbers from one
+// row to the next.
 struct Sums {
-  const void* from;
-  int64_t from_row;
+  const void* also;
+  int64_t also_row;
   void* to;
   int64_t to_row;
 };
 constexpr int kTileBytes = kMaxVectorsPerPanel * kMaxTileRows * 64;
 
-// Kernels for each tile: to[row][vector][lane] = from[row][vector][lane] + Σ_k rows[row][k] panel[k][vector][lane], each a chain over k in
-// order (for int8, whose sum is scaled, what it begins with is added in the end). Null soon: it asks for nothing.
+// Kernels for each tile: to[row][vector][lane] = also[row][vector][lane] + Σ_k rows[row][k] panel[k][vector][lane], each Σ a chain over k
+// in order: begun with what is added, it would be one as long as both, and err by more. Null soon: it asks for nothing.
 struct Tiles {
   using Tile = void (*)(const void* const* rows, const void* panel, int64_t depth, const Sums& sums, const Soon* soon);
   Tile tile[kMaxVectorsPerPanel][kMaxTileRows];
@@ -82,8 +83,8 @@ struct StorageOps {
 
 struct PageOps {
   // The pointwise part of a stage for a tile of rows and `blocks` vectors of units from `unit` on, as far as `end`; null sums are zero.
-  // Forward's input gates are in the step or, with the bias, sums of a tile too, to which the recurrent ones are added where a stage
-  // continues.
+  // Forward's input gates are in the step or, with the bias, sums of a tile too, to which the recurrent ones are added where
+  // both feed a stage's slots alike.
   using Forward = void (*)(const ForwardStep&, const RowSet&, int64_t unit, int64_t end, int blocks, const void* input, const void* sums);
   using Backward = void (*)(const BackwardStep&, const RowSet&, int64_t unit, int64_t end, int blocks, const void* sums);
   Forward forward[kMaxStages];

@@ -212,9 +212,9 @@ class Walk {
 
   // This member's tiles of one stage: operand(row) times every panel of its own that has units below `units`, as far as depth(unit) says,
   // each tile handed to pointwise(rows, unit, input, sums): what input(panel, row) says of the panel and the row by their numbers among its
-  // own, null for nothing, and what became of it where the stage continues, else the product alone, null for zero. Even steps walk the
-  // panels forward and odd ones backward, so that what the cache saw last is wanted first. Operands are numbers, to be made pairs in the
-  // workspace where panels are of pairs. wanted(rows, unit): what the page of a tile to come needs.
+  // own, null for nothing, and what became of it where both feed its slots alike, else the product alone, null for zero. Even steps walk
+  // the panels forward and odd ones backward, so that what the cache saw last is wanted first. Operands are numbers, to be made pairs in
+  // the workspace where panels are of pairs. wanted(rows, unit): what the page of a tile to come needs.
   template <class Operand, class Reads, class Input, class Pointwise, class Wanted>
   void tiles(const Member& me, int s, int64_t active, int64_t units, bool multiply, bool backwards, const void* packed, void* workspace,
              const Operand& operand, const Reads& depth, const Input& input, const Pointwise& pointwise, const Wanted& wanted) const {
@@ -232,7 +232,7 @@ class Walk {
     const PanelsAhead panels(m, own.count, bytes);
     const Tiles& kernel = kernels(product);
     alignas(64) char sums[kTileBytes];
-    const bool continues = cell.continues(s);
+    const bool alike = cell.fed_alike(s);
     const Split cut(mine.count, tile_count);
     const auto number_of = [&](int64_t i) { return backwards ? own.count - 1 - i : i; };
     const auto panel_of = [&](int64_t i) { return own[number_of(i)]; };
@@ -245,7 +245,7 @@ class Walk {
       for (int64_t tile = 0; tile < tile_count; ++tile) {
         const RowSet set = mine.some(cut(tile), cut(tile + 1));
         const void* const given = input(number_of(i), cut(tile));
-        const void* result = continues ? given : nullptr;
+        const void* result = alike ? given : nullptr;
         if (reads.begin < reads.end) {
           const void* operands[kMaxTileRows];
           for (int r = 0; r < set.count; ++r) operands[r] = at(operand(set[r]), reads.begin * number_bytes);
@@ -257,8 +257,8 @@ class Walk {
             operands[r] = row;
           }
           const bool turns = tile + 1 == tile_count;
-          const Sums from_given{result, vectors * m.lanes, sums, vectors * m.lanes};
-          ask_and_multiply(kernel, vectors, set.count, operands, at(first, panel * bytes), words(m, product, length), from_given, panels,
+          const Sums with_given{result, vectors * m.lanes, sums, vectors * m.lanes};
+          ask_and_multiply(kernel, vectors, set.count, operands, at(first, panel * bytes), words(m, product, length), with_given, panels,
                            next, tile, turns, [&] {
                              const int64_t then = turns ? 0 : tile + 1;
                              return wanted(mine.some(cut(then), cut(then + 1)), turns ? panel_of(i + 1) * blocks * m.lanes : unit);
