@@ -44,16 +44,18 @@ class InputGates {
     }
   }
 
-  // Of a step and a stage, the tile that begins at a panel and at a row, by their numbers among the member's own. Null: there is nothing.
-  struct Made {
-    const void* gates;
+  // A member's part of the workspace for a stage, [panel][row][vector][lane]: where a tile begins, by the numbers of its panel and its
+  // first row among the member's own. Null: there is nothing.
+  struct Region {
+    void* gates;
     int64_t panel_bytes, row_bytes;
-    const void* operator()(int64_t panel, int64_t row) const { return at(gates, panel * panel_bytes + row * row_bytes); }
+    void* operator()(int64_t panel, int64_t row) const { return at(gates, panel * panel_bytes + row * row_bytes); }
   };
-  Made made(const Walk::Member& me, int64_t n, int s, const Chunk& chunk) const {
+  // Of the walk's n-th step alone.
+  Region made(const Walk::Member& me, int64_t n, int s, const Chunk& chunk) const {
     if (w.p.complete || !w.inputs[s].columns) return {nullptr, 0, 0};
     const Region region = region_of(me, s);
-    return {at(region.gates, chunk.first[size_t(n % w.plan_.chunk)] * region.row_bytes), region.panel_bytes, region.row_bytes};
+    return {region(0, chunk.first[size_t(n % w.plan_.chunk)]), region.panel_bytes, region.row_bytes};
   }
 
   void make(const Walk::Member& me, int64_t n0, Chunk& chunk) const {
@@ -108,11 +110,7 @@ class InputGates {
     }
   }
 
-  // A member's part of the workspace for a stage: [panel][row][vector][lane], a chunk's rows.
-  struct Region {
-    void* gates;
-    int64_t panel_bytes, row_bytes;
-  };
+  // Of a chunk's rows.
   Region region_of(const Walk::Member& me, int s) const {
     const auto [first, last] = w.range_of(me);
     const int64_t row_bytes = tile_row(w.m, w.inputs[s], w.plan_.blocks[s]) * w.number_bytes;
@@ -136,9 +134,8 @@ class InputGates {
           product, blocks, at(packed_in(f), w.memory.packed_input[s]), begin, std::min(last * finer, all), 0, count,
           [&](int64_t row) { return chunk.operands[size_t(row)]; },
           [&](int64_t row, int64_t panel) {
-            const int64_t place = (number + panel / finer - first) * region.panel_bytes + row * region.row_bytes;
-            return Sums{at(f.workspace, w.memory.bias[s] + panel * part_bytes), 0, at(region.gates, place + panel % finer * part_bytes),
-                        region.row_bytes / w.number_bytes};
+            return Sums{at(f.workspace, w.memory.bias[s] + panel * part_bytes), 0,
+                        at(region(number + panel / finer - first, row), panel % finer * part_bytes), region.row_bytes / w.number_bytes};
           },
           [](int64_t, int, int64_t) {}, [&](int64_t) { return product.depth; },
           // Inputs come from far away once, for the first panel.

@@ -152,7 +152,7 @@ struct OnePage {
   // Nanoseconds a unit of a row.
   template <class Tile>
   double time(const Tile& tile) const {
-    constexpr int64_t repeats = 1000;
+    constexpr int64_t repeats = 10000;
     for (int64_t i = 0; i < repeats / 10; ++i) tile();
     const auto start = std::chrono::steady_clock::now();
     for (int64_t i = 0; i < repeats; ++i) tile();

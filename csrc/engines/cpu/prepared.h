@@ -77,7 +77,7 @@ class Prepared {
       if (s > 0 && w.cell.stage[s - 1].sums)
         w.add_sums(me, s - 1, w.cell.stage[s - 1].sums, true, active, f.workspace, moments, width, w.cell.moments(s - 1));
       step.partial = width ? w.partial(f.workspace, s) : nullptr;
-      const InputGates::Made made = input.made(me, n, s, chunk);
+      const InputGates::Region made = input.made(me, n, s, chunk);
       const int operand = w.cell.stage[s].operand;
       const int64_t between_bytes = w.row_bytes(w.cell.kept * p.hidden), units = w.units(t, s);
       w.tiles(
