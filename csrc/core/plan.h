@@ -2,7 +2,7 @@
 //
 // One step of one stage multiplies r rows by a matrix cut into panels of units. Panels may be split over threads (the weights stay where
 // they are, one barrier a step) and rows may be (no barrier, each thread reads all weights); on many cores both at once. No choice made
-// here changes a bit of the result: every output element is one chain of multiply-adds over k in order, whatever the tile.
+// here changes a bit of the result: every output element is added up over k in the same order, whatever the tile.
 #pragma once
 
 #include <stdint.h>

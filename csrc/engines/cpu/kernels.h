@@ -6,7 +6,7 @@
 
 namespace rnnkernels::cpu {
 
-// All columns of a unit lie in one lane; the tile's sums stay in registers while the panel, of elements W, streams by once, multiplied as
+// All columns of a unit lie in one lane; a chain's sums stay in registers while the panel, of elements W, streams by once, multiplied as
 // vectors C. Meanwhile a tile that is tall enough to have time for it asks for memory that will be wanted next, a line for each k.
 template <class V, class C, class W, int vectors, int rows>
 void product(const void* const* operand, const void* panel, int64_t depth, const Sums& sums, const Soon* soon) {
@@ -18,10 +18,6 @@ void product(const void* const* operand, const void* panel, int64_t depth, const
   const T* const factors = static_cast<const T*>(panel);
   const W* w = scaled ? reinterpret_cast<const W*>(factors + vectors * V::lanes) : static_cast<const W*>(panel);
   V sum[rows][vectors];
-#pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
   const auto load = [&](C* column, int v, int count) __attribute__((always_inline)) {
     if constexpr (sizeof(W) == 2) {
       if (count == 2) return V::load_two(w + v * V::lanes, column[0], column[1]);
@@ -58,34 +54,48 @@ void product(const void* const* operand, const void* panel, int64_t depth, const
     }
     w += vectors * V::lanes;
   };
-  int64_t k = 0;
-  if constexpr (asks_ahead(rows, vectors, V::lanes)) {
-    const auto ask = [&](const Ahead& pieces, auto write) __attribute__((always_inline)) {
-      const Ahead ahead = pieces;
-      const int64_t first = k, end = depth - k < ahead.lines() ? depth : k + ahead.lines();
-#pragma GCC unroll 2
-      for (; k < end; ++k) {
-        __builtin_prefetch(ahead.line(k - first), write.value, write.value ? 3 : 2);
-        add(k);
-      }
-    };
-    if (soon) {
-      for (const Ahead& pieces : soon->reads) ask(pieces, Index<0>());
-      ask(soon->writes, Index<1>());
-    }
-  }
-#pragma GCC unroll 2
-  for (; k < depth; ++k) add(k);
   T* const to = static_cast<T*>(sums.to);
   const T* const also = static_cast<const T*>(sums.also);
+  int64_t k = 0;
+  do {
+    const bool begins = k == 0;
+    const int64_t end = depth - k < kProductsInAChain ? depth : k + kProductsInAChain;
 #pragma GCC unroll 8
-  for (int r = 0; r < rows; ++r)
+    for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < vectors; ++v) {
-      if constexpr (scaled) sum[r][v] = sum[r][v] * V::load(factors + v * V::lanes);
-      if (also) sum[r][v] = V::load(also + r * sums.also_row + v * V::lanes) + sum[r][v];
-      sum[r][v].store(to + r * sums.to_row + v * V::lanes);
+      for (int v = 0; v < vectors; ++v) sum[r][v] = V(0);
+    if constexpr (asks_ahead(rows, vectors, V::lanes)) {
+      int64_t first = 0;  // of the k at which the pieces are asked for
+      const auto ask = [&](const Ahead& pieces, auto write) __attribute__((always_inline)) {
+        const Ahead ahead = pieces;
+        const int64_t last = first + ahead.lines() < end ? first + ahead.lines() : end;
+#pragma GCC unroll 2
+        for (; k < last; ++k) {
+          __builtin_prefetch(ahead.line(k - first), write.value, write.value ? 3 : 2);
+          add(k);
+        }
+        first += ahead.lines();
+      };
+      if (soon) {
+        for (const Ahead& pieces : soon->reads) ask(pieces, Index<0>());
+        ask(soon->writes, Index<1>());
+      }
     }
+#pragma GCC unroll 2
+    for (; k < end; ++k) add(k);
+#pragma GCC unroll 8
+    for (int r = 0; r < rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < vectors; ++v) {
+        V& all = sum[r][v];
+        if (!begins) all = V::load(to + r * sums.to_row + v * V::lanes) + all;
+        if (end == depth) {
+          if constexpr (scaled) all = all * V::load(factors + v * V::lanes);
+          if (also) all = V::load(also + r * sums.also_row + v * V::lanes) + all;
+        }
+        all.store(to + r * sums.to_row + v * V::lanes);
+      }
+  } while (k < depth);
 }
 
 template <class V>
