@@ -198,7 +198,7 @@ py::dict build() {
   d["headers"] = RNNKERNELS_HEADERS;
   d["flags"] = py::dict(py::arg("all") = RNNKERNELS_FLAGS, py::arg("scalar") = "", py::arg("avx2") = RNNKERNELS_FLAGS_AVX2,
                         py::arg("avx512") = RNNKERNELS_FLAGS_AVX512, py::arg("avx512bf16") = RNNKERNELS_FLAGS_AVX512BF16,
-                        py::arg("cuda") = RNNKERNELS_FLAGS_CUDA);
+                        py::arg("amx") = RNNKERNELS_FLAGS_AMX, py::arg("cuda") = RNNKERNELS_FLAGS_CUDA);
   d["cuda"] = py::none();
 #if RNNKERNELS_CUDA
   const cuda::Probe probe = cuda::probe();
@@ -232,6 +232,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("build", build);
   m.def("supported_isas", cpu::supported_isas);
   m.def("isa", cpu::isa);
+  m.def("isa_of_pages", cpu::isa_of_pages);
   m.def("set_isa", cpu::set_isa);
   m.def("workspace_bytes", [](const Problem& p, bool backward) { return cpu::workspace_bytes(p, cpu::page_of(p), backward); });
   m.def("packing", [](const Problem& p) {

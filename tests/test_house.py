@@ -99,14 +99,14 @@ def test_pages_stay_pages_and_engines_stay_readable() -> None:
             assert lines <= (150 if makes_pages else 90), f"{path.name} has {lines} lines"
 
 
-@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16"])
+@pytest.mark.parametrize("isa", ["avx2", "avx512", "avx512bf16", "amx"])
 def test_no_function_of_an_instruction_set_can_be_picked_for_another(isa: str) -> None:
     objects = sorted((ROOT / "build").glob(f"**/isa_{isa}.cpp.o"), key=lambda path: path.stat().st_mtime, reverse=True)
     if not objects:
         pytest.skip(f"no object file of isa_{isa}.cpp under build/: the package was not built in this checkout")
     listing = subprocess.run(["nm", "-C", str(objects[0])], capture_output=True, text=True, check=True).stdout
     weak = [line for line in listing.splitlines() if re.search(r" [WV] ", line)]
-    assert weak, "the kernels are templates, so there must be some"
+    assert weak or isa == "amx", "the kernels are templates, so there must be some; AMX's are its file's own"
     # Data of the contract's tables holds no instructions; everything else must carry its number type in its name.
     shared = [line for line in weak if f"rnnkernels::{isa}::" not in line and not re.search(r" V ", line)]
     assert not shared, shared

@@ -47,21 +47,26 @@ int64_t run_of(int n, int64_t apart, const Place& place) {
   return run;
 }
 
-// Panels that a core's L2 does not hold come from L3 while others are multiplied.
+// Panels that a core's L2 does not hold come from L3 while others are multiplied, each by so many tiles.
 class PanelsAhead {
  public:
-  PanelsAhead(const Machine& m, int64_t count, int64_t panel_bytes) : far_(count * panel_bytes > m.l2_bytes / 2), bytes_(panel_bytes) {}
+  PanelsAhead(const Machine& m, const Product& product, int blocks, int64_t count, int64_t tiles)
+      : bytes_(panel_bytes(m, product, blocks)),
+        share_(by_matrices(m, product) && tiles ? ceil_div(bytes_, tiles * 64) : 0),
+        far_(count * bytes_ > m.l2_bytes / 2) {}
 
   bool far() const { return far_; }
-  // Whether a tile asks for some of the next panel: as many lines as the product has k, the first tile the first ones.
-  bool wanted(const void* next, int64_t tile, int64_t depth) const { return far_ && next && tile * depth * 64 < bytes_; }
+  // Whether a tile asks for some of the next panel: its share of it, or as many lines as the product has k, the first tile the first ones.
+  bool wanted(const void* next, int64_t tile, int64_t depth) const { return far_ && next && tile * lines_of(depth) * 64 < bytes_; }
   Ahead lines(const void* next, int64_t tile, int64_t depth) const {
-    return {static_cast<const char*>(next) + tile * depth * 64, 64, depth, 0};
+    return {static_cast<const char*>(next) + tile * lines_of(depth) * 64, 64, lines_of(depth), 0};
   }
 
  private:
+  int64_t lines_of(int64_t depth) const { return share_ ? share_ : depth; }
+
+  int64_t bytes_, share_;
   bool far_;
-  int64_t bytes_;
 };
 
 }  // namespace rnnkernels

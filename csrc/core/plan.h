@@ -12,7 +12,8 @@
 namespace rnnkernels {
 
 constexpr int kMaxVectorsPerPanel = 8;  // vector registers a panel is wide
-constexpr int kMaxTileRows = 8;
+constexpr int kMaxTileRows = 32;
+constexpr int kMaxFmaRows = 8;  // of one whose sums are vectors
 
 // One matrix of the recurrence as a kernel sees it: `columns` vectors of results for every vector of units.
 struct Product {
@@ -59,9 +60,10 @@ struct Machine {
   int lanes;      // of the number type
   int registers;  // accumulators a tile may use
   int64_t number_bytes;
-  bool pairs = false;    // tensors are bfloat16, of which the processor multiplies two at once
-  double fma_ns = 0.28;  // one vector multiply-add, steady state; also one vector load, or two broadcasts
-  double latency = 4;    // multiply-adds in flight that reach it
+  bool pairs = false;     // tensors are bfloat16, of which the processor multiplies two at once
+  bool matrices = false;  // and it does so a tile at a time
+  double fma_ns = 0.28;   // one vector multiply-add, steady state; also one vector load, or two broadcasts
+  double latency = 4;     // multiply-adds in flight that reach it
   double l2_gbs = 110, l3_gbs = 60, memory_gbs = 12;
   int64_t chunk_bytes = 256 << 10;  // of input gates a thread makes at a time: they are still in its L2 when the steps want them
   int64_t grad_tokens = 256;        // of a chunk of gate gradients: long enough for sums over them to be written seldom
@@ -131,10 +133,16 @@ inline MatrixBytes matrix_bytes(Machine m, const CellInfo& cell, const Problem& 
   return found;
 }
 
-inline int tile_rows(const Machine& m, int vectors) {
+inline bool by_matrices(const Machine& m, const Product& p) { return m.matrices && in_pairs(m, p); }
+
+inline int tile_rows(const Machine& m, const Product& p, int vectors) {
+  if (by_matrices(m, p)) return kMaxTileRows;
   const int r = m.registers / vectors;
-  return r < 1 ? 1 : r > kMaxTileRows ? kMaxTileRows : r;
+  return r < 1 ? 1 : r > kMaxFmaRows ? kMaxFmaRows : r;
 }
+
+// Multiply-adds of vectors that the processor does for a word of a panel's row while it might do one.
+inline double at_once(const Machine& m) { return m.matrices ? 12 : m.pairs ? 2 : 1; }
 
 // One step's time of one thread that has `rows` rows and its share of the panels.
 inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t rows, int unit_groups) {
@@ -143,11 +151,19 @@ inline double product_ns(const Machine& m, const Product& p, int blocks, int64_t
   const int64_t panels = ceil_div(ceil_div(p.units, int64_t(blocks) * m.lanes), unit_groups);
   const double pointwise = double(panels) * vectors * rows * m.pointwise_ns;
   if (!p.depth) return pointwise;
-  const int64_t passes = ceil_div(rows, tile_rows(m, vectors));
-  const double tile = double(vectors) * rows / passes;  // multiply-adds in flight
-  const double loads = vectors + 0.5 * rows / passes;
-  const double cycle = (tile > m.latency ? tile > loads ? tile : loads : m.latency > loads ? m.latency : loads) + 1;
-  const double arithmetic = double(panels) * passes * words(m, p, p.depth) * cycle * m.fma_ns;
+  const int64_t passes = ceil_div(rows, tile_rows(m, p, vectors));
+  const double height = double(rows) / passes;
+  double arithmetic = double(panels) * passes * m.fma_ns;
+  if (by_matrices(m, p)) {
+    // Of sixteen words: a cycle for each row of each tile, eight to load one, and a chain's latency; then the sums are stored.
+    const double busy = vectors * height, loads = 8.0 * (vectors + 1), waits = 52;
+    const double cycles = busy > loads ? busy > waits ? busy : waits : loads > waits ? loads : waits;
+    arithmetic *= double(ceil_div(words(m, p, p.depth), 16)) * cycles + 2 * height * vectors + 40;
+  } else {
+    const double tile = vectors * height, loads = vectors + 0.5 * height;  // tile: multiply-adds in flight
+    const double cycle = (tile > m.latency ? tile > loads ? tile : loads : m.latency > loads ? m.latency : loads) + 1;
+    arithmetic *= double(words(m, p, p.depth)) * cycle;
+  }
   const double bytes = double(panels) * double(panel_bytes(m, p, blocks));
   const double rate = bytes <= m.l1_bytes                 ? 4 * m.l2_gbs
                       : bytes <= m.l2_bytes               ? m.l2_gbs
@@ -215,13 +231,14 @@ inline void share_gradients(const Machine& m, const Problem& p, Schedule& s) {
   const auto share = [&](int64_t n) { return ceil_div(n > 1 ? n : 1, s.threads()); };
   const int64_t tokens = share(s.grad_chunk * most_rows(p, s.sum_groups)), units = ceil_div(share(p.hidden), m.lanes) * m.lanes;
   const int64_t few = m.l2_bytes / 2 / ((p.input + p.output) * m.number_bytes) / m.lanes * m.lanes;
-  s.numbers_tokens = tokens < kMaxTileRows ? kMaxTileRows : tokens < kNumbersTokens ? tokens : kNumbersTokens;
+  const int64_t tile = m.matrices ? kMaxTileRows : kMaxFmaRows;
+  s.numbers_tokens = tokens < tile ? tile : tokens < kNumbersTokens ? tokens : kNumbersTokens;
   s.turned_units = few < m.lanes ? m.lanes : few < units ? few : units;
 }
 
 // How many steps a layer of a chain is behind the one below: enough rows for a tile of the input's product, and few of all steps.
 inline int64_t chain_steps(const Problem& p) {
-  const int64_t tile = ceil_div(kMaxTileRows, p.batch > 1 ? p.batch : 1), few = ceil_div(p.steps, 16);
+  const int64_t tile = ceil_div(kMaxFmaRows, p.batch > 1 ? p.batch : 1), few = ceil_div(p.steps, 16);
   return tile > few ? tile : few;
 }
 
@@ -231,7 +248,6 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
   const bool cut = p.row_groups > 0 && p.row_groups <= most && p.row_groups <= p.batch && most / p.row_groups * p.row_groups >= least;
   const bool gradients = backward && !p.complete;
   const Schedule base = gradients ? grad_schedule(m, cell, p) : Schedule();
-  const double at_once = m.lanes * (m.pairs ? 2 : 1);
   double products = 0;  // multiply-adds a token of the products outside the recurrence
   if (gradients) {
     products = 2.0 * double(p.input) * double(cell.input_slots() * p.hidden);
@@ -249,7 +265,7 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       s.unit_groups = unit_groups;
       const int64_t rows = ceil_div(p.batch, row_groups);
       double pack = 0, step = 0;
-      double input = products * double(p.batch) * double(p.steps) / at_once * 1.15 * m.fma_ns / s.threads();
+      double input = products * double(p.batch) * double(p.steps) / (m.lanes * at_once(m)) * 1.15 * m.fma_ns / s.threads();
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
         if (p.complete) product.depth = 0;
@@ -265,9 +281,9 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
         }
         if (!backward && !p.complete) {
           input += product_ns(m, x, s.input_blocks[stage], rows * p.steps, unit_groups);
-          pack += double(x.units) * x.columns * x.depth / at_once * 2 * m.fma_ns / s.threads();
+          pack += double(x.units) * x.columns * x.depth / (m.lanes * (m.pairs ? 2 : 1)) * 2 * m.fma_ns / s.threads();
         }
-        pack += double(product.units) * product.columns * product.depth / at_once * 2 * m.fma_ns / s.threads();
+        pack += double(product.units) * product.columns * product.depth / (m.lanes * (m.pairs ? 2 : 1)) * 2 * m.fma_ns / s.threads();
       }
       s.ns = step * double(p.steps) + input + pack + (s.threads() > 1 ? m.fork_ns : 0);
       // What a step of a chunk takes of a thread's memory: its gates and, where it is not one as it lies, its input as an operand.

@@ -44,6 +44,7 @@ struct Kernels {
   template <class Exact>
   void multiply(const Product& p, int blocks, const void* row, const char* packed, const char* what, const Exact& exact) const {
     const int vectors = blocks * p.columns;
+    const Registers registers(isa.pairs);
     alignas(64) float sums[kMaxVectorsPerPanel * 16];
     for (int64_t panel = 0; panel < panel_count(m, p, blocks); ++panel) {
       tiles.tile[vectors - 1][0](&row, packed + panel * panel_bytes(m, p, blocks), words(m, p, p.depth),
@@ -112,6 +113,59 @@ void spread_and_turned(const Kernels& k) {
     });
 }
 
+// Several rows at once, side by side or anywhere, with or without something to add: the same for each or one for all.
+void tiles(const Kernels& k) {
+  const int vectors = int(between(1, kMaxVectorsPerPanel)), row_of_tile = vectors * k.m.lanes;
+  const Product p{k.m.lanes, between(1, 400), vectors};
+  const int count = int(between(1, tile_rows(k.m, p, vectors)));
+  const int64_t depth = words(k.m, p, p.depth), row = (depth + between(0, 40)) * 4;
+  const auto weights = numbers(vectors * k.m.lanes * p.depth);
+  const auto panel = memory(panel_bytes(k.m, p, 1)), rows = memory(2 * count * row);
+  k.panels.pack(weights.get(), p, 1, 0, 1, 0, panel.get());
+  std::vector<std::vector<float>> wide;
+  std::vector<const void*> operands;
+  const bool apart = between(0, 1);
+  for (int r = 0; r < count; ++r) {
+    const auto x = numbers(p.depth);
+    wide.emplace_back();
+    for (int64_t i = 0; i < p.depth; ++i) wide.back().push_back(widen(x[size_t(i)]));
+    char* const to = rows.get() + (r + (apart ? between(0, 1) * count : 0)) * row;
+    operands.push_back(to);
+    if (k.pairs)
+      k.isa.pairs->narrow(wide.back().data(), p.depth, to);
+    else
+      std::memcpy(to, wide.back().data(), size_t(p.depth) * 4);
+  }
+  const int64_t to_row = row_of_tile + 16 * between(0, 2), also_row = between(0, 1) * (row_of_tile + 16);
+  const bool adds = between(0, 1);
+  const auto to = memory(count * to_row * 4), also = memory((count * also_row + row_of_tile) * 4);
+  const auto number_of = [](const auto& memory, int64_t i) {
+    float x;
+    std::memcpy(&x, memory.get() + i * 4, 4);
+    return x;
+  };
+  for (int64_t i = 0; i < count * also_row + row_of_tile; ++i) {
+    const float x = float(between(-8, 8));
+    std::memcpy(also.get() + i * 4, &x, 4);
+  }
+  Soon soon{};
+  soon.reads[1] = {panel.get(), 64, between(0, 20), 1};
+  soon.writes = {to.get(), 64, between(0, 3), 0};
+  const Registers registers(k.isa.pairs);
+  k.tiles.tile[vectors - 1][count - 1](operands.data(), panel.get(), depth, {adds ? also.get() : nullptr, also_row, to.get(), to_row},
+                                       between(0, 1) ? &soon : nullptr);
+  for (int r = 0; r < count; ++r)
+    for (int column = 0; column < vectors; ++column)
+      for (int lane = 0; lane < k.m.lanes; ++lane) {
+        const int64_t at = column * k.m.lanes + lane;
+        double expected = adds ? number_of(also, r * also_row + at) : 0;
+        for (int64_t i = 0; i < p.depth; ++i) expected += double(wide[size_t(r)][size_t(i)]) * widen(weights[size_t(at * p.depth + i)]);
+        const double found = number_of(to, r * to_row + at);
+        check(std::fabs(found - expected) < 2e-3, "%s: %d rows by %d vectors, depth %ld, row %d, number %ld: %g, not %g", k.isa.name, count,
+              vectors, long(p.depth), r, long(at), found, expected);
+      }
+}
+
 }  // namespace
 }  // namespace rnnkernels::cpu
 
@@ -123,6 +177,7 @@ int main() {
     for (int i = 0; i < 1000; ++i) {
       cpu::packed(kernels);
       cpu::spread_and_turned(kernels);
+      cpu::tiles(kernels);
     }
     std::printf("%s: 1000 matrices\n", name.c_str());
   }

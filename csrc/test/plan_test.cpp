@@ -31,8 +31,9 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     const Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
     const int vectors = s.blocks[stage] * std::max(product.columns, 1);
     if (vectors > kMaxVectorsPerPanel) where("a panel wider than the kernels");
-    const int rows = tile_rows(m, vectors);
-    if (rows < 1 || rows > kMaxTileRows || (rows > 1 && rows * vectors > m.registers)) where("a tile larger than the registers");
+    const int rows = tile_rows(m, product, vectors);
+    if (rows < 1 || rows > kMaxTileRows || (!by_matrices(m, product) && rows > 1 && rows * vectors > m.registers))
+      where("a tile larger than the registers");
     const int64_t panels = panel_count(m, product, s.blocks[stage]);
     if (panels * s.blocks[stage] * m.lanes < product.units) where("units without a panel");
     if ((panels - 1) * s.blocks[stage] * m.lanes >= product.units) where("a panel without units");
@@ -104,7 +105,7 @@ void test(const Machine& m, const CellInfo& cell, const Problem& p, bool backwar
     };
     parts.push_back({l.grad_packed, panels(grad_input_product(cell, p), s.grad_input_blocks)});
     if (s.turned_units < m.lanes || s.turned_units % m.lanes) where("units turned that are no whole vectors");
-    if (s.numbers_tokens < kMaxTileRows) where("numbers of less tokens than a tile has rows");
+    if (s.numbers_tokens < (m.matrices ? kMaxTileRows : kMaxFmaRows)) where("numbers of less tokens than a tile has rows");
     for (int id = 0; id < s.threads(); ++id) {
       const auto add = [&](int64_t offset, int64_t bytes) { parts.push_back({offset + id * l.grad_thread, bytes}); };
       add(l.grad_numbers, s.numbers_tokens * padded(cell.input_slots() * p.hidden, number) * number);
@@ -210,12 +211,17 @@ void test_ahead() {
   Machine m{16, 24, 4};
   m.l2_bytes = 1 << 12;
   constexpr int64_t depth = 10, bytes = depth * 4 * 64;
-  const PanelsAhead panels(m, 2, bytes);
+  const Product product{32, depth, 4};
+  const PanelsAhead panels(m, product, 1, 2, 3);
   int64_t asked = 0;
   for (int64_t tile = 0; panels.wanted(memory, tile, depth); ++tile, asked += depth)
     check(panels.lines(memory, tile, depth).line(0) == memory + asked * 64, "tile %ld asks for other lines", long(tile));
   check(asked * 64 == bytes, "%ld lines of a panel", long(asked));
-  check(!panels.wanted(nullptr, 0, depth) && !PanelsAhead(Machine{16, 24, 4}, 2, bytes).wanted(memory, 0, depth),
+  m.pairs = m.matrices = true;
+  const PanelsAhead shared(m, {32, 4 * depth, 4}, 1, 2, 3);  // 80 lines, 27 a tile
+  check(shared.wanted(memory, 2, depth) && !shared.wanted(memory, 3, depth) && shared.lines(memory, 2, depth).line(0) == memory + 54 * 64,
+        "a tile's share of a panel");
+  check(!panels.wanted(nullptr, 0, depth) && !PanelsAhead(Machine{16, 24, 4}, product, 1, 2, 3).wanted(memory, 0, depth),
         "asks for the panel after the last, or for one that is near");
   const int64_t places[] = {5, 6, 7, 9};
   check(run_of(4, 1, [&](int r) { return places[r]; }) == 3 && run_of(1, 1, [&](int r) { return places[r]; }) == 1, "runs of places");
@@ -241,6 +247,7 @@ int main() {
                 const bool complete = steps == 1 && cell.stages == 1, training = backward || hidden % 2;
                 const Storage storage = bytes == 8 ? Storage::F64 : batch % 2 ? Storage::F32 : Storage::BF16;
                 m.pairs = storage == Storage::BF16 && lanes == 16 && hidden != 511;
+                m.matrices = m.pairs && hidden % 3 == 1;
                 Problem p{0, storage, steps, batch, threads == 3 ? 41 : 40, hidden, output, nullptr, false, training, complete, threads};
                 if (!training && !complete && bytes == 4) p.weight_type = WeightType(batch % kWeightTypes);
                 p.keeps_packed = !backward && !complete && threads % 2;

@@ -15,7 +15,7 @@ class Plan:
     """What would run one layer in one direction, and why.
 
     ``name``: "layer 0 forward", "layer 0 reverse" and so on, of a cell "step". ``engine``: as :func:`rnnkernels.ops.sequence` names them.
-    ``isa``: the instruction set of a CPU's kernels ("avx512bf16", "avx512", "avx2", "scalar"), "cuda", or "torch" where torch's own
+    ``isa``: the instruction set of a CPU's kernels ("amx", "avx512bf16", "avx512", "avx2", "scalar"), "cuda", or "torch" where torch's own
     operations compute. ``threads``: how many share it on a CPU. ``schedule``: how they do. ``why``: what led to it.
 
     >>> import torch, rnnkernels

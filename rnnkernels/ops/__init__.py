@@ -68,8 +68,8 @@ def build_info() -> dict[str, Any]:
 
 
 def set_isa(name: str | None) -> None:
-    """Choose the instruction set (``"avx512bf16"``, ``"avx512"``, ``"avx2"``, ``"scalar"``; ``None``: the best there is), not while a
-    kernel runs elsewhere.
+    """Choose the instruction set (``"amx"``, ``"avx512bf16"``, ``"avx512"``, ``"avx2"``, ``"scalar"``; ``None``: the best there is), not
+    while a kernel runs elsewhere.
 
     Raises ``ValueError`` for one that this processor or build does not have. The variable ``RNNKERNELS_ISA`` does the same at start.
     """

@@ -71,7 +71,7 @@ def chain_gains(cell: str, input: Tensor, states: Seq[Tensor], weights: Seq[Seq[
     spec, above = CELLS[cell], weights[1][0]  # which reads what the first layer gives
     if not spec.input_gates or above is None or above.dim() != 2:
         return False
-    compile_for(_C.isa(), cell)
+    compile_for(_C.isa_of_pages(), cell)
     s = Sizes(spec, False, input.shape[0], input.shape[1], above.shape[0] // spec.input_gates, above.shape[1])
     return cpu.gains_chained(s, input.dtype, input.shape[2], len(weights), torch.get_num_threads())
 

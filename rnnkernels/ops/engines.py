@@ -42,7 +42,7 @@ def choose(engine: str, s: Sizes, dtype: torch.dtype, input_size: int, device: t
     if device.type == "cpu":
         if engine in PERSISTENT:
             raise RuntimeError(f"engine: {engine!r} runs on a CUDA device, and input is on the CPU")
-        compile_for("scalar" if engine == "stepwise" else _C.isa(), s.cell.name)
+        compile_for("scalar" if engine == "stepwise" else _C.isa_of_pages(), s.cell.name)
         return ("cpu", "the CPU's engine") if engine == "auto" else (engine, asked)
     if device.type != "cuda" or not hasattr(_C, "cuda_why_not"):
         what = "has no CUDA part" if device.type == "cuda" else "computes on CPU and CUDA devices"

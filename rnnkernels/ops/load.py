@@ -80,7 +80,7 @@ def _load(name: str, text: str, shown: str) -> None:
     if name in _sources:
         return
     _check_headers()
-    isa = _C.isa()
+    isa = _C.isa_of_pages()
     path = _for_isa(text, shown, isa)
     add_cell(*_C.add_cell(isa, _address(path, "rnnkernels_page"), _address(path, "rnnkernels_tracer")))
     _isas[name] = {isa}

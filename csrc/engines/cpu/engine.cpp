@@ -55,6 +55,7 @@ void forward(const Forward& f, const Page& page, const Progress* below, Progress
   Prepared run(f, page);
   Walk& w = run.w;
   run_team(w.plan_.threads(), [&](int id, int members) {
+    const Registers registers(w.m.pairs ? w.isa.pairs : nullptr);
     Walk::Member me = w.member(id, members);
     w.start(me);
     run.pack(me);
@@ -131,6 +132,7 @@ void backward(const Backward& g, const Page& page) {
 
   Gradients products(w, g);
   run_team(w.plan_.threads(), [&](int id, int members) {
+    const Registers registers(w.m.pairs ? w.isa.pairs : nullptr);
     Walk::Member me = w.member(id, members);
     w.start(me);
     const Packer packer(w, me);

@@ -13,6 +13,7 @@ namespace rnnkernels::cpu {
 std::vector<std::string> supported_isas();
 std::vector<std::string> built_isas();
 std::string isa();
+std::string isa_of_pages();  // the one whose pages it runs
 // Throws std::invalid_argument for a name that is not supported; the empty name chooses the best.
 void set_isa(const std::string& name);
 

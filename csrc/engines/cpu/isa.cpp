@@ -1,5 +1,7 @@
 // Which instruction set runs, and whether this process was forked: what all calls share.
 #include <pthread.h>
+#include <sys/syscall.h>
+#include <unistd.h>
 
 #include <atomic>
 #include <cstdlib>
@@ -16,21 +18,45 @@ namespace {
 #if RNNKERNELS_X86
 Isa with(const Bfloat16& own, const Isa& other, const char* name) {
   Isa isa = other;
-  isa.name = name;
+  isa.name = isa.pages = name;
   isa.pairs = &own.pairs;
   isa.storage[int(Storage::BF16)] = own.storage;
   for (int cell = 0; cell < kCellCount; ++cell) isa.page[cell].ops[int(Storage::BF16)] = own.page[cell];
   return isa;
 }
 
+Isa with(const PairOps& pairs, const Isa& other, const char* name) {
+  Isa isa = other;
+  isa.name = name;
+  isa.pairs = &pairs;
+  return isa;
+}
+PairOps with(const MatrixTiles& own, PairOps pairs) {
+  pairs.products = own.products;
+  pairs.start = own.start;
+  pairs.finish = own.finish;
+  return pairs;
+}
+
 const Isa isa_avx512bf16 = with(bfloat16_avx512, isa_avx512, "avx512bf16");
+const PairOps pairs_amx = with(tiles_amx, bfloat16_avx512.pairs);
+const Isa isa_amx = with(pairs_amx, isa_avx512bf16, "amx");
 #endif
 
 const Isa* const kBuilt[] = {
 #if RNNKERNELS_X86
-    &isa_avx512bf16, &isa_avx512, &isa_avx2,
+    &isa_amx, &isa_avx512bf16, &isa_avx512, &isa_avx2,
 #endif
     &isa_scalar};
+
+#if RNNKERNELS_X86
+// Their state is large, so the system has it for processes that ask.
+bool may_use_tiles() {
+  constexpr int request_permission = 0x1023, tile_data = 18;
+  static const bool granted = syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  return granted;
+}
+#endif
 
 bool runs(const Isa* isa) {
 #if RNNKERNELS_X86
@@ -40,7 +66,9 @@ bool runs(const Isa* isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl");
   if (isa == &isa_avx512) return avx512;
-  if (isa == &isa_avx512bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  if (isa == &isa_avx512bf16) return bf16;
+  if (isa == &isa_amx) return bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") && may_use_tiles();
 #endif
   return isa == &isa_scalar;
 }
@@ -90,6 +118,7 @@ std::vector<std::string> built_isas() {
   return names;
 }
 std::string isa() { return current().name; }
+std::string isa_of_pages() { return current().pages; }
 void set_isa(const std::string& name) { chosen.store(choose(name), std::memory_order_release); }
 
 }  // namespace rnnkernels::cpu

@@ -235,7 +235,7 @@ void backward(const BackwardStep& step, const RowSet& rows, int64_t unit, int64_
 template <class V, class C, class W, int registers, int vectors = 1, int rows = 1>
 constexpr void add_products(Tiles& tiles) {
   if constexpr (rows == 1 || vectors * rows <= registers) tiles.tile[vectors - 1][rows - 1] = product<V, C, W, vectors, rows>;
-  if constexpr (rows < kMaxTileRows) {
+  if constexpr (rows < kMaxFmaRows) {
     add_products<V, C, W, registers, vectors, rows + 1>(tiles);
   } else if constexpr (vectors < kMaxVectorsPerPanel) {
     add_products<V, C, W, registers, vectors + 1>(tiles);
@@ -264,7 +264,7 @@ constexpr StorageOps storage_ops() {
 // V: their sums.
 template <class V, class P, int registers>
 constexpr PairOps pair_ops() {
-  PairOps ops{{}, {pack<P, bf16>, spread<P, bf16>, turn<P, bf16>}, narrow_pairs<P>};
+  PairOps ops{{}, nullptr, nullptr, {pack<P, bf16>, spread<P, bf16>, turn<P, bf16>}, narrow_pairs<P>};
   add_products<V, P, Pair, registers>(ops.products);
   return ops;
 }
@@ -295,6 +295,7 @@ constexpr Page make_page(const char* name, const char* page = "") {
 template <class F32, class F64, int registers>
 constexpr Isa make_isa(const char* name) {
   return {name,
+          name,
           fingerprint<F32>,
           {number_ops<F32, registers>(), number_ops<F64, registers>()},
           {storage_ops<F32, float>(), storage_ops<F64, double>(), storage_ops<F32, bf16>(), storage_ops<F32, f16>()},

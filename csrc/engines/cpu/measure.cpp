@@ -13,9 +13,11 @@ struct Timed {
   double seconds;
   int members;
 };
-Timed multiply(const Tiles& tiles, int lanes, int64_t word_bytes, int vectors, int rows, int64_t depth, int64_t repeats, int threads) {
+Timed multiply(const Tiles& tiles, const PairOps* pairs, int lanes, int64_t word_bytes, int vectors, int rows, int64_t depth,
+               int64_t repeats, int threads) {
   Timed timed{0, 1};
   run_team(threads, [&](int id, int members) {
+    const Registers registers(pairs);
     const size_t panel_bytes = size_t(depth * vectors * lanes * word_bytes), row_bytes = size_t(depth * word_bytes);
     // Some bits set: pages that nobody has written are all the same one.
     std::vector<char> panel(panel_bytes + 64, 0x3c), row(row_bytes * size_t(rows), 0x3c);
@@ -40,23 +42,24 @@ double measure_bandwidth(int64_t bytes, int threads) {
   const NumberOps& ops = current().number[0];
   const int64_t line = kMaxVectorsPerPanel * ops.lanes * 4, depth = std::max<int64_t>(1, bytes / line);
   const int64_t repeats = std::max<int64_t>(4, (int64_t(1) << 28) / std::max<int64_t>(bytes, 1));
-  const Timed timed = multiply(ops.products[0], ops.lanes, 4, kMaxVectorsPerPanel, 1, depth, repeats, threads);
+  const Timed timed = multiply(ops.products[0], nullptr, ops.lanes, 4, kMaxVectorsPerPanel, 1, depth, repeats, threads);
   return double(depth * line) * double(repeats) * timed.members / timed.seconds * 1e-9;
 }
 
 double measure_product(Storage storage, int threads) {
   const Isa& isa = current();
   const NumberOps& ops = isa.number[number_of(storage)];
-  const bool pairs = isa.pairs && storage == Storage::BF16;
-  const Tiles& tiles = pairs ? isa.pairs->products : ops.products[0];
+  const PairOps* const pairs = storage == Storage::BF16 ? isa.pairs : nullptr;
+  const Tiles& tiles = pairs ? pairs->products : ops.products[0];
+  const bool matrices = pairs && pairs->start;
   const int64_t bytes = kNumberBytes[int(storage)];
   double best = 0;
   for (int vectors = 1; vectors <= kMaxVectorsPerPanel; ++vectors)
-    for (int rows = 1; rows <= kMaxTileRows; ++rows) {
-      if (2 * vectors * rows <= ops.registers || vectors * rows > ops.registers) continue;
-      const int64_t depth = (8 << 10) / (vectors * ops.lanes * bytes), adds = depth * vectors * ops.lanes * rows;
+    for (int rows = matrices ? kMaxTileRows : 1; rows <= (matrices ? kMaxTileRows : kMaxFmaRows); ++rows) {
+      if (!matrices && (2 * vectors * rows <= ops.registers || vectors * rows > ops.registers)) continue;
+      const int64_t depth = ((matrices ? 16 : 8) << 10) / (vectors * ops.lanes * bytes), adds = depth * vectors * ops.lanes * rows;
       const int64_t repeats = (int64_t(1) << 26) / adds + 1;
-      const Timed timed = multiply(tiles, ops.lanes, bytes, vectors, rows, depth, repeats, threads);
+      const Timed timed = multiply(tiles, pairs, ops.lanes, bytes, vectors, rows, depth, repeats, threads);
       best = std::max(best, (pairs ? 4 : 2) * double(adds) * double(repeats) * timed.members / timed.seconds * 1e-9);
     }
   return best;

@@ -16,8 +16,8 @@ Loaded<std::map<std::string, const Page*>> loaded;
 const Page& page_of(int cell, const Isa& isa) {
   if (cell < kCellCount) return isa.page[cell];
   const auto& pages = *loaded.find(cell);
-  const auto found = pages.find(isa.name);
-  if (found == pages.end()) throw std::invalid_argument("the cell was not compiled for the instruction set " + std::string(isa.name));
+  const auto found = pages.find(isa.pages);
+  if (found == pages.end()) throw std::invalid_argument("the cell was not compiled for the instruction set " + std::string(isa.pages));
   return *found->second;
 }
 

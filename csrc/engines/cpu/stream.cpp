@@ -145,6 +145,7 @@ void Stream::step(const void* x, void* y) {
       const Walk& w = layer->run.w;
       const int sharing = std::min(members, w.plan_.threads());
       if (id >= sharing) continue;
+      const Registers registers(w.m.pairs ? w.isa.pairs : nullptr);
       Walk::Member me = w.member(id, sharing);
       layer->run.step(me, 0, side_, layer->chunks[size_t(id)]);
     }

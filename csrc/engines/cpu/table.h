@@ -70,6 +70,9 @@ struct PanelOps {
 // Where the processor multiplies bfloat16 two at once, rows and panels are of pairs along the depth, which these have halved.
 struct PairOps {
   Tiles products;
+  // Where a processor has registers that a thread must take before products and give back after them; or null.
+  void (*start)();
+  void (*finish)();
   PanelOps panels;
   // A row of numbers rounded; the last one of an odd number has zero beside it.
   void (*narrow)(const void* numbers, int64_t n, void* pairs);
@@ -102,6 +105,7 @@ struct Page {
 
 struct Isa {
   const char* name;
+  const char* pages;  // the instruction set whose pages it runs
   // Of `count` stretches of memory, each of so many bytes, one after the other.
   Fingerprint (*fingerprint)(const void* const* stretches, int count, int64_t bytes);
   NumberOps number[2];  // float, double
@@ -117,11 +121,19 @@ struct Bfloat16 {
   PageOps page[kCellCount];
 };
 
+// What one has of its own that multiplies pairs a tile of sixteen rows at a time.
+struct MatrixTiles {
+  Tiles products;
+  void (*start)();
+  void (*finish)();
+};
+
 extern const Isa isa_scalar;
 #if RNNKERNELS_X86
 extern const Isa isa_avx2;
 extern const Isa isa_avx512;
 extern const Bfloat16 bfloat16_avx512;
+extern const MatrixTiles tiles_amx;
 #endif
 
 }  // namespace rnnkernels::cpu

@@ -177,9 +177,9 @@ class Walk {
   void multiply(const Product& product, int blocks, const void* packed, int64_t begin, int64_t end, int64_t first, int64_t last,
                 const Operand& operand, const Place& place, const Take& take, const Depth& depth, const Wanted& wanted) const {
     const int vectors = blocks * product.columns;
-    const int64_t count = last - first, tiles = ceil_div(count, tile_rows(m, vectors));
+    const int64_t count = last - first, tiles = ceil_div(count, tile_rows(m, product, vectors));
     const int64_t bytes = panel_bytes(m, product, blocks);
-    const PanelsAhead panels(m, end - begin, bytes);
+    const PanelsAhead panels(m, product, blocks, end - begin, tiles);
     const Tiles& kernel = kernels(product);
     const Split cut(count, tiles);
     for (int64_t panel = begin; panel < end; ++panel) {
@@ -222,14 +222,14 @@ class Walk {
     const int blocks = plan_.blocks[s], vectors = blocks * std::max(product.columns, 1);
     const Panels own = panels_of(me, s);
     const Rows mine = rows_of(me, active);
-    const int64_t tile_count = ceil_div(mine.count, tile_rows(m, vectors));
+    const int64_t tile_count = ceil_div(mine.count, tile_rows(m, product, vectors));
     const int64_t bytes = panel_bytes(m, product, blocks);
     multiply = multiply && product.depth;
     bool fetched = me.unit_groups == 1, made = false;
     const bool pairs = multiply && in_pairs(m, product);
     void* const paired = at(workspace, memory.paired + me.id * memory.paired_bytes);
     const int64_t paired_row = pairs ? row_bytes(words(m, product, product.depth)) : 0;
-    const PanelsAhead panels(m, own.count, bytes);
+    const PanelsAhead panels(m, product, blocks, own.count, tile_count);
     const Tiles& kernel = kernels(product);
     alignas(64) char sums[kTileBytes];
     const bool alike = cell.fed_alike(s);
@@ -291,8 +291,8 @@ class Walk {
     const int vectors = plan_.blocks[s] * std::max(products[s].columns, 1);
     const Rows mine = rows_of(me, active);
     return products[s].depth && mine.count && mine.stride == 1 && !mine.order &&
-           asks_ahead(mine.count / ceil_div(mine.count, tile_rows(m, vectors)), vectors, m.lanes) &&
-           !PanelsAhead(m, panels_of(me, s).count, panel_bytes(m, products[s], plan_.blocks[s])).far();
+           asks_ahead(mine.count / ceil_div(mine.count, tile_rows(m, products[s], vectors)), vectors, m.lanes) &&
+           !PanelsAhead(m, products[s], plan_.blocks[s], panels_of(me, s).count, 1).far();
   }
 
   // Where stage s puts its parts of the sums over a row's units, and what they come to for this member's rows: mean and variance of each
