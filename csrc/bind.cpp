@@ -198,7 +198,7 @@ py::dict build() {
   d["headers"] = RNNKERNELS_HEADERS;
   d["flags"] = py::dict(py::arg("all") = RNNKERNELS_FLAGS, py::arg("scalar") = "", py::arg("avx2") = RNNKERNELS_FLAGS_AVX2,
                         py::arg("avx512") = RNNKERNELS_FLAGS_AVX512, py::arg("avx512bf16") = RNNKERNELS_FLAGS_AVX512BF16,
-                        py::arg("amx") = RNNKERNELS_FLAGS_AMX, py::arg("cuda") = RNNKERNELS_FLAGS_CUDA);
+                        py::arg("cuda") = RNNKERNELS_FLAGS_CUDA);
   d["cuda"] = py::none();
 #if RNNKERNELS_CUDA
   const cuda::Probe probe = cuda::probe();

@@ -70,6 +70,31 @@ def test_threads_and_reruns(make: Any, dtype: torch.dtype) -> None:
         same(other, found[0])
 
 
+LONG_PRODUCTS: dict[str, Callable[[], Any]] = {  # chains of sums end within them; modules of 96 units end within panels
+    "ClockworkRNN": lambda: rnnkernels.ClockworkRNN(SIZE, 768),
+    "LSTM": lambda: rnnkernels.LSTM(SIZE, 300),
+    "LSTM in bfloat16": lambda: rnnkernels.LSTM(SIZE, 600, dtype=torch.bfloat16),
+    "GRU in bfloat16": lambda: rnnkernels.GRU(SIZE + 64, 80, dtype=torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", LONG_PRODUCTS)
+@pytest.mark.usefixtures("restore", "exact")
+def test_long_products_of_any_batch(kind: str) -> None:
+    """Tiles of any height and panels of any width: results of a row, and its gradients, are those of the row in a batch."""
+    layer = LONG_PRODUCTS[kind]()
+    dtype = next(layer.parameters()).dtype
+    x = torch.randn(3, 70, layer.input_size, dtype=dtype)
+    cotangent = torch.randn(3, 70, layer.hidden_size, dtype=dtype)
+    whole = results(layer, x, cotangent, weights=False)
+    for rows, threads in (((0, 1), 2), ((3, 11), 1), ((5, 22), 1), ((0, 37), 2), ((30, 70), 3)):
+        torch.set_num_threads(threads)
+        part = slice(*rows)
+        output, *final, grad = results(layer, x[:, part], cotangent[:, part], weights=False)
+        same([output, grad], [whole[0][:, part], whole[-1][:, part]])
+        same(final, [t[:, part] for t in whole[1:-1]])
+
+
 @pytest.mark.parametrize("inside", ["whole", "lengths", "recompute"])
 @pytest.mark.usefixtures("restore")
 def test_whichever_team_is_tried(make: Any, monkeypatch: pytest.MonkeyPatch, inside: str) -> None:

@@ -42,7 +42,8 @@ def rounded(layer: Any, weight_dtype: torch.dtype) -> Any:
     for name, weight in found.named_parameters():
         if name.startswith(("weight_hh", "weight_hr")) and weight_dtype != weight.dtype:
             factor = weight.detach().float().abs().amax(1, keepdim=True) / 127
-            whole = (weight / factor).round() * factor
+            steps = weight / factor
+            whole = (steps.abs() + 0.5).floor() * steps.sign() * factor  # halves away from zero, as the kernels have them
             weight.data = weight.data.bfloat16().to(weight.dtype) if weight_dtype == torch.bfloat16 else whole.to(weight.dtype).detach()
     return found
 
@@ -58,14 +59,15 @@ def run(layer: Any, x: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.usefixtures("restore", "poison")
 def test_the_bits_are_those_of_rounded_weights(kind: str, weight_dtype: torch.dtype, isa: str) -> None:
-    """Packed, found, and cut for other batches."""
+    """Packed, found, and cut for other batches; one product longer than a chain of sums."""
     ops.set_isa(isa)
-    kept = layer_of(kind, weight_dtype=weight_dtype)
-    plain = rounded(kept, weight_dtype)
-    for batch, steps in itertools.product((1, 3, 17), (T, 2, T)):
-        x = torch.randn(steps, batch, I)
-        for a, b in zip(run(kept, x), run(plain, x), strict=True):
-            assert torch.equal(a, b)
+    for hidden, batches in ((H, (1, 3, 17)), (300, (3,))):
+        kept = layer_of(kind, I, hidden, weight_dtype=weight_dtype)
+        plain = rounded(kept, weight_dtype)
+        for batch, steps in itertools.product(batches, (T, 2, T)):
+            x = torch.randn(steps, batch, I)
+            for a, b in zip(run(kept, x), run(plain, x), strict=True):
+                assert torch.equal(a, b)
 
 
 @layers
@@ -73,10 +75,11 @@ def test_the_bits_are_those_of_rounded_weights(kind: str, weight_dtype: torch.dt
 @pytest.mark.usefixtures("restore", "poison")
 def test_int8_is_that_of_rounded_weights(kind: str, isa: str) -> None:
     ops.set_isa(isa)
-    kept = layer_of(kind, weight_dtype=torch.int8)
-    plain, x = rounded(kept, torch.int8), torch.randn(T, B, I)
-    for _ in range(2):
-        torch.testing.assert_close(run(kept, x), run(plain, x), rtol=1e-5, atol=1e-5)
+    for hidden in (H, 300):
+        kept = layer_of(kind, I, hidden, weight_dtype=torch.int8)
+        plain, x = rounded(kept, torch.int8), torch.randn(T, B, I)
+        for _ in range(2):
+            torch.testing.assert_close(run(kept, x), run(plain, x), rtol=1e-5, atol=1e-5)
 
 
 @narrow

@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import ISAS
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import rnnkernels
+from rnnkernels import ops
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "rnn_tanh": ("RNN", {}),
@@ -313,8 +315,11 @@ def test_error_does_not_grow_over_time(kind: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["rnn_tanh", "gru", "lstm"])
 @low_precision
 @pytest.mark.parametrize("sizes", [(3, 1, 512, 512), (3, 4, 1024, 1024), (4, 33, 256, 640)], ids=str)
-def test_error_of_long_products(kind: str, dtype: torch.dtype, sizes: tuple[int, int, int, int]) -> None:
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.usefixtures("restore")
+def test_error_of_long_products(kind: str, dtype: torch.dtype, sizes: tuple[int, int, int, int], isa: str) -> None:
     """By root mean squares, and one unit in the last place: where a chain of sums is longer than torch's, all numbers err a little more."""
+    ops.set_isa(isa)
     *of_input, hidden = sizes
     ours, theirs = twins(kind, of_input[-1], hidden, dtype=dtype)
     x = inputs("padded", dtype=dtype, sizes=tuple(of_input))

@@ -55,6 +55,8 @@ inline Product grad_weight_product(int64_t operand_width, int64_t tokens) { retu
 
 // So many tokens are added up before their sum is added to others: one chain over thousands would lose digits.
 constexpr int64_t kTokensInAChain = 16;
+// The error of a chain of sums grows with its length, so a product by vectors is several of so many words, added up in their order.
+constexpr int64_t kWordsInAChain = 256;
 
 struct Machine {
   int lanes;      // of the number type
@@ -141,7 +143,7 @@ inline int tile_rows(const Machine& m, const Product& p, int vectors) {
   return r < 1 ? 1 : r > kMaxFmaRows ? kMaxFmaRows : r;
 }
 
-// Multiply-adds of vectors that the processor does for a word of a panel's row while it might do one.
+// How many multiply-adds of vectors of numbers the processor would do in the time that products of this kind take for one of words.
 inline double at_once(const Machine& m) { return m.matrices ? 12 : m.pairs ? 2 : 1; }
 
 // One step's time of one thread that has `rows` rows and its share of the panels.
@@ -269,8 +271,10 @@ inline Schedule plan(const Machine& m, const CellInfo& cell, const Problem& p, b
       for (int stage = 0; stage < cell.stages; ++stage) {
         Product product = backward ? backward_product(cell, p, stage) : forward_product(cell, p, stage);
         if (p.complete) product.depth = 0;
-        // A panel wider than a block of units would be multiplied for units that take no part.
-        const int most = p.units ? int(p.module / m.lanes) : kMaxVectorsPerPanel;
+        // With modules, panels that none begins in the middle of: a product of theirs begins where the module of their first unit does, and
+        // is to begin at the same place however wide they are.
+        int most = p.units ? 1 : kMaxVectorsPerPanel;
+        while (p.units && 2 * most <= kMaxVectorsPerPanel && p.module % (2 * most * m.lanes) == 0) most *= 2;
         s.blocks[stage] = best_blocks(m, product, rows, unit_groups, most);
         const Product x = input_product(cell, p, stage);
         s.input_blocks[stage] = best_blocks(m, x, rows * (p.steps > 1 ? p.steps : 1), unit_groups, s.blocks[stage]);

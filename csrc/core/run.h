@@ -71,8 +71,8 @@ struct Forward {
   const void* initial[kMaxStates];   // [B, width], or null for zero
   Given given[kMaxGiven];
   Given reset[kMaxStates];    // by the token that is marked; null for zero
-  void* final[kMaxStates];    // [B, width]
-  void* output;               // [N, P]: state 0 after each step
+  void* final[kMaxStates];    // [B, width], each null for nothing
+  void* output;               // [N, P]: state 0 after each step; null for nothing, where all units take part
   void* history[kMaxStates];  // [N, H]: the other states after each step, or null for inference
   void* moments;              // numbers, [N, moments()]: of the sums over a row's units, or null for inference
   void* workspace;            // workspace_bytes() of it

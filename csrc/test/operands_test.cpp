@@ -116,7 +116,7 @@ void spread_and_turned(const Kernels& k) {
 // Several rows at once, side by side or anywhere, with or without something to add: the same for each or one for all.
 void tiles(const Kernels& k) {
   const int vectors = int(between(1, kMaxVectorsPerPanel)), row_of_tile = vectors * k.m.lanes;
-  const Product p{k.m.lanes, between(1, 400), vectors};
+  const Product p{k.m.lanes, between(1, 1200), vectors};
   const int count = int(between(1, tile_rows(k.m, p, vectors)));
   const int64_t depth = words(k.m, p, p.depth), row = (depth + between(0, 40)) * 4;
   const auto weights = numbers(vectors * k.m.lanes * p.depth);
@@ -161,7 +161,7 @@ void tiles(const Kernels& k) {
         double expected = adds ? number_of(also, r * also_row + at) : 0;
         for (int64_t i = 0; i < p.depth; ++i) expected += double(wide[size_t(r)][size_t(i)]) * widen(weights[size_t(at * p.depth + i)]);
         const double found = number_of(to, r * to_row + at);
-        check(std::fabs(found - expected) < 2e-3, "%s: %d rows by %d vectors, depth %ld, row %d, number %ld: %g, not %g", k.isa.name, count,
+        check(std::fabs(found - expected) < 4e-3, "%s: %d rows by %d vectors, depth %ld, row %d, number %ld: %g, not %g", k.isa.name, count,
               vectors, long(p.depth), r, long(at), found, expected);
       }
 }

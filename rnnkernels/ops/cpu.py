@@ -240,7 +240,7 @@ def forward(
     around = tokens.shape[:-1]
     N, keeps = around.numel(), training and not s.recompute
     turn = turn_of(s, tokens.dtype, tokens.shape[-1], rows, keeps)
-    task, complete, bytes, packing = turn.task
+    _, complete, bytes, packing = turn.task
     kept = new_kept(s, input, N) if keeps or complete else None
     output = empty(input, (*around, s.output))
     final, history, moments = [input.new_empty(s.batch, s.output)], list[Tensor](), list[Tensor]()
@@ -258,8 +258,33 @@ def forward(
     if packed is not None:
         own, pack, found = packed.memory(packing, weights)
         done = None if found is None else functools.partial(keep, found, packing, own)
-    call = _C.Forward(
-        task,
+    place = place_given(s, given, around), place_resets(s, resets) if resets else []
+    call = _forward(turn, cell, H, tokens, states, weights, kept, output, final, history, workspace, moments, *place, own, pack)
+    turn.run(call, done, N, rows, tokens, states, weights, kept, output, final, history, moments, workspace, own)
+    return output, final, kept if keeps else None, [*history, *moments]
+
+
+def _forward(
+    turn: _Turn,
+    cell: Cell,
+    H: int,
+    tokens: Tensor,
+    states: Seq[Tensor],
+    weights: Weights,
+    kept: Tensor | None,
+    output: Tensor | None,
+    final: Seq[Tensor],
+    history: Seq[Tensor],
+    workspace: Tensor,
+    moments: Seq[Tensor],
+    given: list[tuple[int, int, int]],
+    resets: list[tuple[int, int, int]],
+    own: Tensor | None = None,
+    pack: Pack = Pack.ALL,
+) -> Any:
+    """What `_C` is asked to do; results for which there is no memory are not stored."""
+    return _C.Forward(
+        turn.task.problem,
         tokens.data_ptr(),
         address(weights.ih),
         address(weights.bias_ih),
@@ -270,18 +295,16 @@ def forward(
         vectors(cell, H, weights) if cell.vectors else [],
         addresses(states),
         addresses(final),
-        output.data_ptr(),
+        address(output),
         [0, *addresses(history)],
         workspace.data_ptr(),
-        bytes,
-        place_given(s, given, around) if given else [],
+        turn.task.bytes,
+        given,
         moments[0].data_ptr() if moments else 0,
-        place_resets(s, resets) if resets else [],
+        resets,
         address(own),
         pack,
     )
-    turn.run(call, done, N, rows, tokens, states, weights, kept, output, final, history, moments, workspace, own)
-    return output, final, kept if keeps else None, [*history, *moments]
 
 
 def recompute(
@@ -295,8 +318,8 @@ def recompute(
     given: Seq[Tensor],
     resets: Seq[Tensor],
 ) -> Tensor:
-    """The kept values from the states. All tokens are one step of as many rows; a cell of several stages, and where not everything takes
-    part in every step, the sequence runs again.
+    """The kept values from the states. A cell of several stages, and where not everything takes part in every step, runs the sequence
+    again.
     """
     s = s._replace(recompute=False)
     if len(s.cell.stages) > 1 or s.cut:
@@ -306,9 +329,22 @@ def recompute(
         N = tokens.shape[0]
         after = [output.view(N, s.output), *history[: len(s.cell.states) - 1]]
         before = [before_each_token(s, state, states[i] if states else None, rows.sizes) for i, state in enumerate(after)]
-        laid = given_each_token(s, given, input.shape[:-1], rows.sizes)
-        _, _, kept, _ = forward(s._replace(steps=1, batch=N), True, tokens, before, weights, NO_ROWS, laid, ())
+        return kept_of_tokens(s, tokens, before, weights, given_each_token(s, given, input.shape[:-1], rows.sizes))
     assert kept is not None
+    return kept
+
+
+def kept_of_tokens(s: Sizes, tokens: Tensor, before: Seq[Tensor], weights: Weights, given: Seq[Tensor]) -> Tensor:
+    """The kept values of tokens ``[N, I]`` of a cell of one stage from the states before each, all of them one step of N rows."""
+    N, cell, H = tokens.shape[0], s.cell, s.hidden
+    s = s._replace(steps=1, batch=N, recompute=False)
+    turn = turn_of(s, tokens.dtype, tokens.shape[-1], NO_ROWS, True)
+    tokens, kept = dense(tokens), new_kept(s, tokens, N)
+    if turn.task.complete:
+        complete_step(cell, H, kept, tokens, before[0], weights)
+    workspace = thread.take(turn.task.bytes)
+    call = _forward(turn, cell, H, tokens, before, weights, kept, None, (), (), workspace, (), place_given(s, given, tokens.shape[:-1]), [])
+    turn.run(call, None, N, NO_ROWS, tokens, before, weights, kept, workspace, given)
     return kept
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from . import cpu
-from .cells import Rows, Sizes, Weights, dense, number
+from .cells import Rows, Sizes, Weights, dense, given_each_token, number
 
 __all__ = ["backward", "fits", "longest"]
 
@@ -71,7 +71,12 @@ def backward(
         numbers = [t[begin:end] if of_token(t) else t for t in given]
         of_states = needs[1 + _WEIGHTS : first_given] if starts else [True] * len(before)
         wanted = [*needs[: 1 + _WEIGHTS], *of_states, *needs[first_given:]]
-        kept = cpu.recompute(part, x, before, weights, Rows(), y, past, numbers, ())
+        if starts:
+            kept = cpu.recompute(part, x, before, weights, Rows(), y, past, numbers, ())
+        else:
+            shift = 1 if s.reverse else -1
+            known = [t[begin + shift : end + shift].flatten(0, 1) for t in after[: len(s.cell.states)]]
+            kept = cpu.kept_of_tokens(part, x.flatten(0, -2), known, weights, given_each_token(part, numbers, x.shape[:-1], None))
         above = [None if g is None else g[begin:end] for g in upstream]
         found, _ = cpu.backward(part, wanted, above, carried, x, before, weights, Rows(), y, kept, past, numbers, (), True)
         carried = found[1 + _WEIGHTS : 1 + _WEIGHTS + len(before)]

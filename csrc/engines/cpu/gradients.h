@@ -1,5 +1,5 @@
 // What backward owes besides the recurrence: the sums over all tokens that are the gradients of the weights, biases and vectors, and the
-// gradient of the input. Chunks of steps, cut the same for any number of threads, are a chain each, and each sum is added up in the order
+// gradient of the input. Chunks of steps, cut the same for any number of threads, are a product each, and each sum is added up in the order
 // of the chunks. They are taken in rounds of one or several, while gate gradients or, where matrices are large, sums are still in the
 // cache. Two groups of rows may have sums of their own, each added up by the thread that walks its rows, or by all; in the end they are
 // added to each other.

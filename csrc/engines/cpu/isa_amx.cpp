@@ -1,5 +1,5 @@
 // Products of pairs by AMX, whose registers are tiles of sixteen rows of sixteen words: rows times a panel of pairs as it lies, of which
-// sixteen k are one such tile for each vector. What is left of a depth is AVX-512's. Everything else is that of isa_avx512bf16.cpp.
+// sixteen words are one such tile for each vector. What is left of a depth is AVX-512's. Everything else is that of isa_avx512bf16.cpp.
 #include <string.h>
 
 #include "engines/cpu/table.h"
@@ -20,7 +20,7 @@ struct alignas(64) Shapes {
   uint16_t bytes[16];
   uint8_t rows[16];
 };
-thread_local __attribute__((tls_model("initial-exec"))) int shaped = 0;
+thread_local int shaped = 0;
 
 void shape(int rows) {
   if (rows == shaped) return;
@@ -74,6 +74,7 @@ class Asking {
   int piece_ = 0;
 };
 
+// No clobber: what tiles read was written by others, beyond what the compiler sees, or there is a barrier.
 template <int tile>
 inline void load(const void* from, int64_t row_bytes) {
   __asm__ volatile("tileloadd\t(%0,%1,1), %%tmm%c2" : : "r"(from), "r"(row_bytes), "i"(tile));
@@ -102,7 +103,7 @@ struct Places {
   }
 };
 
-// Tiles of sums begin with what is to be added: those of sixteen k are added to it, so it lengthens no chain.
+// Tiles of sums begin with what is to be added: a step adds 32 products up before it adds them to a sum, so these are few.
 template <int vectors, int first = 0>
 inline void begin(const Places& places) {
   each<vectors>([&](auto i) __attribute__((always_inline)) {
@@ -230,7 +231,8 @@ void multiply_rows(int rows, const void* const* operand, const char* panel, int6
     if (words) some.also = some.to, some.also_row = some.to_row;
     some = some.at(r, 0);
     bfloat16_avx512.pairs.products.tile[vectors - 1][count - 1](left, panel + words * vectors * kLineBytes, depth - words,
-                                                                {some.also, some.also_row / 4, some.to, some.to_row / 4}, nullptr);
+                                                                {some.also, some.also_row / 4, some.to, some.to_row / 4},
+                                                                words || r ? nullptr : soon);
   }
 }
 

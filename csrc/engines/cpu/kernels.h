@@ -59,7 +59,7 @@ void product(const void* const* operand, const void* panel, int64_t depth, const
   int64_t k = 0;
   do {
     const bool begins = k == 0;
-    const int64_t end = depth - k < kProductsInAChain ? depth : k + kProductsInAChain;
+    const int64_t end = depth - k < kWordsInAChain ? depth : k + kWordsInAChain;
 #pragma GCC unroll 8
     for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 8

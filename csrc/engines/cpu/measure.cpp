@@ -18,13 +18,16 @@ Timed multiply(const Tiles& tiles, const PairOps* pairs, int lanes, int64_t word
   Timed timed{0, 1};
   run_team(threads, [&](int id, int members) {
     const Registers registers(pairs);
-    const size_t panel_bytes = size_t(depth * vectors * lanes * word_bytes), row_bytes = size_t(depth * word_bytes);
+    const size_t panel_bytes = size_t(depth * vectors * lanes * word_bytes), row_bytes = size_t(padded(depth, word_bytes) * word_bytes);
     // Some bits set: pages that nobody has written are all the same one.
-    std::vector<char> panel(panel_bytes + 64, 0x3c), row(row_bytes * size_t(rows), 0x3c);
+    std::vector<char> panel(panel_bytes + 64, 0x3c), row(row_bytes * size_t(rows) + 64, 0x3c);
     const void* operands[kMaxTileRows];
-    for (int r = 0; r < rows; ++r) operands[r] = row.data() + size_t(r) * row_bytes;
+    const auto on_a_line = [](const std::vector<char>& memory) {
+      return reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
+    };
+    for (int r = 0; r < rows; ++r) operands[r] = on_a_line(row) + size_t(r) * row_bytes;
     alignas(64) char sums[kTileBytes];
-    const auto aligned = reinterpret_cast<const char*>((reinterpret_cast<uintptr_t>(panel.data()) + 63) / 64 * 64);
+    const char* const aligned = on_a_line(panel);
     auto pass = [&] { tiles.tile[vectors - 1][rows - 1](operands, aligned, depth, {nullptr, 0, sums, vectors * lanes}, nullptr); };
     pass();
     meet(members);

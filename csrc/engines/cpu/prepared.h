@@ -30,11 +30,12 @@ class Prepared {
     for (int side = 0; side < 2; ++side) w.load_or_zero(states[0], b, w.width(0), at(hidden(side), b * hidden_bytes));
     for (int i = 1; i < w.cell.states; ++i) w.load_or_zero(states[i], b, w.width(i), at(carried(i), b * w.row_bytes(w.width(i))));
   }
-  // `side`: on which the row's last step has left state 0.
+  // `side`: on which the row's last step has left state 0. Where there is no place for a state it is not stored.
   void store(void* const* states, int64_t b, int64_t side) const {
-    w.storage.store(at(hidden(side), b * hidden_bytes), w.width(0), at(states[0], b * w.width(0) * w.storage_bytes));
-    for (int i = 1; i < w.cell.states; ++i)
-      w.storage.store(at(carried(i), b * w.row_bytes(w.width(i))), w.width(i), at(states[i], b * w.width(i) * w.storage_bytes));
+    for (int i = 0; i < w.cell.states; ++i)
+      if (states[i])
+        w.storage.store(i ? at(carried(i), b * w.row_bytes(w.width(i))) : at(hidden(side), b * hidden_bytes), w.width(i),
+                        at(states[i], b * w.width(i) * w.storage_bytes));
   }
 
   // The walk's n-th step, which reads state 0 on one side and leaves it on the other. Nobody may go on to what reads it before all of the

@@ -139,13 +139,14 @@ void Stream::step(const void* x, void* y) {
       if (id == 0) start(members);
       meet(members);
     }
+    const Walk& first = layers_.front()->run.w;
+    const Registers registers(first.m.pairs ? first.isa.pairs : nullptr);
     uint32_t round = 0;
     for (const auto& layer : layers_) {
       if (layer != layers_.front()) team_.wait(round);
       const Walk& w = layer->run.w;
       const int sharing = std::min(members, w.plan_.threads());
       if (id >= sharing) continue;
-      const Registers registers(w.m.pairs ? w.isa.pairs : nullptr);
       Walk::Member me = w.member(id, sharing);
       layer->run.step(me, 0, side_, layer->chunks[size_t(id)]);
     }

@@ -35,11 +35,9 @@ struct Sums {
 };
 constexpr int kTileBytes = kMaxVectorsPerPanel * kMaxTileRows * 64;
 
-// The error of a chain of sums grows with its length, so a product is several, added up in their order, to which what is added comes last.
-constexpr int64_t kProductsInAChain = 256;
-
-// Kernels for each tile: to[row][vector][lane] = also[row][vector][lane] + Σ_k rows[row][k] panel[k][vector][lane]. `to` must not overlap
-// what is read. Null soon: it asks for nothing.
+// Kernels for each tile: to[row][vector][lane] = also[row][vector][lane] + Σ_k rows[row][k] panel[k][vector][lane]. By vectors, chains of
+// kWordsInAChain words are added up and `also` to them; by matrices, the sums of sixteen words each are added to `also`. `to` must not
+// overlap what is read, but may be `also` where there is one chain. Null soon: it asks for nothing.
 struct Tiles {
   using Tile = void (*)(const void* const* rows, const void* panel, int64_t depth, const Sums& sums, const Soon* soon);
   Tile tile[kMaxVectorsPerPanel][kMaxTileRows];
