@@ -78,7 +78,8 @@ def backward(
             known = [t[begin + shift : end + shift].flatten(0, 1) for t in after[: len(s.cell.states)]]
             kept = cpu.kept_of_tokens(part, x.flatten(0, -2), known, weights, given_each_token(part, numbers, x.shape[:-1], None))
         above = [None if g is None else g[begin:end] for g in upstream]
-        found, _ = cpu.backward(part, wanted, above, carried, x, before, weights, Rows(), y, kept, past, numbers, (), True)
+        found = cpu.backward(part, wanted, above, carried, x, before, weights, Rows(), y, kept, past, numbers, (), True)[0]
+        del kept  # before the next stretch's are made
         carried = found[1 + _WEIGHTS : 1 + _WEIGHTS + len(before)]
         places = [*range(1 + _WEIGHTS), *range(first_given, len(leaves))]
         for i, grad in zip(places, [*found[: 1 + _WEIGHTS], *found[1 + _WEIGHTS + len(before) :]], strict=True):
@@ -92,5 +93,6 @@ def backward(
             else:
                 whole = grad.to(kind) if whole is None else whole.add_(grad)
             total[i] = whole
+        del found, grad
     total[1 + _WEIGHTS : first_given] = carried[: len(states)]
     return [t if t is None else t.to(dtype) for t in total]
