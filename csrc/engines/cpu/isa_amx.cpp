@@ -118,8 +118,7 @@ inline void end(const Places& places) {
   each<vectors>([&](auto i) __attribute__((always_inline)) { store<first + i.value>(places.to + i.value * kLineBytes, places.to_row); });
 }
 
-// Calls step(a, bytes) for each sixteen words of rows, `a` the first row's, the others so many bytes apart, and between the steps asks for
-// what is wanted soon.
+// Calls step with the first row's of each sixteen words, and before it asks for some of what is wanted soon.
 template <class Step>
 inline __attribute__((always_inline)) void each_step(const char* a, int64_t words, Asking* asking, const Step& step) {
   const char* const end = a + words * 4;
